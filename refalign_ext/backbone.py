@@ -1,0 +1,204 @@
+"""The attachment of RefAlign to a Wan model, and the only file here that imports `wan`.
+
+A RefAlign model is the official WanModel, fed latents with the references appended on the frame axis, whose reference
+tokens skip text cross-attention and whose last M output frames are dropped. Appending and dropping happen outside the
+model; the text skip and the feature taps are ordinary forward hooks, so the model's code and its checkpoint keys stay
+as they are and `detach` leaves the model as it was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from refalign_ext.layout import TokenLayout
+from refalign_ext.tasks import register_tasks
+from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+
+register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
+
+TAPS = ("block", "self_attn")
+_MODEL_ATTRIBUTES = ("blocks", "head", "patch_embedding", "patch_size", "num_heads", "dim")
+_BLOCK_ATTRIBUTES = ("self_attn", "cross_attn", "ffn", "modulation")
+# Names other files of this package take from `wan` through this one, each with its home.
+_FROM_WAN = {
+    "WanModel": "wan.modules.model",
+    "WanVAE": "wan.modules.vae",
+    "vae_state_dict_from_diffusers": "wan.modules.vae",
+    "T5EncoderModel": "wan.modules.t5",
+    "t5_state_dict_from_transformers": "wan.modules.t5",
+    "HuggingfaceTokenizer": "wan.modules.tokenizers",
+    "load_dit": "wan.utils.dit_checkpoint",
+    "read_dit_checkpoint": "wan.utils.dit_checkpoint",
+    "read_state_dict": "wan.utils.weights",
+    "load_strict": "wan.utils.weights",
+    "file_sha256": "wan.utils.weights",
+    "require_files": "wan.utils.weights",
+    "dit_arguments": "wan.utils.dit_checkpoint",
+    "choose_seed": "wan.sampling",
+    "encode_prompts": "wan.sampling",
+    "initial_noise": "wan.sampling",
+    "latent_shape": "wan.sampling",
+    "required_files": "wan.sampling",
+    "PeakMemory": "wan.utils.runtime",
+    "is_out_of_memory": "wan.utils.runtime",
+    "placed": "wan.utils.runtime",
+    "release_cached_memory": "wan.utils.runtime",
+    "resolve_device": "wan.utils.runtime",
+    "resolve_dtype": "wan.utils.runtime",
+    "make_solver": "wan.utils.solvers",
+    "save_video": "wan.utils.media",
+    "save_image": "wan.utils.media",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what comes from `wan` when it is first used: most callers need a part of it only."""
+    if name not in _FROM_WAN:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_FROM_WAN[name]), name)
+    globals()[name] = value
+    return value
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """What one pass gives.
+
+    Attributes:
+        prediction: velocity of the video frames, one [C, F, H, W] per sample.
+        reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block; M is the largest number
+            of references in the batch and missing ones are zeros (`layout.reference_mask` tells which).
+        layout: where the tokens lay.
+    """
+
+    prediction: list[Tensor]
+    reference_tokens: list[Tensor]
+    layout: TokenLayout
+
+
+class ReferenceBackbone(nn.Module):
+    """Any WanModel (ours, upstream's) with references.
+
+    Args:
+        model: the model; it becomes the submodule `model` and its parameters and keys are untouched.
+
+    Raises:
+        ValueError: if the model lacks an attribute that the attachment relies on (all missing ones are listed).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        missing = [name for name in _MODEL_ATTRIBUTES if not hasattr(model, name)]
+        for index, block in enumerate(getattr(model, "blocks", [])):
+            missing += [f"blocks.{index}.{name}" for name in _BLOCK_ATTRIBUTES if not hasattr(block, name)]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} is not a WanModel that references attach to: it lacks {missing}"
+            )
+        self.model = model
+        self.seq_len_multiple = 1
+        self._layout: TokenLayout | None = None
+        self._video_mask: Tensor | None = None
+        self._taps: dict[int, Tensor] = {}
+        self._tap_depth, self._tap = 0, "block"
+        self._handles = []
+        for index, block in enumerate(model.blocks):
+            self._handles += [
+                block.cross_attn.register_forward_pre_hook(self._narrow_queries, with_kwargs=True),
+                block.cross_attn.register_forward_hook(self._skip_text),
+                block.self_attn.register_forward_hook(self._tap_hook(index, "self_attn")),
+                block.register_forward_hook(self._tap_hook(index, "block")),
+            ]
+
+    def detach(self) -> nn.Module:
+        """Remove every hook and return the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.model
+
+    def forward(
+        self,
+        latents: Sequence[Tensor],
+        timestep: Tensor,
+        context: Sequence[Tensor],
+        references: Sequence[Tensor],
+        *,
+        tap_depth: int = 0,
+        tap: str = "block",
+    ) -> BackboneOutput:
+        """One pass of the model over video and references.
+
+        Args:
+            latents: noisy video latents, one [C, F, H, W] per sample; sizes may differ.
+            timestep: [B] in [0, 1000], floating; never rounded.
+            context: text features, one [L, text_dim] per sample.
+            references: clean reference latents, one [C, M, H, W] per sample; M may differ and may be 0. A null
+                reference (a dropped one, eq. 5) is zeros: its tokens stay.
+            tap_depth: how many blocks, from the first, to take reference tokens from.
+            tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
+
+        Raises:
+            ValueError: for inputs that do not fit together, a tap_depth beyond the model or an unknown tap.
+        """
+        if not self._handles:
+            raise ValueError("this ReferenceBackbone was detached: attach a new one to the model")
+        if tap not in TAPS:
+            raise ValueError(f"unknown tap {tap!r}: choose one of {', '.join(TAPS)}")
+        if not 0 <= tap_depth <= len(self.model.blocks):
+            raise ValueError(f"tap depth {tap_depth} does not fit {len(self.model.blocks)} blocks")
+        layout = TokenLayout.of(latents, references, tuple(self.model.patch_size), self.seq_len_multiple)
+        device = self.model.patch_embedding.weight.device
+        self._layout, self._tap_depth, self._tap = layout, tap_depth, tap
+        self._video_mask = None
+        if not layout.is_uniform:
+            # Queries end at the longest video; shorter samples' references before that end are silenced by this.
+            self._video_mask = layout.video_token_mask(device)[:, : layout.most_video_tokens, None]
+        extended = [
+            torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
+        ]
+        try:
+            outputs = self.model(extended, t=timestep, context=list(context), seq_len=layout.seq_len)
+            tapped = [layout.gather_references(self._taps[index]) for index in range(tap_depth)]
+        finally:
+            self._layout, self._video_mask, self._taps = None, None, {}
+            self._tap_depth = 0
+        prediction = [
+            output[:, : video.shape[1]] for output, video in zip(outputs, latents, strict=True)
+        ]  # each [C, F + M, H, W] -> [C, F, H, W]
+        return BackboneOutput(prediction, tapped, layout)
+
+    def _narrow_queries(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict] | None:
+        """Let only video tokens ask the text: what reference tokens would get is thrown away anyway."""
+        if self._layout is None:
+            return None
+        end = self._layout.most_video_tokens
+        if args:
+            return (args[0][:, :end], *args[1:]), kwargs
+        return args, {**kwargs, "x": kwargs["x"][:, :end]}
+
+    def _skip_text(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Reference tokens get no residual from the text: [B, V, d] -> [B, seq_len, d] with zeros on references."""
+        if self._layout is None:
+            return None
+        if self._video_mask is not None:
+            output = output.masked_fill(~self._video_mask, 0.0)
+        return F.pad(output, (0, 0, 0, self._layout.seq_len - output.shape[1]))
+
+    def _tap_hook(self, index: int, place: str):  # noqa: ANN202 - a hook as torch takes it
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            # Stored by index: under activation checkpointing an inner hook runs again and must change nothing.
+            if self._layout is not None and index < self._tap_depth and place == self._tap:
+                self._taps[index] = output
+
+        return hook

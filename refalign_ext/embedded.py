@@ -1,0 +1,68 @@
+"""Write the embedded model's folder, assets/r2v-tiny, from its trained parts, in the layout and formats of Wan2.1."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from refalign_ext.backbone import (
+    WAN_CONFIGS,
+    load_dit,
+    t5_state_dict_from_transformers,
+    vae_state_dict_from_diffusers,
+)
+from refalign_ext.checkpoint import DIT_FILE
+from refalign_ext.sprites.text import random_encoder, write_tokenizer
+
+TASK = "r2v-tiny"
+
+
+def write_text_encoder(folder: Path, seed: int = 0) -> None:
+    """Tokenizer folder and the text encoder as a bf16 `.pth` under upstream's keys."""
+    config = WAN_CONFIGS[TASK]
+    folder.mkdir(parents=True, exist_ok=True)
+    size = write_tokenizer(folder / config.t5_tokenizer, config.t5.vocab)
+    assert size <= config.t5.vocab, f"the tokenizer has {size} pieces, the encoder knows {config.t5.vocab}"
+    config_t5 = {key: value for key, value in config.t5.items()}
+    encoder = random_encoder(**config_t5, seed=seed)
+    weights = t5_state_dict_from_transformers(encoder.state_dict())
+    _save_pth(
+        {key: value.to(torch.bfloat16).clone() for key, value in weights.items()},
+        folder / config.t5_checkpoint,
+    )
+
+
+def write_vae(folder: Path, trained: Path) -> None:
+    """The VAE as a float32 `.pth` under upstream's keys, from the state dict that `sprites.train_vae` wrote."""
+    config = WAN_CONFIGS[TASK]
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = torch.load(trained, weights_only=True, map_location="cpu")
+    upstream = vae_state_dict_from_diffusers(weights, config.vae)
+    _save_pth(
+        {key: value.contiguous().clone() for key, value in upstream.items()}, folder / config.vae_checkpoint
+    )
+
+
+def write_teacher(folder: Path, trained: Path) -> None:
+    """The teacher's transformers folder."""
+    target = folder / WAN_CONFIGS[TASK].teacher_folder
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(trained, target)
+
+
+def write_dit(folder: Path, checkpoint: Path) -> None:
+    """The DiT and its configuration, from a checkpoint of `train_refalign.py`; checked by loading it strictly."""
+    folder.mkdir(parents=True, exist_ok=True)
+    load_dit(checkpoint / DIT_FILE, WAN_CONFIGS[TASK])
+    for name in (DIT_FILE, "config.json"):
+        aside = folder / f"{name}.part"
+        shutil.copyfile(checkpoint / name, aside)
+        aside.replace(folder / name)
+
+
+def _save_pth(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    aside = path.with_name(path.name + ".part")
+    torch.save(tensors, aside)
+    aside.replace(path)

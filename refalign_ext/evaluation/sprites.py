@@ -1,0 +1,180 @@
+"""Generate sprite clips with a model and judge them: the embedded model's figures and the previews of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from refalign_ext.backbone import ReferenceBackbone, WanVAE, make_solver
+from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
+from refalign_ext.sampler import denoise
+from refalign_ext.sprites.dataset import to_frames, to_video_tensor
+from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
+from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass
+from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate and how; the same job on two models is a paired comparison."""
+
+    clips: int
+    subjects: int = 1
+    split: str = "held_out"
+    pair: str = "cross"
+    seed: int = 1000
+    ref_guide_scale: float | None = None
+    text_guide_scale: float | None = None
+    sample_steps: int | None = None
+    sample_shift: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """Generated clips [T, H, W, 3] with their truth, references and verdicts."""
+
+    clips: list[Clip] = field(default_factory=list)
+    videos: list[np.ndarray] = field(default_factory=list)
+    references: list[list[np.ndarray]] = field(default_factory=list)
+    backgrounds: list[bool] = field(default_factory=list)
+    verdicts: list[list[Verdict]] = field(default_factory=list)
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Shares with 95% intervals; see `judge.summarize`."""
+        return summarize(self.backgrounds, self.verdicts)
+
+
+class SpriteEvaluator:
+    """Generates in batches with the same guidance, solver and classes as the pipeline.
+
+    Args:
+        task: the r2v-tiny entry of WAN_CONFIGS.
+        vae: its VAE.
+        encode_text: prompts to text features.
+    """
+
+    def __init__(
+        self, task: EasyDict, vae: WanVAE, encode_text: Callable[[Sequence[str]], list[Tensor]]
+    ) -> None:
+        self.task, self.vae, self.encode_text = task, vae, encode_text
+
+    def draw(self, job: Job, index: int) -> tuple[Clip, list[tuple[np.ndarray, float, float]]]:
+        """Clip `index` of a job and its references (image, angle, scale)."""
+        rng = np.random.default_rng([job.seed, job.subjects, index])
+        clip = sample_clip(rng, subjects_of(job.split), job.subjects)
+        width, height = self.task.size
+        return clip, [
+            sample_reference(rng, performance, height, width, job.pair) for performance in clip.performances
+        ]
+
+    @torch.no_grad()
+    def reconstruct(self, job: Job) -> Evaluation:
+        """The judge's opinion of real clips after the VAE, through the library's own chunked path."""
+        width, height = self.task.size
+        result = Evaluation()
+        for index in range(job.clips):
+            clip, references = self.draw(job, index)
+            video, _ = render_clip(clip, self.task.frame_num, height, width)
+            decoded = self.vae.decode(self.vae.encode([to_video_tensor(video)]))[0]
+            self._add(result, clip, to_frames(decoded), references)
+        return result
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, job: Job, batch_size: int = 16, progress: bool = False
+    ) -> Evaluation:
+        """Generate and judge a job's clips; clip `index` has its own seed, whatever the batch size."""
+        from tqdm import tqdm
+
+        backbone, result = ReferenceBackbone(model.eval()), Evaluation()
+        bar = tqdm(total=job.clips, desc="generating", unit="clip", disable=not progress)
+        try:
+            for start in range(0, job.clips, batch_size):
+                drawn = [self.draw(job, index) for index in range(start, min(start + batch_size, job.clips))]
+                for (clip, references), video in zip(
+                    drawn, self._sample(backbone, job, start, drawn), strict=True
+                ):
+                    self._add(result, clip, to_frames(video), references)
+                bar.update(len(drawn))
+        finally:
+            backbone.detach()
+            bar.close()
+        return result
+
+    def _add(self, result: Evaluation, clip: Clip, video: np.ndarray, references: list) -> None:
+        background, verdicts = judge_clip(video, clip, [(angle, scale) for _, angle, scale in references])
+        result.clips.append(clip)
+        result.videos.append(video)
+        result.references.append([image for image, _, _ in references])
+        result.backgrounds.append(background)
+        result.verdicts.append(verdicts)
+
+    def _sample(self, backbone: ReferenceBackbone, job: Job, start: int, drawn: list) -> Tensor:
+        task, device = self.task, self.vae.device
+        image_scale = task.ref_guide_scale if job.ref_guide_scale is None else job.ref_guide_scale
+        text_scale = task.text_guide_scale if job.text_guide_scale is None else job.text_guide_scale
+        images = torch.stack(
+            [
+                torch.stack([to_video_tensor(image[None]) for image, _, _ in references])
+                for _, references in drawn
+            ]
+        ).to(device)  # [B, M, 3, 1, H, W]
+        mean, _ = encode_one_pass(self.vae.model, images.flatten(0, 1))
+        shape = (1, -1, 1, 1, 1)
+        normalised = (mean - self.vae.mean.view(shape)) / self.vae.std.view(shape)
+        references = normalised[:, :, 0].unflatten(0, images.shape[:2]).transpose(1, 2)  # [B, C, M, h, w]
+        noise = torch.stack(
+            [
+                torch.randn(
+                    (
+                        references.shape[1],
+                        (task.frame_num - 1) // task.vae_stride[0] + 1,
+                        *references.shape[3:],
+                    ),
+                    generator=torch.Generator().manual_seed(job.seed * 100003 + start + offset),
+                )
+                for offset in range(len(drawn))
+            ]
+        ).to(device)
+        prompts = self.encode_text([clip.caption for clip, _ in drawn])
+        negative = self.encode_text([task.sample_neg_prompt]) * len(drawn)
+        names = required_branches(image_scale, text_scale)
+        context = [text for name in names for text in (prompts if name == BRANCHES[2] else negative)]
+        clean = [row for name in names for row in references * (name != BRANCHES[0])]
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            times = timestep.expand(len(clean)).to(device)
+            output = backbone(list(latents) * len(names), times, context, clean).prediction
+            chunks = torch.stack(output).chunk(len(names))
+            return combine_branches(dict(zip(names, chunks, strict=True)), image_scale, text_scale)
+
+        solver = make_solver(
+            task.sample_solver,
+            job.sample_steps or task.sample_steps,
+            job.sample_shift or task.sample_shift,
+            task.num_train_timesteps,
+            device,
+        )
+        latents = denoise(predict, noise, solver, progress=False)
+        latents = latents * self.vae.std.view(shape) + self.vae.mean.view(shape)
+        return decode_one_pass(self.vae.model, latents).clamp(-1, 1)
+
+
+def contact_sheet(evaluation: Evaluation, rows: int = 8, frames: int = 5, scale: int = 3) -> np.ndarray:
+    """References, then evenly spaced frames, one clip a row: [H, W, 3] uint8."""
+    most = max(len(images) for images in evaluation.references)
+    lines = []
+    for video, references in list(zip(evaluation.videos, evaluation.references, strict=True))[:rows]:
+        blank = np.full_like(references[0], 235)
+        shown = video[np.linspace(0, len(video) - 1, frames).round().astype(int)]
+        cells = [*references, *[blank] * (most - len(references)), *shown]
+        lines.append(np.concatenate(cells, 1))
+    return np.concatenate(lines).repeat(scale, 0).repeat(scale, 1)

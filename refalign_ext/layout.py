@@ -1,0 +1,139 @@
+"""Where the tokens of a reference-to-video batch lie: video, then references, then padding.
+
+One `TokenLayout` is the single truth for the text-skip mask, the feature taps, the crop of the output and, on several
+devices, for which rank holds what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """One sample: `frames` latent frames of video and `references` reference frames of `height` x `width` tokens."""
+
+    frames: int
+    references: int
+    height: int
+    width: int
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def video_tokens(self) -> int:
+        return self.frames * self.tokens_per_frame
+
+    @property
+    def reference_tokens(self) -> int:
+        return self.references * self.tokens_per_frame
+
+    @property
+    def tokens(self) -> int:
+        return self.video_tokens + self.reference_tokens
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """All samples of a batch, padded to `seq_len` tokens."""
+
+    samples: tuple[SampleLayout, ...]
+    seq_len: int
+
+    @classmethod
+    def of(
+        cls,
+        latents: Sequence[Tensor],
+        references: Sequence[Tensor],
+        patch_size: tuple[int, int, int],
+        multiple: int = 1,
+    ) -> TokenLayout:
+        """Layout of latents [C, F, H, W] with references [C, M, H, W] under a patch of (1, height, width).
+
+        Args:
+            multiple: `seq_len` is rounded up to a multiple of it (the sequence-parallel size).
+
+        Raises:
+            ValueError: if counts or sizes do not fit together or do not divide by the patch.
+        """
+        if len(latents) != len(references):
+            raise ValueError(
+                f"{len(latents)} latents but references for {len(references)} samples: give one each"
+            )
+        if patch_size[0] != 1:
+            raise ValueError(
+                f"patch size {tuple(patch_size)} merges frames: references need a temporal patch of 1"
+            )
+        samples = []
+        for index, (video, refs) in enumerate(zip(latents, references, strict=True)):
+            if video.ndim != 4 or refs.ndim != 4 or video.shape[0] != refs.shape[0]:
+                raise ValueError(
+                    f"sample {index}: latents {tuple(video.shape)} and references {tuple(refs.shape)} must be "
+                    "[C, F, H, W] and [C, M, H, W]"
+                )
+            if video.shape[2:] != refs.shape[2:]:
+                raise ValueError(
+                    f"sample {index}: references are {tuple(refs.shape[2:])} latent cells, the video is "
+                    f"{tuple(video.shape[2:])}: encode references at the video's size"
+                )
+            height, width = video.shape[2:]
+            if height % patch_size[1] or width % patch_size[2]:
+                raise ValueError(
+                    f"sample {index}: {height}x{width} latent cells do not divide by the patch {tuple(patch_size)}"
+                )
+            samples.append(
+                SampleLayout(video.shape[1], refs.shape[1], height // patch_size[1], width // patch_size[2])
+            )
+        longest = max(sample.tokens for sample in samples)
+        return cls(tuple(samples), -(-longest // multiple) * multiple)
+
+    @property
+    def most_references(self) -> int:
+        return max(sample.references for sample in self.samples)
+
+    @property
+    def most_video_tokens(self) -> int:
+        return max(sample.video_tokens for sample in self.samples)
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if the video ends at the same token in every sample."""
+        return len({sample.video_tokens for sample in self.samples}) == 1
+
+    def reference_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """[B, M] boolean: True where a sample has a real reference, M being the largest number in the batch."""
+        counts = torch.tensor([sample.references for sample in self.samples], device=device)
+        return torch.arange(self.most_references, device=device) < counts[:, None]
+
+    def video_token_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """[B, seq_len] boolean: True on video tokens; False on references and padding."""
+        ends = torch.tensor([sample.video_tokens for sample in self.samples], device=device)
+        return torch.arange(self.seq_len, device=device) < ends[:, None]
+
+    def gather_references(self, tokens: Tensor) -> Tensor:
+        """Cut the reference tokens [B, M, N, d] out of [B, seq_len, d]; missing references are zeros.
+
+        Raises:
+            ValueError: if samples of different token grids would have to share one tensor.
+        """
+        grids = {(sample.height, sample.width) for sample in self.samples}
+        if len(grids) > 1:
+            raise ValueError(
+                f"reference features of different grids {sorted(grids)} cannot share a batch: bucket by size"
+            )
+        most, per_frame = self.most_references, self.samples[0].tokens_per_frame
+        first = self.samples[0]
+        if all(sample == first for sample in self.samples):
+            span = tokens[:, first.video_tokens : first.tokens]  # [B, M*N, d]
+            return span.unflatten(1, (most, per_frame))
+        rows = []
+        for row, sample in zip(tokens, self.samples, strict=True):
+            span = row[sample.video_tokens : sample.tokens].unflatten(0, (sample.references, per_frame))
+            rows.append(torch.cat([span, span.new_zeros(most - sample.references, *span.shape[1:])]))
+        return torch.stack(rows)  # [B, M, N, d]

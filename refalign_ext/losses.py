@@ -1,0 +1,322 @@
+"""Training losses: rectified flow (paper eq. 1 and 4) and reference alignment (paper eq. 8 to 10).
+
+Both are built from per-sample sums and counts, without a configuration and without a process group. A sequence-parallel
+trainer calls `alignment_sums` on the tokens that a rank holds, adds the sums up over the ranks and divides by
+`alignment_counts`; on one device `reference_alignment_loss` does the same in one call.
+
+How samples are averaged: every sample is first averaged over its own elements (its own references, its own ordered pairs,
+its own latent), then the samples of the batch are averaged. A sample without a reference contributes 0 and still counts.
+So a batch of two equals two accumulated batches of one, whatever numbers of references and sizes the samples have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Elements of one block of the similarity matrix: on a CPU it should stay in the cache, on a GPU it should fill the device.
+_BLOCK_ELEMENTS_CPU = 1 << 19
+_BLOCK_ELEMENTS_GPU = 1 << 24
+
+
+class RALoss(NamedTuple):
+    """Reference-alignment loss; scalars with `total == positive + negative_weight * negative`."""
+
+    total: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def _row_norm(tokens: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tokens, dim=-1)
+
+
+def _inverse_row_norm(tokens: Tensor) -> Tensor:
+    """1 / norm of every row, and 0 for rows of zeros, whose cosine with anything then is 0 and has no gradient."""
+    norm = _row_norm(tokens)
+    return torch.where(norm > torch.finfo(norm.dtype).tiny ** 0.5, norm.reciprocal(), torch.zeros_like(norm))
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _row_blocks(start: int, stop: int, tokens: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Cut the flat positions [start, stop) into (reference, first, last) with at most `rows` tokens of one reference."""
+    position = start
+    while position < stop:
+        reference = position // tokens
+        last = min(position + rows, (reference + 1) * tokens, stop)
+        yield reference, position, last
+        position = last
+
+
+class _AlignmentSums(torch.autograd.Function):
+    """Sums of the positive and negative terms of one sample, with the student's gradient found in the same pass.
+
+    The gradient of sum relu(s - threshold) with respect to the normalised student is `active @ teacher`, `active` being 1
+    where s > threshold. One block of similarities gives its rows' share of that product and is then overwritten by the
+    next, and the sum itself is <student, active @ teacher> - threshold * number of active pairs. So neither the similarity
+    matrix nor anything of its size lives on for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, start: int, margin: float
+    ) -> tuple[Tensor, Tensor]:
+        references, tokens, _ = teacher.shape
+        flat_teacher = teacher.flatten(0, 1)  # [M*N, D]
+        values = student.to(teacher.dtype)  # [S, D]
+        stop = start + values.shape[0]
+        inverse_norm = _inverse_row_norm(values)  # [S]
+        cosine = values.new_empty(values.shape[0])  # [S]
+        negative = values.new_zeros((), dtype=torch.float64 if values.device.type != "mps" else torch.float32)
+        with_gradient = ctx.needs_input_grad[0]
+        with_negative = references > 1
+        gradient = torch.empty_like(values) if with_gradient and with_negative else None
+        threshold = 1.0 - margin
+
+        budget = _BLOCK_ELEMENTS_CPU if values.device.type == "cpu" else _BLOCK_ELEMENTS_GPU
+        columns = max(1, min(tokens * max(references - 1, 1), budget // min(max(tokens, 1), 256)))
+        rows = max(1, budget // columns)
+        for reference, first, last in _row_blocks(start, stop, tokens, rows):
+            local = slice(first - start, last - start)
+            unit = values[local] * inverse_norm[local, None]  # [R, D]
+            cosine[local] = (unit * flat_teacher[first:last]).sum(-1)
+            if not with_negative:
+                continue
+            pulled = torch.zeros_like(unit) if with_gradient else None  # [R, D]
+            for begin, end in ((0, reference * tokens), ((reference + 1) * tokens, references * tokens)):
+                for column in range(begin, end, columns):
+                    others = flat_teacher[column : min(column + columns, end)]  # [C, D]
+                    similarity = unit @ others.T  # [R, C]
+                    if pulled is None:
+                        negative += similarity.sub_(threshold).relu_().sum()
+                        continue
+                    active = similarity.gt_(threshold)
+                    pulled.addmm_(active, others)
+                    if threshold != 0.0:
+                        negative -= threshold * active.sum()
+            if pulled is not None:
+                along = (unit * pulled).sum(-1)  # [R]
+                negative += along.sum()
+                # Through the normalisation: d unit / d value = (1 - unit unit^T) / norm.
+                pulled.addcmul_(unit, along[:, None], value=-1.0)
+                torch.mul(pulled, inverse_norm[local, None], out=gradient[local])
+
+        ctx.start = start
+        ctx.save_for_backward(student, teacher, inverse_norm, cosine, gradient)
+        return (1.0 - cosine).sum(), negative.to(values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_positive: Tensor, grad_negative: Tensor) -> tuple[Tensor, None, None, None]:
+        student, teacher, inverse_norm, cosine, gradient = ctx.saved_tensors
+        paired = teacher.flatten(0, 1)[ctx.start : ctx.start + student.shape[0]]  # [S, D]
+        # d (1 - cos) / d value = (cos * unit - teacher) / norm, with unit = value / norm.
+        result = student.to(teacher.dtype) * (grad_positive * cosine * inverse_norm.square())[:, None]
+        result.addcmul_(paired, (grad_positive * inverse_norm)[:, None], value=-1.0)
+        if gradient is not None:
+            result.addcmul_(gradient, grad_negative)
+        return result.to(student.dtype), None, None, None
+
+
+def alignment_sums(
+    student: Tensor, unit_teacher: Tensor, *, start: int = 0, margin: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Sums over the tokens and pairs of one sample: the numerators of eq. 8 and eq. 9.
+
+    Args:
+        student: projected reference tokens at the flat positions `start .. start + S` of the sample's M*N reference
+            tokens, [S, D]. S may be 0 (a rank that holds none): both sums are 0 and stay connected to the projectors.
+        unit_teacher: normalised teacher features of all M references, [M, N, D], float32 or float64, as
+            `unit_features` returns them. It gets no gradient.
+        start: flat position of the first token of `student`.
+        margin: delta of eq. 9.
+
+    Returns:
+        positive sum and negative sum, scalars in the teacher's dtype. The similarity matrix is never materialised.
+    """
+    if student.ndim != 2 or unit_teacher.ndim != 3 or student.shape[1] != unit_teacher.shape[2]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(unit_teacher.shape)} do not fit: "
+            "expected [S, D] and [M, N, D] with the same D"
+        )
+    if start < 0 or start + student.shape[0] > unit_teacher.shape[0] * unit_teacher.shape[1]:
+        raise ValueError(
+            f"student tokens {start}..{start + student.shape[0]} lie outside the "
+            f"{unit_teacher.shape[0]} x {unit_teacher.shape[1]} teacher tokens"
+        )
+    with torch.autocast(student.device.type, enabled=False):
+        return _AlignmentSums.apply(student, unit_teacher.detach(), start, float(margin))
+
+
+def alignment_counts(references: int, tokens: int) -> tuple[int, int]:
+    """Number of positive tokens M*N (eq. 8) and of ordered negative pairs M*(M-1)*N*N (eq. 9) of one sample."""
+    return references * tokens, references * (references - 1) * tokens * tokens
+
+
+def unit_features(teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Teacher features normalised over the last axis in `dtype`, without gradient; rows of zeros stay zero."""
+    values = teacher.detach().to(dtype)
+    return values * _inverse_row_norm(values)[..., None]
+
+
+def real_references(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[B, M], True where a reference counts: allowed by `mask` and its teacher features are not all zero.
+
+    A dropped reference has all-zero teacher features in the release and then has no alignment loss.
+    """
+    present = (
+        _row_norm(teacher.detach()).amax(-1) > 0
+        if teacher.shape[2]
+        else teacher.new_zeros(teacher.shape[:2]).bool()
+    )
+    return present if mask is None else present & mask.to(present.device)
+
+
+def reference_alignment_over_blocks(
+    students: Sequence[Tensor],
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    margin: float = 1.0,
+    negative_weight: float = 1.0,
+    sample_weight: Tensor | None = None,
+) -> RALoss:
+    """Reference-alignment loss averaged over the first K blocks (eq. 10); the teacher is normalised only once.
+
+    Args:
+        students: K projected student features, each [B, M, N, D], any floating dtype; computed in float32 at least.
+        teacher: teacher features, [B, M, N, D]; never gets a gradient.
+        mask: [B, M] boolean, True where a real reference is; padding may hold anything. None: all are real.
+        margin: delta of eq. 9. The paper does not give it, the release uses 1.0.
+        negative_weight: lambda of eq. 10.
+        sample_weight: [B], multiplies each sample's terms, for example the release's gate (t/1000)^3. It is not
+            normalised: the batch is divided by B.
+
+    Returns:
+        `RALoss`, each term already weighted and averaged over blocks and samples.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask that is not boolean, or no student at all.
+    """
+    _check(students, teacher, mask, sample_weight)
+    batch, _, tokens, _ = teacher.shape
+    dtype = _compute_dtype(students[0])
+    device = students[0].device
+    real = real_references(teacher, mask).tolist()
+    weights = (
+        torch.ones(batch, dtype=dtype, device=device)
+        if sample_weight is None
+        else sample_weight.to(device, dtype)
+    )
+    positive = torch.zeros((), dtype=dtype, device=device)
+    negative = torch.zeros((), dtype=dtype, device=device)
+    for sample in range(batch):
+        kept = [index for index, flag in enumerate(real[sample]) if flag]
+        whole = len(kept) == len(real[sample])
+        features = unit_features((teacher[sample] if whole else teacher[sample, kept]).to(device), dtype)
+        positive_count, negative_count = alignment_counts(len(kept), tokens)
+        scale = weights[sample] / (batch * len(students))
+        for student in students:
+            chosen = student[sample] if whole else student[sample, kept]  # [M, N, D]
+            positive_sum, negative_sum = alignment_sums(chosen.flatten(0, 1), features, margin=margin)
+            positive = positive + scale * positive_sum / max(positive_count, 1)
+            negative = negative + scale * negative_sum / max(negative_count, 1)
+    return RALoss(positive + negative_weight * negative, positive, negative)
+
+
+def reference_alignment_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    margin: float = 1.0,
+    negative_weight: float = 1.0,
+    sample_weight: Tensor | None = None,
+) -> RALoss:
+    """Reference-alignment loss of one block: positive (eq. 8) + negative_weight * negative (eq. 9).
+
+    Negatives are formed only within a sample; a sample with fewer than two references has negative 0, and a batch
+    without references has total 0 and zero (not missing) gradients. See `reference_alignment_over_blocks` for the
+    arguments; `student` and `teacher` are [B, M, N, D] here.
+    """
+    return reference_alignment_over_blocks(
+        [student],
+        teacher,
+        mask=mask,
+        margin=margin,
+        negative_weight=negative_weight,
+        sample_weight=sample_weight,
+    )
+
+
+def _check(
+    students: Sequence[Tensor], teacher: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+) -> None:
+    if not students:
+        raise ValueError(
+            "reference alignment needs the features of at least one block; set the depth K to 1 or more"
+        )
+    for student in students:
+        if student.ndim != 4 or student.shape != teacher.shape:
+            raise ValueError(
+                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [B, M, N, D]; "
+                "resize the teacher to the token grid and project the student to the teacher's width"
+            )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != teacher.shape[:2]):
+        raise ValueError(
+            f"mask must be boolean of shape {tuple(teacher.shape[:2])} [B, M], got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if sample_weight is not None and sample_weight.shape != teacher.shape[:1]:
+        raise ValueError(
+            f"sample_weight must have shape [{teacher.shape[0]}], got {tuple(sample_weight.shape)}"
+        )
+
+
+def flow_matching_target(latents: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Tensor]:
+    """Velocity eps - z_0 that the model predicts (eq. 4), per sample, in float32 at least."""
+    return [
+        noise_sample.to(_compute_dtype(sample)) - sample.to(_compute_dtype(sample))
+        for sample, noise_sample in zip(latents, noise, strict=True)
+    ]
+
+
+def flow_matching_errors(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """Mean squared error of each sample over its own elements, [B]; the samples may have different sizes."""
+    if not predictions or len(predictions) != len(targets):
+        raise ValueError(
+            f"flow matching needs as many predictions as targets, got {len(predictions)} and {len(targets)}"
+        )
+    errors = []
+    for prediction, target in zip(predictions, targets, strict=True):
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape"
+            )
+        dtype = _compute_dtype(prediction)
+        errors.append((prediction.to(dtype) - target.to(dtype)).square().mean())
+    return torch.stack(errors)
+
+
+def flow_matching_loss(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], *, sample_weight: Tensor | None = None
+) -> Tensor:
+    """Rectified-flow loss (eq. 4): squared error per sample, times its timestep weight, averaged over the samples.
+
+    Args:
+        predictions: B velocities, [C, F, H, W] each, sizes may differ.
+        targets: the same shapes, `flow_matching_target(latents, noise)`.
+        sample_weight: [B], the recipe's timestep weight; None means 1.
+    """
+    errors = flow_matching_errors(predictions, targets)
+    if sample_weight is None:
+        return errors.mean()
+    if sample_weight.shape != errors.shape:
+        raise ValueError(f"sample_weight must have shape [{len(errors)}], got {tuple(sample_weight.shape)}")
+    return (errors * sample_weight.to(errors)).mean()

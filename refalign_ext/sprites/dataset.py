@@ -1,0 +1,182 @@
+"""The sprite world as a source of training batches, rendered and encoded once and then read from memory.
+
+Rendering and encoding a clip costs several times what training on it costs, so a fixed number of clips and reference
+views is encoded before training and kept in a file; which clip meets which views is drawn anew for every sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refalign_ext.data.batch import EncodedSample
+from refalign_ext.sprites.world import (
+    Clip,
+    render_clip,
+    render_reference,
+    sample_clip,
+    sample_reference,
+    subjects_of,
+)
+
+Encode = Callable[[Tensor], Tensor]  # [B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]
+Features = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> [B, N, D]
+
+
+@dataclass(frozen=True)
+class SpriteSettings:
+    """What determines the cached clips; part of the cache's fingerprint."""
+
+    clips: int
+    views: int
+    frames: int
+    height: int
+    width: int
+    regular_pairs: float
+    seed: int
+    counts: tuple[float, float, float]
+
+
+def to_video_tensor(frames: np.ndarray) -> Tensor:
+    """[T, H, W, 3] uint8 -> [3, T, H, W] float32 in [-1, 1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(127.5).sub(1)
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """[3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8."""
+    return video.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+class SpriteSource:
+    """Seeded sprite samples; all samples of one optimizer step show the same number of subjects."""
+
+    def __init__(
+        self,
+        settings: SpriteSettings,
+        encode: Encode,
+        features: Features | None,
+        folder: Path,
+        fingerprint: str,
+        progress: bool = True,
+    ) -> None:
+        """Load the cache in `folder`, or build it (with a progress bar) and write it there.
+
+        Args:
+            encode: the VAE's encoder.
+            features: the teacher on the DiT grid, or None.
+            fingerprint: identifies VAE and teacher weights; another one means another cache file.
+        """
+        self.settings = settings
+        self.subjects = subjects_of("train")
+        rng = np.random.default_rng([settings.seed, 10])
+        shares = np.array(settings.counts) / sum(settings.counts)
+        self.clips = [
+            sample_clip(np.random.default_rng([settings.seed, 11, index]), self.subjects, int(count))
+            for index, count in enumerate(rng.choice([1, 2, 3], settings.clips, p=shares))
+        ]
+        self.is_regular = rng.random(settings.clips) < settings.regular_pairs
+        self._by_count = {
+            count: np.array([i for i, clip in enumerate(self.clips) if len(clip.performances) == count])
+            for count in (1, 2, 3)
+        }
+        self._shares = shares
+        cut_out = [
+            len(clip.performances) * bool(r) for clip, r in zip(self.clips, self.is_regular, strict=True)
+        ]
+        self._first_regular = np.cumsum([0, *cut_out])  # row of a clip's first cut-out reference
+        self._subject_index = {subject: index for index, subject in enumerate(self.subjects)}
+        key = json.dumps([settings.__dict__, fingerprint, features is not None], sort_keys=True)
+        path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        if not path.exists():
+            self._build(path, encode, features, progress)
+        from safetensors.torch import load_file
+
+        self._tensors = load_file(path)
+
+    @torch.no_grad()
+    def _build(self, path: Path, encode: Encode, features: Features | None, progress: bool) -> None:
+        from safetensors.torch import save_file
+        from tqdm import tqdm
+
+        settings, (height, width) = self.settings, (self.settings.height, self.settings.width)
+        tensors: dict[str, list[Tensor]] = {"latents": [], "regular": [], "views": []}
+        if features is not None:
+            tensors |= {"regular_features": [], "view_features": []}
+
+        def add_references(images: list[np.ndarray], name: str, feature_name: str) -> None:
+            stack = torch.stack([to_video_tensor(image[None]) for image in images])  # [K, 3, 1, H, W]
+            tensors[name].append(encode(stack)[:, :, 0].bfloat16())
+            if features is not None:
+                tensors[feature_name].append(features(stack[:, :, 0]).bfloat16())
+
+        bar = tqdm(
+            total=len(self.clips), desc="encoding clips", unit="clip", disable=not progress, mininterval=1
+        )
+        for start in range(0, len(self.clips), 16):
+            chunk = self.clips[start : start + 16]
+            videos = [render_clip(clip, settings.frames, height, width)[0] for clip in chunk]
+            tensors["latents"].append(
+                encode(torch.stack([to_video_tensor(video) for video in videos])).bfloat16()
+            )
+            rng = np.random.default_rng([settings.seed, 12, start])
+            images = [
+                sample_reference(rng, performance, height, width, "regular")[0]
+                for offset, clip in enumerate(chunk)
+                if self.is_regular[start + offset]
+                for performance in clip.performances
+            ]
+            if images:
+                add_references(images, "regular", "regular_features")
+            bar.update(len(chunk))
+        bar.close()
+        for index, subject in enumerate(
+            tqdm(self.subjects, desc="encoding references", disable=not progress, mininterval=1)
+        ):
+            rng = np.random.default_rng([settings.seed, 13, index])
+            images = []
+            for _ in range(settings.views):
+                angle, scale = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.85)
+                offset = tuple(float(value) for value in rng.uniform(-0.05, 0.05, 2))
+                images.append(render_reference(subject, height, width, angle, scale, offset))
+            add_references(images, "views", "view_features")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        save_file({name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}, aside)
+        aside.replace(path)
+
+    def samples(self, step: int, indices: range) -> list[EncodedSample]:
+        """Samples for the global positions `indices` of optimizer step `step`; see `Source`."""
+        count = int(np.random.default_rng([self.settings.seed, 20, step]).choice([1, 2, 3], p=self._shares))
+        pool = self._by_count[count] if len(self._by_count[count]) else np.arange(len(self.clips))
+        return [
+            self._sample(np.random.default_rng([self.settings.seed, 21, index]), pool) for index in indices
+        ]
+
+    def _sample(self, rng: np.random.Generator, pool: np.ndarray) -> EncodedSample:
+        index = int(pool[rng.integers(len(pool))])
+        clip: Clip = self.clips[index]
+        if self.is_regular[index]:
+            rows = [int(self._first_regular[index]) + offset for offset in range(len(clip.performances))]
+            names = ("regular", "regular_features")
+        else:
+            views = self.settings.views
+            rows = [
+                self._subject_index[performance.subject] * views + int(rng.integers(views))
+                for performance in clip.performances
+            ]
+            names = ("views", "view_features")
+        features = self._tensors.get(names[1])
+        return EncodedSample(
+            name=f"sprite-{index}",
+            prompt=clip.caption,
+            latents=self._tensors["latents"][index].float(),
+            references=self._tensors[names[0]][rows].float().transpose(0, 1),  # [C, M, h, w]
+            features=None if features is None else features[rows].float(),
+        )

@@ -1,0 +1,135 @@
+"""Training timesteps: how they are drawn and how each one weights the losses, as recipes with a name.
+
+A timestep is t = 1000 * sigma in (0, 1000], kept in float32 or float64 and never rounded to a grid of integers or to bf16
+(bf16 leaves 294 distinct values of 1000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+_RELEASE_SHIFT = 5.0
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """shift * s / (1 + (shift - 1) * s): moves noise levels towards 1 for shift > 1, as the sampling grids do."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)
+
+
+def release_timesteps() -> Tensor:
+    """The 1000 timesteps that the release draws from, descending from 1000, [1000] float64."""
+    uniform = torch.linspace(1.0, 0.0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]
+    return NUM_TRAIN_TIMESTEPS * shift_sigma(uniform, _RELEASE_SHIFT)
+
+
+def _uniform_sigma(count: int, generator: torch.Generator) -> Tensor:
+    # rand lies in [0, 1); 1 - rand lies in (0, 1], so pure noise is possible and a clean latent is not.
+    return 1.0 - torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _release_sigma(count: int, generator: torch.Generator) -> Tensor:
+    index = torch.randint(NUM_TRAIN_TIMESTEPS, (count,), generator=generator)
+    return 1.0 - index.double() / NUM_TRAIN_TIMESTEPS
+
+
+def _logit_normal_sigma(count: int, generator: torch.Generator) -> Tensor:
+    return torch.sigmoid(torch.randn(count, generator=generator, dtype=torch.float64))
+
+
+def _one(timestep: Tensor) -> Tensor:
+    return torch.ones_like(timestep)
+
+
+def _bell(timestep: Tensor) -> Tensor:
+    return torch.exp(-2.0 * ((timestep - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS).square())
+
+
+def _release_flow_weight(timestep: Tensor) -> Tensor:
+    grid = _bell(release_timesteps())
+    lowest = grid.min().item()
+    scale = NUM_TRAIN_TIMESTEPS / (grid - lowest).sum().item()
+    # Below the grid's smallest timestep the bell may fall under the grid's minimum by rounding: a weight is never negative.
+    return ((_bell(timestep.double()) - lowest) * scale).clamp_min(0.0).to(timestep.dtype)
+
+
+def _cubic_gate(timestep: Tensor) -> Tensor:
+    return (timestep / NUM_TRAIN_TIMESTEPS) ** 3
+
+
+@dataclass(frozen=True)
+class TimestepRecipe:
+    """How timesteps are drawn and how they weight the flow-matching and the reference-alignment loss."""
+
+    name: str
+    """Name in `TIMESTEP_RECIPES`."""
+    draw_sigma: Callable[[int, torch.Generator], Tensor]
+    """(count, generator) -> unshifted sigma in (0, 1], [count] float64."""
+    shift: float
+    """Default shift of the drawn sigma; 1 leaves it as it is."""
+    flow_weight: Callable[[Tensor], Tensor]
+    """Timesteps [B] -> weights of the flow-matching loss [B]."""
+    alignment_gate: Callable[[Tensor], Tensor]
+    """Timesteps [B] -> weights of the reference-alignment loss [B]."""
+
+    def sample(
+        self,
+        count: int,
+        generator: torch.Generator,
+        *,
+        shift: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Draw `count` timesteps in (0, 1000], [count], on the CPU, so that a seed gives the same ones on any device.
+
+        Raises ValueError for a generator that is not on the CPU, a shift that is not positive, or a dtype that would
+        round timesteps.
+        """
+        if generator.device.type != "cpu":
+            raise ValueError(f"timesteps are drawn from a CPU generator, got one on {generator.device}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"timesteps are float32 or float64, {dtype} would round them")
+        shift = self.shift if shift is None else shift
+        if not shift > 0:
+            raise ValueError(f"timestep shift must be positive, got {shift}")
+        return (NUM_TRAIN_TIMESTEPS * shift_sigma(self.draw_sigma(count, generator), shift)).to(dtype)
+
+
+TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {
+    # The paper says no more than "rectified flow", so: uniform sigma, no shift, every timestep weighs the same.
+    "paper": TimestepRecipe("paper", _uniform_sigma, 1.0, _one, _one),
+    # As in the official release: the shifted grid with its bell-shaped flow weight and alignment gated towards high noise.
+    "release": TimestepRecipe("release", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _cubic_gate),
+    # Most steps at middle noise, where the tiny model learns fastest; weights as in the paper recipe.
+    "logit_normal": TimestepRecipe("logit_normal", _logit_normal_sigma, 1.0, _one, _one),
+}
+
+
+def timestep_recipe(name: str) -> TimestepRecipe:
+    """The recipe called `name`; ValueError that lists the known names otherwise."""
+    if name not in TIMESTEP_RECIPES:
+        raise ValueError(f"unknown timestep recipe {name!r}; choose one of {', '.join(TIMESTEP_RECIPES)}")
+    return TIMESTEP_RECIPES[name]
+
+
+def add_noise(latents: Sequence[Tensor], noise: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
+    """z_t = (1 - sigma) z_0 + sigma eps (eq. 1) with sigma = t / 1000, per sample, sizes may differ.
+
+    Args:
+        latents: B clean latents, [C, F, H, W] each.
+        noise: B noise tensors of the same shapes.
+        timestep: [B], in (0, 1000].
+    """
+    if timestep.shape != (len(latents),):
+        raise ValueError(f"timestep must have shape [{len(latents)}], got {tuple(timestep.shape)}")
+    noisy = []
+    for sample, noise_sample, level in zip(
+        latents, noise, timestep.double() / NUM_TRAIN_TIMESTEPS, strict=True
+    ):
+        sigma = level.to(sample.device, torch.promote_types(sample.dtype, torch.float32))
+        noisy.append((1.0 - sigma) * sample + sigma * noise_sample)
+    return noisy

@@ -1,0 +1,288 @@
+"""Training with reference alignment. `Trainer.train_step` is the whole method on one screen.
+
+The trainer sees modules, a source of samples and a configuration; what shards or wraps the modules does so before they
+get here. All randomness of a sample depends on the seed and its global position, so a batch of two equals two
+accumulated batches of one, and a resumed run equals one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refalign_ext.backbone import ReferenceBackbone
+from refalign_ext.checkpoint import read_checkpoint, save_checkpoint
+from refalign_ext.config import TrainConfig
+from refalign_ext.data.batch import EncodedSample, Source, stack_features
+from refalign_ext.losses import flow_matching_errors, flow_matching_target, reference_alignment_over_blocks
+from refalign_ext.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
+from refalign_ext.projectors import ReferenceProjectors
+from refalign_ext.timesteps import add_noise, timestep_recipe
+
+logger = logging.getLogger(__name__)
+
+EncodeText = Callable[[Sequence[str]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What chance decides about one sample: its timestep, noise and dropped conditions."""
+
+    timestep: Tensor  # []
+    noise: Tensor  # [C, F, h, w]
+    keep_text: bool
+    keep_references: bool
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses of one batch; `total` carries the gradient, all are averages over the samples."""
+
+    total: Tensor
+    flow: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+def draw(sample: EncodedSample, index: int, config: TrainConfig) -> Draw:
+    """Everything random about the sample at global position `index`, from the seed and the position alone."""
+    digest = hashlib.sha256(f"{config.seed}/{index}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    timestep = timestep_recipe(config.timesteps).sample(1, generator)[0]
+    noise = torch.randn(sample.latents.shape, generator=generator)
+    lot = torch.rand((), generator=generator).item()
+    drops_text = lot < config.drop_text
+    drops_references = config.drop_text <= lot < config.drop_text + config.drop_references
+    edge = config.drop_text + config.drop_references
+    drops_both = edge <= lot < edge + config.drop_both
+    return Draw(timestep, noise, not (drops_text or drops_both), not (drops_references or drops_both))
+
+
+class Trainer:
+    """Trains a backbone and its projectors.
+
+    Args:
+        config: every setting.
+        backbone: the DiT with references attached, on the training device.
+        projectors: one per aligned block, or None for training without alignment.
+        source: where samples come from.
+        encode_text: prompts to text features.
+        device: where losses are computed.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: ReferenceBackbone,
+        projectors: ReferenceProjectors | None,
+        source: Source,
+        encode_text: EncodeText,
+        device: torch.device,
+    ) -> None:
+        self.config, self.backbone, self.projectors = config, backbone, projectors
+        self.source, self.encode_text, self.device = source, encode_text, device
+        self.recipe = timestep_recipe(config.timesteps)
+        self.optimizers = build_optimizers(backbone.model, projectors, config)
+        self.average = copy.deepcopy(backbone.model.state_dict()) if config.ema_decay else None
+        self.step = 0
+
+    def losses(self, samples: list[EncodedSample], draws: list[Draw]) -> StepLosses:
+        """Eq. 11 for one batch: flow matching plus gated, weighted reference alignment."""
+        config, alignment = self.config, self.config.alignment
+        timestep = torch.stack([chance.timestep for chance in draws])  # [B]
+        latents = [sample.latents.to(self.device) for sample in samples]
+        noise = [chance.noise.to(self.device) for chance in draws]
+        references = [
+            sample.references.to(self.device) * chance.keep_references
+            for sample, chance in zip(samples, draws, strict=True)
+        ]
+        prompts = [
+            sample.prompt if chance.keep_text else "" for sample, chance in zip(samples, draws, strict=True)
+        ]
+        aligned = self.projectors is not None and any(sample.references.shape[1] for sample in samples)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            output = self.backbone(
+                add_noise(latents, noise, timestep),
+                timestep.to(self.device),
+                self.encode_text(prompts),
+                references,
+                tap_depth=alignment.depth if aligned else 0,
+                tap=alignment.tap,
+            )
+            students = self.projectors(output.reference_tokens) if aligned else []
+        weight = self.recipe.flow_weight(timestep).to(self.device)
+        errors = flow_matching_errors(output.prediction, flow_matching_target(latents, noise))  # [B]
+        flow = (errors * weight).mean()
+        if not aligned:
+            zero = flow.new_zeros(())
+            return StepLosses(flow, flow.detach(), zero, zero)
+        teacher, mask = stack_features(samples, self.device)  # [B, M, N, D], [B, M]
+        kept = torch.tensor([chance.keep_references for chance in draws], device=self.device)
+        alignment_loss = reference_alignment_over_blocks(
+            students,
+            teacher,
+            mask=mask & kept[:, None],
+            margin=alignment.margin,
+            negative_weight=alignment.negative_weight,
+            sample_weight=self.recipe.alignment_gate(timestep),
+        )
+        total = flow + alignment.weight * alignment_loss.total
+        return StepLosses(
+            total, flow.detach(), alignment_loss.positive.detach(), alignment_loss.negative.detach()
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over `accumulation` batches; returns what to log."""
+        config = self.config
+        set_learning_rates(self.optimizers, learning_rate_scale(self.step, config))
+        first = self.step * config.accumulation * config.batch_size
+        sums: dict[str, float] = {}
+        for micro in range(config.accumulation):
+            start = first + micro * config.batch_size
+            indices = range(start, start + config.batch_size)
+            samples = self.source.samples(self.step, indices)
+            draws = [draw(sample, index, config) for sample, index in zip(samples, indices, strict=True)]
+            losses = self.losses(samples, draws)
+            (losses.total / config.accumulation).backward()
+            for name in ("total", "flow", "positive", "negative"):
+                sums[name] = sums.get(name, 0.0) + getattr(losses, name).item() / config.accumulation
+        parameters = [
+            p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self._update_average()
+        self.step += 1
+        return {
+            "loss/total": sums["total"],
+            "loss/flow": sums["flow"],
+            "alignment/positive": sums["positive"],
+            "alignment/negative": sums["negative"],
+            "gradient_norm": norm.item(),
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
+        }
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A short memory at first: otherwise the random start would linger for a thousand steps.
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        weights = self.backbone.model.state_dict()
+        torch._foreach_lerp_(list(self.average.values()), [weights[key] for key in self.average], 1 - decay)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The weights to generate with: the moving average if there is one."""
+        return dict(self.average if self.average is not None else self.backbone.model.state_dict())
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return save_checkpoint(
+            Path(self.config.out) / "checkpoints",
+            self.step,
+            dit=self.backbone.model.state_dict(),
+            dit_config=_plain_config(self.backbone.model),
+            average=self.average,
+            projectors=None if self.projectors is None else self.projectors.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            settings=self.config.to_dict(),
+            keep_last=self.config.keep_last,
+        )
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; says which settings differ from the run that wrote it.
+
+        Raises:
+            ValueError: if it does not fit this model or its optimizers.
+        """
+        state = read_checkpoint(path)
+        then, now = _flatten(state["settings"]), _flatten(self.config.to_dict())
+        for name in sorted(name for name in now if str(then.get(name)) != str(now[name])):
+            logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then.get(name))
+        try:
+            self.backbone.model.load_state_dict(state["dit"])
+            if self.projectors is not None:
+                self.projectors.load_state_dict(state["projectors"] or {})
+            if len(state["optimizers"]) != len(self.optimizers):
+                raise ValueError(
+                    f"it has {len(state['optimizers'])} optimizers, this run {len(self.optimizers)}"
+                )
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                rates = [group["base_lr"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["base_lr"] = rate
+        except (RuntimeError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"checkpoint {path} does not fit this run ({first_line}); use --resume off or the settings it was "
+                "trained with"
+            ) from error
+        if self.average is not None:
+            self.average = {k: v.to(self.device) for k, v in (state["average"] or state["dit"]).items()}
+        self.step = state["step"]
+
+    def run(
+        self,
+        *,
+        log: Callable[[int, dict[str, float]], None],
+        preview: Callable[[int], dict[str, float]] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Train to `config.steps` with a progress bar, logs, previews and checkpoints."""
+        from tqdm import tqdm
+
+        config = self.config
+        clips = config.batch_size * config.accumulation
+        bar = tqdm(
+            total=config.steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not progress,
+            mininterval=0.5,
+        )
+        began, logged_at = time.monotonic(), self.step
+        while self.step < config.steps:
+            values = self.train_step()
+            bar.update()
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                seconds = time.monotonic() - began
+                values["clips_per_second"] = (self.step - logged_at) * clips / max(seconds, 1e-9)
+                log(self.step, values)
+                bar.set_postfix_str(
+                    f"loss {values['loss/total']:.3f} RA+ {values['alignment/positive']:.3f} "
+                    f"RA- {values['alignment/negative']:.3f} {values['clips_per_second']:.1f} clips/s",
+                    refresh=False,
+                )
+                began, logged_at = time.monotonic(), self.step
+            if self.step % config.save_every == 0 or self.step == config.steps:
+                self.save()
+            if preview is not None and config.preview_every and self.step % config.preview_every == 0:
+                log(self.step, preview(self.step))
+                began, logged_at = time.monotonic(), self.step
+        bar.close()
+
+
+def _plain_config(model: nn.Module) -> dict:
+    config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    return {"_class_name": type(model).__name__, **config}
+
+
+def _flatten(settings: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,122 @@
+"""Projectors: the release's names and sizes, saving, loading and what does not fit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from refalign_ext.projectors import (
+    ReferenceProjectors,
+    load_projectors,
+    projectors_from_tensors,
+    save_projectors,
+)
+
+
+@pytest.fixture
+def projectors():
+    torch.manual_seed(0)
+    return ReferenceProjectors(8, 6, 3)
+
+
+def test_names_and_shapes_are_the_release_s():
+    with torch.device("meta"):
+        release = ReferenceProjectors(1536, 1024, 9)
+    shapes = {key: tuple(value.shape) for key, value in release.state_dict().items()}
+    expected = {}
+    for index in range(9):
+        expected[f"blocks.{index}.input_mlp.proj.0.weight"] = (768, 1536)
+        expected[f"blocks.{index}.input_mlp.proj.2.weight"] = (1024, 768)
+    assert shapes == expected
+    assert len(shapes) == 18
+
+
+def test_forward_is_two_linear_layers_with_silu(projectors):
+    tokens = [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    outputs = projectors(tokens)
+    state = projectors.state_dict()
+    for index, (value, output) in enumerate(zip(tokens, outputs, strict=True)):
+        first, second = (state[f"blocks.{index}.input_mlp.proj.{layer}.weight"] for layer in (0, 2))
+        torch.testing.assert_close(output, F.silu(value @ first.T) @ second.T)
+        assert output.shape == (2, 3, 5, 6)
+
+
+def test_empty_tokens_give_zero_gradients(projectors):
+    sum(output.sum() for output in projectors([torch.zeros(1, 0, 5, 8)] * 3)).backward()
+    for parameter in projectors.parameters():
+        assert (parameter.grad == 0).all()
+
+
+def test_depth_must_match(projectors):
+    with pytest.raises(ValueError, match="tap_depth=3"):
+        projectors([torch.zeros(1, 1, 5, 8)] * 2)
+
+
+@pytest.mark.parametrize("sizes", [(1, 6, 3), (8, 0, 3), (8, 6, 0)])
+def test_impossible_sizes(sizes):
+    with pytest.raises(ValueError, match="projectors need"):
+        ReferenceProjectors(*sizes)
+
+
+def test_round_trip(projectors, tmp_path):
+    path = tmp_path / "projectors.safetensors"
+    save_projectors(projectors, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    loaded = load_projectors(path, student_dim=8, teacher_dim=6, depth=3)
+    tokens = [torch.randn(1, 2, 3, 8) for _ in range(3)]
+    torch.testing.assert_close(loaded(tokens), projectors(tokens), rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_tensors_of_a_release_are_copied(projectors):
+    tensors = projectors.state_dict()
+    loaded = projectors_from_tensors(tensors)
+    before = {key: value.clone() for key, value in tensors.items()}
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.zero_()
+    for key, value in before.items():
+        torch.testing.assert_close(tensors[key], value, rtol=0, atol=0)
+
+
+def test_random_numbers_are_not_used_up_by_loading(projectors):
+    state = torch.get_rng_state()
+    projectors_from_tensors(projectors.state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"student_dim": 16}, "task"),
+        ({"teacher_dim": 7}, "teacher_dim 6.*needs 7.*teacher"),
+        ({"depth": 9}, "depth"),
+    ],
+)
+def test_other_sizes_than_needed(projectors, wanted, message):
+    with pytest.raises(ValueError, match=message) as error:
+        projectors_from_tensors(projectors.state_dict(), **wanted, source="file.safetensors")
+    assert str(error.value).startswith("file.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_incomplete_or_foreign_tensors(projectors):
+    state = projectors.state_dict()
+    with pytest.raises(ValueError, match="no projector tensors"):
+        projectors_from_tensors({})
+    with pytest.raises(ValueError, match=r"1 projector tensors are missing.*blocks\.1"):
+        projectors_from_tensors(
+            {key: value for key, value in state.items() if key != "blocks.1.input_mlp.proj.0.weight"}
+        )
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn"):
+        projectors_from_tensors({**state, "blocks.0.ffn.0.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="expected"):
+        projectors_from_tensors({**state, "blocks.2.input_mlp.proj.2.weight": torch.zeros(5, 4)})
+
+
+def test_unreadable_file(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_projectors(tmp_path / "absent.safetensors")
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_projectors(path)

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refalign_ext import references
+from refalign_ext.references import (
+    Role,
+    letterbox,
+    load_image,
+    prepare_reference,
+    reference_to_tensor,
+    remove_background,
+)
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def quarters() -> Image.Image:
+    """A picture with four different corners, wider than high."""
+    image = Image.new("RGB", (40, 20))
+    for box, colour in (
+        ((0, 0), RED),
+        ((20, 0), (0, 255, 0)),
+        ((0, 10), (0, 0, 255)),
+        ((20, 10), (255, 255, 0)),
+    ):
+        image.paste(colour, (*box, box[0] + 20, box[1] + 10))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("orientation", "undo"),
+    [
+        (1, None),
+        (2, Image.Transpose.FLIP_LEFT_RIGHT),
+        (3, Image.Transpose.ROTATE_180),
+        (6, Image.Transpose.ROTATE_90),
+        (8, Image.Transpose.ROTATE_270),
+    ],
+)
+def test_exif_orientation(tmp_path: Path, orientation: int, undo: Image.Transpose | None) -> None:
+    upright = quarters()
+    stored = upright if undo is None else upright.transpose(undo)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(pixels(load_image(tmp_path / "photo.png")), pixels(upright))
+
+
+def test_transparency_lies_on_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    image.save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png")
+    assert loaded.getpixel((0, 0)) == RED
+    assert loaded.getpixel((1, 0)) == (127, 127, 127)
+    assert loaded.getpixel((3, 3)) == WHITE
+
+
+def test_transparent_palette_and_grey(tmp_path: Path) -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    loaded = load_image(tmp_path / "palette.png")
+    assert [loaded.getpixel((column, 0)) for column in (0, 1)] == [RED, WHITE]
+    Image.merge("LA", (Image.new("L", (1, 1), 40), Image.new("L", (1, 1), 0))).save(tmp_path / "la.png")
+    assert load_image(tmp_path / "la.png").getpixel((0, 0)) == WHITE
+
+
+def test_grey_cmyk_and_one_bit(tmp_path: Path) -> None:
+    Image.new("L", (2, 2), 77).save(tmp_path / "grey.png")
+    assert load_image(tmp_path / "grey.png").getpixel((0, 0)) == (77, 77, 77)
+    Image.new("1", (2, 2), 1).save(tmp_path / "bit.png")
+    assert load_image(tmp_path / "bit.png").getpixel((0, 0)) == WHITE
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=100)
+    red, green, blue = load_image(tmp_path / "print.jpg").getpixel((8, 8))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 32768, 65535]], np.uint16), [0, 128, 255]),
+        (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 128, 255]),
+    ],
+)
+def test_deep_grey_is_scaled_not_clipped(tmp_path: Path, values: np.ndarray, expected: list[int]) -> None:
+    Image.fromarray(values).save(tmp_path / "deep.tiff")
+    loaded = pixels(load_image(tmp_path / "deep.tiff"))
+    assert loaded[0, :, 0].tolist() == expected
+    assert (loaded == loaded[..., :1]).all()
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "a.gif").getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "box"),
+    [
+        ((40, 20), (80, 80), (0, 20, 80, 60)),  # enlarged, bars above and below
+        ((20, 40), (80, 80), (20, 0, 60, 80)),
+        ((400, 200), (80, 80), (0, 20, 80, 60)),  # shrunk
+        ((30, 30), (48, 32), (8, 0, 40, 32)),
+        ((48, 32), (48, 32), (0, 0, 48, 32)),
+    ],
+)
+def test_letterbox(source: tuple[int, int], size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    boxed = letterbox(Image.new("RGB", source, RED), size)
+    assert boxed.size == size
+    inside = np.zeros((size[1], size[0]), bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    assert (pixels(boxed)[inside] == RED).all()
+    assert (pixels(boxed)[~inside] == WHITE).all()
+
+
+def test_letterbox_of_extreme_shapes_and_prepared_pictures() -> None:
+    assert letterbox(Image.new("RGB", (1000, 1), RED), (64, 32)).size == (64, 32)
+    prepared = letterbox(quarters(), (48, 48))
+    assert np.array_equal(pixels(letterbox(prepared, (48, 48))), pixels(prepared))
+
+
+def test_tensor() -> None:
+    image = Image.new("RGB", (3, 2), (0, 255, 51))
+    tensor = reference_to_tensor(image)
+    assert tensor.shape == (3, 2, 3)
+    assert tensor.dtype == torch.float32
+    assert tensor[:, 0, 0].tolist() == pytest.approx([-1.0, 1.0, -0.6])
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def write_bad_files(folder: Path) -> None:
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("not a picture")
+    (folder / "large.png").write_bytes(png_header(10_000, 7_000))
+    (folder / "huge.png").write_bytes(png_header(60_000, 60_000))
+    (folder / "folder.png").mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    image.save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
+    (folder / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.png", "does not exist"),
+        ("folder.png", "is a folder"),
+        ("empty.png", "is empty"),
+        ("text.png", "not a picture"),
+        ("script.png", "not a picture"),
+        ("large.png", "10000x7000.*64 megapixels"),
+        ("huge.png", "64 megapixels"),
+        ("cut.jpg", "is damaged"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, message: str) -> None:
+    write_bad_files(tmp_path)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(ValueError, match=f"{name}.*{message}") as caught:
+        load_image(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_roles_and_settings() -> None:
+    image = quarters()
+    for role in ("subject", "face", "background", Role.FACE):
+        assert prepare_reference(image, (32, 32), role=role).size == (32, 32)
+    with pytest.raises(ValueError, match="'person'.*subject, face, background"):
+        prepare_reference(image, (32, 32), role="person")
+    with pytest.raises(ValueError, match="'yes'.*off, auto"):
+        prepare_reference(image, (32, 32), matte="yes")
+    with pytest.raises(ValueError, match="size"):
+        prepare_reference(image, (0, 32))
+
+
+def test_matte_without_the_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "rembg\[cpu\]"'):
+        prepare_reference(quarters(), (32, 32), matte="auto")
+    # A background is never cut out, so it needs no package.
+    assert prepare_reference(quarters(), (32, 32), role="background", matte="auto").size == (32, 32)
+
+
+def test_matte_puts_the_cut_out_subject_on_white(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_left_half(image: Image.Image) -> Image.Image:
+        layer = image.convert("RGBA")
+        layer.paste((0, 0, 0, 0), (0, 0, 20, 20))
+        return layer
+
+    monkeypatch.setitem(sys.modules, "rembg", types.SimpleNamespace(remove=cut_left_half))
+    monkeypatch.setattr(references, "check_matte_available", lambda: None)
+    cut = remove_background(quarters())
+    assert cut.getpixel((5, 5)) == WHITE
+    assert cut.getpixel((25, 5)) == (0, 255, 0)
+    prepared = prepare_reference(quarters(), (40, 20), role="face", matte="auto")
+    assert np.array_equal(pixels(prepared), pixels(cut))

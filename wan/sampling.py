@@ -1,0 +1,186 @@
+"""The sampling core that the plain Wan tasks share: requests, noise, prompts and the denoising loop.
+
+Upstream repeats these lines in each of its task classes (wan/text2video.py and its siblings).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from wan.utils.runtime import placed
+from wan.utils.solvers import Solver
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
+
+    from wan.modules.t5 import T5EncoderModel
+
+DIT_STEM = "diffusion_pytorch_model"
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+
+
+def check_size(size: tuple[int, int], config: EasyDict) -> None:
+    """Refuses a (width, height) that does not divide into VAE cells and DiT patches.
+
+    Raises:
+        ValueError: naming the nearest valid size.
+    """
+    unit_height = config.vae_stride[1] * config.patch_size[1]
+    unit_width = config.vae_stride[2] * config.patch_size[2]
+    width, height = size
+    if width > 0 and height > 0 and width % unit_width == 0 and height % unit_height == 0:
+        return
+    nearest = (_nearest_multiple(width, unit_width), _nearest_multiple(height, unit_height))
+    units = (
+        str(unit_width) if unit_width == unit_height else f"{unit_width} (width) and {unit_height} (height)"
+    )
+    raise ValueError(
+        f"size {width}*{height} does not divide by {units}: the nearest valid size is {nearest[0]}*{nearest[1]}"
+    )
+
+
+def check_frame_num(frame_num: int, config: EasyDict) -> None:
+    """Refuses a number of frames that is not `stride * n + 1`, which the causal VAE would silently cut short.
+
+    Raises:
+        ValueError: naming the nearest valid numbers.
+    """
+    stride = config.vae_stride[0]
+    if frame_num >= 1 and (frame_num - 1) % stride == 0:
+        return
+    below = max(1, (frame_num - 1) // stride * stride + 1)
+    choices = str(below) if frame_num < 1 else f"{below} or {below + stride}"
+    raise ValueError(
+        f"frame number {frame_num} is not of the form {stride}n+1: the nearest valid is {choices}"
+    )
+
+
+def latent_shape(size: tuple[int, int], frame_num: int, config: EasyDict) -> tuple[int, int, int, int]:
+    """The latents' [channels, frames, height, width] for a (width, height) in pixels and a number of frames.
+
+    Raises:
+        ValueError: for a size or number of frames that does not fit the model.
+    """
+    check_size(size, config)
+    check_frame_num(frame_num, config)
+    stride = config.vae_stride
+    return (config.vae.z_dim, (frame_num - 1) // stride[0] + 1, size[1] // stride[1], size[0] // stride[2])
+
+
+def token_count(shape: Sequence[int], config: EasyDict) -> int:
+    """How many tokens the DiT makes of latents [C, F, H, W]."""
+    _, frames, height, width = shape
+    patch = config.patch_size
+    return (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+
+
+def choose_seed(seed: int) -> int:
+    """Gives `seed`, or a fresh random one when it is negative, as upstream."""
+    return seed if seed >= 0 else secrets.randbelow(2**63)
+
+
+def initial_noise(shape: Sequence[int], seed: int) -> torch.Tensor:
+    """Standard normal float32 noise from a CPU generator, so that a seed means the same on every device.
+
+    Upstream draws from the GPU's generator instead; its seeds therefore give other (equally good) videos.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float32, device="cpu", generator=generator)
+
+
+def required_files(
+    checkpoint_dir: str | os.PathLike[str], config: EasyDict, *, dit: bool = True
+) -> list[str]:
+    """Names what a checkpoint folder in upstream's layout must hold, the shards that an index lists included.
+
+    Args:
+        checkpoint_dir: the folder.
+        config: the task's configuration.
+        dit: whether the DiT's weights are wanted there too.
+
+    Raises:
+        ValueError: when the folder's index cannot be read.
+    """
+    folder = Path(checkpoint_dir)
+    names = [config.t5_checkpoint, config.vae_checkpoint]
+    present = [name for name in _TOKENIZER_FILES if (folder / config.t5_tokenizer / name).is_file()]
+    names.append(f"{config.t5_tokenizer}/{(present or _TOKENIZER_FILES)[0]}")
+    if dit:
+        index = folder / f"{DIT_STEM}.safetensors.index.json"
+        if index.is_file():
+            names += sorted(set(_read_index(index)["weight_map"].values()))
+        elif not any(folder.glob(f"{DIT_STEM}*.safetensors")):
+            names.append(f"{DIT_STEM}.safetensors")
+    return names
+
+
+def encode_prompts(
+    text_encoder: T5EncoderModel,
+    prompts: Sequence[str],
+    device: torch.device,
+    *,
+    t5_cpu: bool = False,
+    offload: bool = False,
+) -> list[torch.Tensor]:
+    """Encodes prompts one by one, so that each costs and gives what it does alone.
+
+    Args:
+        text_encoder: the T5 encoder.
+        prompts: any number of prompts.
+        device: where the embeddings go and, without `t5_cpu`, where the encoder runs.
+        t5_cpu: runs the encoder on the CPU.
+        offload: takes the encoder off the device afterwards.
+
+    Returns:
+        One tensor [L, text_dim] per prompt on `device`, padding cut off.
+    """
+    place = torch.device("cpu") if t5_cpu else device
+    with placed(text_encoder.model, place, offload=offload), torch.no_grad():
+        return [text_encoder([prompt], place)[0].to(device) for prompt in prompts]
+
+
+@torch.no_grad()
+def sample_latents(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    solver: Solver,
+    *,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Integrates from noise to latents.
+
+    Args:
+        predict: `(latents [C, F, H, W], timestep scalar) -> velocity [C, F, H, W]`, guidance included.
+        noise: [C, F, H, W], float32, on the device to sample on.
+        solver: a fresh solver.
+        progress: shows a bar on standard error.
+    """
+    from tqdm.auto import tqdm
+
+    latents = noise
+    for timestep in tqdm(
+        solver.timesteps, desc="sampling", unit="step", disable=not progress, dynamic_ncols=True
+    ):
+        latents = solver.step(predict(latents, timestep), timestep, latents)
+    return latents
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(unit, (value + unit // 2) // unit * unit)
+
+
+def _read_index(path: Path) -> dict:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(index["weight_map"], dict):
+            raise TypeError("weight_map is not a table")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a safetensors index ({error}): download it again") from None
+    return index

@@ -1,0 +1,1 @@
+"""Weights, media files and solvers."""

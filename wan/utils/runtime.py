@@ -1,0 +1,113 @@
+"""Where a model runs: devices, number formats, moving parts in and out of memory, peak memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DEVICE_NAMES = ("auto", "cuda", "mps", "cpu")
+DTYPE_NAMES = ("auto", "bf16", "fp32")
+
+
+def resolve_device(device: torch.device | str | None = "auto") -> torch.device:
+    """Gives the device for a name; "auto" and None mean CUDA, else MPS, else CPU, whichever is there.
+
+    Raises:
+        ValueError: when the device is unknown or not on this machine.
+    """
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: choose one of {', '.join(DEVICE_NAMES)}") from None
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise ValueError(
+                f"device {resolved} is not on this machine ({count} CUDA devices seen): use --device cpu"
+            )
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps is not on this machine: use --device cpu")
+    return resolved
+
+
+def resolve_dtype(name: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """Gives the number format for a name; "auto" means bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    known["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPE_NAMES)}")
+    return known[name]
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Hands unused memory of the allocator back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def placed(module: torch.nn.Module, device: torch.device, *, offload: bool) -> Iterator[torch.nn.Module]:
+    """Has `module` on `device` inside the block and, with `offload`, back on the CPU after it."""
+    module.to(device)
+    try:
+        yield module
+    finally:
+        if offload and device.type != "cpu":
+            module.to("cpu")
+            release_cached_memory(device)
+
+
+class PeakMemory:
+    """Measures the largest amount of memory in use since it was made.
+
+    On CUDA that is what torch allocated on the device; elsewhere it is the resident set of the whole process since
+    it started, the only figure the operating system keeps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int | None:
+        """The peak in bytes, or None where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def describe(self) -> str:
+        """One line for a log."""
+        peak = self.bytes()
+        where = f"on {self.device}" if self.device.type == "cuda" else "resident in this process"
+        return f"peak memory: {peak / 2**30:.2f} GiB {where}" if peak is not None else "peak memory: unknown"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device or the machine ran out of memory."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    message = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
+    return isinstance(error, RuntimeError) and any(sign in message for sign in signs)
