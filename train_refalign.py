@@ -6,14 +6,28 @@ import argparse
 import ast
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 CONFIG_SOURCE = Path(__file__).resolve().parent / "refalign_ext" / "config.py"
 DESCRIPTION = """Train reference-to-video with reference alignment (RefAlign).
 
 Without arguments it trains the embedded r2v-tiny model on the sprite world: no downloads, no GPU, and a stopped run
 goes on where it was. Real weights: --recipe paper --task r2v-1.3B --ckpt_dir Wan2.1-T2V-1.3B --data manifest.jsonl"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with exit code 2 and one line on standard error."""
+    print(f"train_refalign.py: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def fields_of(class_name: str) -> list[tuple[str, str, str]]:
@@ -41,18 +55,37 @@ def parse_value(text: str, annotation: str) -> Any:
         if text.lower() in ("false", "0", "no", "off"):
             return False
         raise ValueError("expected true or false")
+    try:
+        if annotation.startswith("tuple"):
+            return tuple(float(part) for part in text.split(","))
+        return {"int": int, "float": float}.get(annotation, str)(text)
+    except ValueError:
+        raise ValueError(f"expected {describe(annotation)}") from None
+
+
+def describe(annotation: str) -> str:
+    """An annotation in words."""
     if annotation.startswith("tuple"):
-        return tuple(float(part) for part in text.split(","))
-    kinds = {"int": int, "float": float}
-    return kinds.get(annotation, str)(text)
+        count = annotation.count("float")
+        return f"{count} numbers with commas, such as {','.join(['0.5'] * count)}"
+    return {"int": "a whole number", "float": "a number"}.get(annotation, "a text")
+
+
+def placeholder(annotation: str) -> str:
+    """What the help shows for a value of that type."""
+    if annotation.startswith("tuple"):
+        return ",".join(["X"] * annotation.count("float"))
+    return {"int": "N", "float": "X", "bool": "BOOL"}.get(annotation, "TEXT")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every field of TrainConfig is a flag; nested ones are written --alignment.depth."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train_refalign.py",
+        usage="train_refalign.py [--SETTING VALUE ...]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--recipe", default=None, help="tiny (default), paper or release")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default)")
@@ -67,13 +100,13 @@ def build_parser() -> argparse.ArgumentParser:
             help_text = textwrap.shorten(text.replace("`", ""), 300).replace("%", "%%")
             extra = {"nargs": "?", "const": "true"} if annotation == "bool" else {}
             parser.add_argument(
-                f"--{prefix}{name}", default=None, metavar=annotation.upper(), help=help_text, **extra
+                f"--{prefix}{name}", default=None, metavar=placeholder(annotation), help=help_text, **extra
             )
     return parser
 
 
-def read_overrides(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line names, converted to their types."""
+def read_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line names, converted to their types; ends the program if a value is none."""
     overrides = {}
     for prefix, class_name in (("", "TrainConfig"), ("alignment.", "AlignmentConfig")):
         for name, annotation, _ in fields_of(class_name):
@@ -83,26 +116,32 @@ def read_overrides(parser: argparse.ArgumentParser, options: argparse.Namespace)
             try:
                 overrides[f"{prefix}{name}"] = parse_value(text, annotation)
             except ValueError as error:
-                parser.error(f"--{prefix}{name} {text}: {error}")
+                fail(f"--{prefix}{name} {text}: {error}")
     return overrides
 
 
-def main() -> int:
-    parser = build_parser()
-    options = parser.parse_args()
-    overrides = read_overrides(parser, options)
-    from refalign_ext.launch import explain, train
-
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
+    options = build_parser().parse_args(arguments)
+    overrides = read_overrides(options)
+    if options.threads is not None and options.threads < 1:
+        fail(f"--threads {options.threads}: it must be at least 1")
     try:
-        train(
-            options.recipe, overrides, device=options.device, resume=options.resume, threads=options.threads
-        )
+        from refalign_ext.launch import explain, train
+
+        try:
+            train(
+                options.recipe,
+                overrides,
+                device=options.device,
+                resume=options.resume,
+                threads=options.threads,
+            )
+        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
+            fail(explain(error))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"train_refalign.py: error: {explain(error)}", file=sys.stderr)
-        return 2
     return 0
 
 

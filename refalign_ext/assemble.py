@@ -69,7 +69,7 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 
 
 def assemble(config: TrainConfig, device: torch.device) -> Trainer:
-    """Everything a run needs, on `device`.
+    """Everything a run needs, on `device`. Nothing is written: that begins with `Source.prepare`.
 
     Raises:
         ValueError: for missing or unfitting files and settings, named one by one.
@@ -78,13 +78,10 @@ def assemble(config: TrainConfig, device: torch.device) -> Trainer:
     if config.data is None and config.task != "r2v-tiny":
         raise ValueError(f"--task {config.task} needs --data MANIFEST.jsonl (docs/training.md shows a line)")
     rows = None if config.data is None else read_manifest(Path(config.data))
-    alignment = config.alignment
     teacher = None
-    if alignment.weight:
-        path = alignment.teacher_path
-        if path is None and alignment.teacher == task.get("teacher") and "teacher_folder" in task:
-            path = folder / task.teacher_folder
-        teacher = load_teacher(alignment.teacher, path, device=device)
+    if config.alignment.weight:
+        path = _teacher_folder(config, task, folder)
+        teacher = load_teacher(config.alignment.teacher, path, device=device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
     model, projectors = _trained_parts(config, task, folder, teacher, device)
     model.train()
@@ -92,14 +89,14 @@ def assemble(config: TrainConfig, device: torch.device) -> Trainer:
         model.enable_gradient_checkpointing()
     if config.compile:
         _compile_blocks(model)
-    source = _sprites(config, task, folder, vae, teacher) if rows is None else None
-    if source is None:
-        source = ManifestSource(
-            rows, task.size, task.frame_num, vae.encode, _on_grid(teacher, task), config.seed
-        )
-    return Trainer(
-        config, ReferenceBackbone(model), projectors, source, text_encoder(folder, task, device), device
-    )
+    source: Source
+    if rows is None:
+        source = _sprites(config, task, folder, vae, teacher)
+    else:
+        features = _on_grid(teacher, task)
+        source = ManifestSource(rows, task.size, task.frame_num, vae.encode, features, config.seed)
+    encode_text = text_encoder(folder, task, device)
+    return Trainer(config, ReferenceBackbone(model), projectors, source, encode_text, device)
 
 
 def text_encoder(
@@ -136,7 +133,7 @@ def _trained_parts(
         model = load_dit(path, task, device="cpu", dtype=torch.float32)
         saved_projectors = read_dit_checkpoint(path).projectors
     depth = config.alignment.depth
-    if depth > len(model.blocks):
+    if teacher is not None and depth > len(model.blocks):
         raise ValueError(f"--alignment.depth {depth}: {config.task} has {len(model.blocks)} blocks")
     projectors = None
     if teacher is not None and saved_projectors:
@@ -155,6 +152,15 @@ def _compile_blocks(model: torch.nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 8 * len(model.blocks)
     for block in model.blocks:
         block.compile(dynamic=False)
+
+
+def _teacher_folder(config: TrainConfig, task: EasyDict, folder: Path) -> Path | None:
+    """The teacher's local folder; None: it comes from the hub."""
+    alignment = config.alignment
+    if alignment.teacher_path is not None:
+        return Path(alignment.teacher_path)
+    is_own = alignment.teacher == task.get("teacher") and "teacher_folder" in task
+    return folder / task.teacher_folder if is_own else None
 
 
 def _on_grid(teacher: Teacher | None, task: EasyDict) -> Callable[[Tensor], Tensor] | None:
@@ -189,7 +195,8 @@ def _sprites(
     )
     parts = [file_sha256(folder / task.vae_checkpoint)]
     if teacher is not None:
-        path = Path(config.alignment.teacher_path or folder / task.teacher_folder)
-        parts += [file_sha256(file) for file in sorted(path.glob("*.safetensors"))]
+        path = _teacher_folder(config, task, folder)
+        names = [] if path is None else sorted(path.glob("*.safetensors"))
+        parts += [file_sha256(file) for file in names] or [config.alignment.teacher]
     fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
     return SpriteSource(settings, encode, _on_grid(teacher, task), Path(config.out) / "cache", fingerprint)

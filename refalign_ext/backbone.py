@@ -9,7 +9,8 @@ as they are and `detach` leaves the model as it was found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,19 @@ class BackboneOutput:
     layout: TokenLayout
 
 
+@dataclass(eq=False)
+class _Pass:
+    """What the hooks need during one pass, and again when activation checkpointing repeats a block of it."""
+
+    owner: ReferenceBackbone
+    layout: TokenLayout
+    video_mask: Tensor | None  # [B, longest video, 1]; None if the video ends at the same token everywhere
+    tap_depth: int
+    tap: str
+    with_gradients: bool
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
 class ReferenceBackbone(nn.Module):
     """Any WanModel (ours, upstream's) with references.
 
@@ -105,17 +119,17 @@ class ReferenceBackbone(nn.Module):
             )
         self.model = model
         self.seq_len_multiple = 1
-        self._layout: TokenLayout | None = None
-        self._video_mask: Tensor | None = None
-        self._taps: dict[int, Tensor] = {}
-        self._tap_depth, self._tap = 0, "block"
+        self._pass: _Pass | None = None  # while the model runs
+        self._active: _Pass | None = None  # from a block's self-attention to the end of its cross-attention
         self._handles = []
         for index, block in enumerate(model.blocks):
+            # Partials of methods, not closures: a deep copy of this module then has hooks of its own.
             self._handles += [
+                block.self_attn.register_forward_pre_hook(self._find_pass, with_kwargs=True),
                 block.cross_attn.register_forward_pre_hook(self._narrow_queries, with_kwargs=True),
                 block.cross_attn.register_forward_hook(self._skip_text),
-                block.self_attn.register_forward_hook(self._tap_hook(index, "self_attn")),
-                block.register_forward_hook(self._tap_hook(index, "block")),
+                block.self_attn.register_forward_hook(partial(self._take, index, "self_attn")),
+                block.register_forward_hook(partial(self._take, index, "block")),
             ]
 
     def detach(self) -> nn.Module:
@@ -147,7 +161,8 @@ class ReferenceBackbone(nn.Module):
             tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
 
         Raises:
-            ValueError: for inputs that do not fit together, a tap_depth beyond the model or an unknown tap.
+            ValueError: for inputs that do not fit together, a tap_depth beyond the model, an unknown tap, taps from
+                samples of different sizes, or reentrant activation checkpointing.
         """
         if not self._handles:
             raise ValueError("this ReferenceBackbone was detached: attach a new one to the model")
@@ -157,48 +172,69 @@ class ReferenceBackbone(nn.Module):
             raise ValueError(f"tap depth {tap_depth} does not fit {len(self.model.blocks)} blocks")
         layout = TokenLayout.of(latents, references, tuple(self.model.patch_size), self.seq_len_multiple)
         device = self.model.patch_embedding.weight.device
-        self._layout, self._tap_depth, self._tap = layout, tap_depth, tap
-        self._video_mask = None
+        if tap_depth:
+            layout.require_one_grid()
+        mask = None
         if not layout.is_uniform:
             # Queries end at the longest video; shorter samples' references before that end are silenced by this.
-            self._video_mask = layout.video_token_mask(device)[:, : layout.most_video_tokens, None]
+            mask = layout.video_token_mask(device)[:, : layout.most_video_tokens, None]
         extended = [
             torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
         ]
+        current = _Pass(self, layout, mask, tap_depth, tap, torch.is_grad_enabled())
+        self._pass = current
         try:
             outputs = self.model(extended, t=timestep, context=list(context), seq_len=layout.seq_len)
-            tapped = [layout.gather_references(self._taps[index]) for index in range(tap_depth)]
+            tapped = [layout.gather_references(current.taps[index]) for index in range(tap_depth)]
         finally:
-            self._layout, self._video_mask, self._taps = None, None, {}
-            self._tap_depth = 0
+            self._pass, self._active = None, None
+            current.taps.clear()
         prediction = [
             output[:, : video.shape[1]] for output, video in zip(outputs, latents, strict=True)
         ]  # each [C, F + M, H, W] -> [C, F, H, W]
         return BackboneOutput(prediction, tapped, layout)
 
+    def _find_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Learn which pass a block runs for.
+
+        Activation checkpointing repeats a block during the backward, when other passes may have come in between. All it
+        repeats is the block's arguments, so the pass travels on one that reaches self-attention as it is: `grid_sizes`.
+        """
+        grid_sizes = kwargs["grid_sizes"] if "grid_sizes" in kwargs else args[2]
+        if self._pass is None:
+            found = getattr(grid_sizes, "reference_pass", None)
+            self._active = found if found is not None and found.owner is self else None
+            return
+        if self._pass.with_gradients and not torch.is_grad_enabled():
+            # Reentrant checkpointing: taps would carry no gradient, and the repetition gets copies of the arguments.
+            raise ValueError(
+                "a block runs without gradients in a pass with gradients: use non-reentrant activation checkpointing "
+                "(use_reentrant=False)"
+            )
+        self._active = grid_sizes.reference_pass = self._pass
+
     def _narrow_queries(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict] | None:
         """Let only video tokens ask the text: what reference tokens would get is thrown away anyway."""
-        if self._layout is None:
+        if self._active is None:
             return None
-        end = self._layout.most_video_tokens
+        end = self._active.layout.most_video_tokens
         if args:
             return (args[0][:, :end], *args[1:]), kwargs
         return args, {**kwargs, "x": kwargs["x"][:, :end]}
 
     def _skip_text(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Reference tokens get no residual from the text: [B, V, d] -> [B, seq_len, d] with zeros on references."""
-        if self._layout is None:
+        current, self._active = self._active, None
+        if current is None:
             return None
-        if self._video_mask is not None:
-            output = output.masked_fill(~self._video_mask, 0.0)
-        return F.pad(output, (0, 0, 0, self._layout.seq_len - output.shape[1]))
+        if current.video_mask is not None:
+            output = output.masked_fill(~current.video_mask, 0.0)
+        return F.pad(output, (0, 0, 0, current.layout.seq_len - output.shape[1]))
 
-    def _tap_hook(self, index: int, place: str):  # noqa: ANN202 - a hook as torch takes it
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            # Stored by index: under activation checkpointing an inner hook runs again and must change nothing.
-            if self._layout is not None and index < self._tap_depth and place == self._tap:
-                self._taps[index] = output
-
-        return hook
+    def _take(self, index: int, place: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        # Only while the model runs: what checkpointing repeats must change nothing.
+        current = self._pass
+        if current is not None and index < current.tap_depth and place == current.tap:
+            current.taps[index] = output

@@ -8,6 +8,8 @@ optimizer and the run's settings.
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,14 +23,28 @@ RAW_FILE = "raw_weights.safetensors"
 PROJECTORS_FILE = "projectors.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "trainer.json"
+_NAME = re.compile(r"step-(\d+)")
+_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    found = [
-        path for path in folder.glob("step-*") if path.suffix != ".part" and (path / STATE_FILE).is_file()
-    ]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=_step_of)
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond `step` to `abandoned-step-*`: the run goes on from there, and they are not its own.
+
+    Otherwise `--resume auto` would later jump to them, and they would count as the newest to keep. Returns the new names.
+    """
+    moved = []
+    for path in checkpoints_in(folder):
+        if _step_of(path) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def resolve_resume(folder: Path, resume: str) -> Path | None:
@@ -67,16 +83,21 @@ def save_checkpoint(
     With a moving average, that is what `diffusion_pytorch_model.safetensors` holds (it is what one generates with) and
     the trained weights themselves go to `raw_weights.safetensors`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / f"step-{step:08d}"
     aside = final.with_suffix(".part")
-    shutil.rmtree(aside, ignore_errors=True)
+    for leftover in folder.glob("step-*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
 
     def write(tensors: Mapping[str, Tensor], name: str) -> None:
         plain = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
-        save_file(plain, aside / name, metadata={"format": "pt"})
+        try:
+            save_file(plain, aside / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{aside / name} cannot be written ({error}): free some space") from error
 
     write(dit if average is None else average, DIT_FILE)
     if average is not None:
@@ -114,5 +135,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "projectors": load_file(path / PROJECTORS_FILE) if (path / PROJECTORS_FILE).exists() else None,
             "optimizers": torch.load(path / OPTIMIZER_FILE, weights_only=True, map_location="cpu"),
         }
-    except (OSError, SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({error}); resume from an earlier one") from error
+    except (*_UNREADABLE, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"checkpoint {path} is damaged or incomplete ({reason}): name an earlier one with --resume FOLDER"
+        ) from error
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

@@ -6,6 +6,7 @@ Recipes are plain functions that return a `TrainConfig`; any field can be overri
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,12 @@ TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
+_LEAST = {
+    1: ("batch_size", "accumulation", "steps", "save_every", "keep_last", "log_every", "cache_clips")
+    + ("cache_views", "preview_clips"),
+    0: ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm", "preview_every")
+    + ("seed", "alignment.weight", "alignment.negative_weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,9 @@ class TrainConfig:
     keep_last: int = 2
     """Checkpoints kept."""
     preview_every: int = 500
-    """Optimizer steps between preview pictures; 0: none."""
+    """Sprite world: optimizer steps between preview pictures; 0: none."""
+    preview_clips: int = 48
+    """Sprite world: clips that a preview generates and judges with one subject; with two subjects half as many."""
     log_every: int = 10
     """Optimizer steps between log entries."""
     cache_clips: int = 10000
@@ -125,19 +134,44 @@ class TrainConfig:
         for name, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
-        if self.drop_text + self.drop_references + self.drop_both > 1:
+        self._check_numbers()
+        shares = (self.drop_text, self.drop_references, self.drop_both)
+        if sum(shares) > 1:
             raise ValueError(
                 "drop_text + drop_references + drop_both exceed 1: they are shares of the samples"
             )
-        for name in ("batch_size", "accumulation", "steps", "save_every", "keep_last", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}: give two numbers in [0, 1), such as 0.9,0.999")
+        if len(self.subject_counts) != 3 or min(self.subject_counts) < 0 or not sum(self.subject_counts):
+            raise ValueError(
+                f"subject_counts is {self.subject_counts}: give three shares, such as 0.7,0.25,0.05"
+            )
+        if self.from_scratch and self.dit_ckpt is not None:
+            raise ValueError("from_scratch and dit_ckpt exclude each other: leave one out")
+
+    def _check_numbers(self) -> None:
+        values = {f"alignment.{name}": value for name, value in vars(self.alignment).items()} | vars(self)
+        for name, value in values.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} is {value}: give a finite number")
+        for least, names in _LEAST.items():
+            for name in names:
+                if values[name] < least:
+                    raise ValueError(f"{name} is {values[name]}: it must be at least {least}")
+        for name in ("drop_text", "drop_references", "drop_both", "regular_pairs"):
+            if not 0 <= values[name] <= 1:
+                raise ValueError(f"{name} is {values[name]}: it is a share, between 0 and 1")
         if self.alignment.weight and self.alignment.depth < 1:
             raise ValueError(
                 "alignment.depth is below 1: set alignment.weight to 0 to train without alignment"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share is {self.decay_share}: it must lie in (0, 1]")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed is {self.seed}: give a number below 2**63")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for the file beside a checkpoint."""
@@ -163,7 +197,7 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
         timesteps="logit_normal",
         batch_size=8,
-        steps=26000,
+        steps=24000,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
@@ -202,6 +236,8 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
         if key.startswith("alignment.")
     }
     plain = {key: value for key, value in overrides.items() if not key.startswith("alignment.")}
+    if plain.get("dit_ckpt") is not None:
+        plain.setdefault("from_scratch", False)  # naming weights means starting from them
     for keys, owner in ((nested, AlignmentConfig), (plain, TrainConfig)):
         known = {field.name for field in dataclasses.fields(owner)}
         unknown = sorted(set(keys) - known)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import sys
+import tempfile
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import torch
 
 from refalign_ext.assemble import assemble, task_config
 from refalign_ext.backbone import WanModel, dit_arguments, is_out_of_memory, resolve_device
-from refalign_ext.checkpoint import resolve_resume
+from refalign_ext.checkpoint import resolve_resume, set_aside_after
 from refalign_ext.config import TrainConfig, recipe, with_overrides
 from refalign_ext.trainer import Trainer
 
@@ -34,6 +39,8 @@ def train(
 
     Raises:
         ValueError: for settings or files that do not fit, before anything is written.
+        FloatingPointError: if a loss is not finite.
+        KeyboardInterrupt: after a stop that was asked for; the checkpoint is written by then.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if threads is not None:
@@ -47,11 +54,17 @@ def train(
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    trainer.source.prepare()
+    for moved in set_aside_after(out / "checkpoints", trainer.step):
+        logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
     (out / "settings.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    _forget_metrics_after(out / "metrics.jsonl", trainer.step)
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step hides what an interrupted run logged beyond its last checkpoint
-    with SummaryWriter(str(out / "tensorboard"), purge_step=trainer.step + 1) as writer:
+    tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=trainer.step + 1)
+    with tensorboard as writer, _stop_on_interrupt() as should_stop:
 
         def log(step: int, values: dict[str, float]) -> None:
             for key, value in values.items():
@@ -59,8 +72,11 @@ def train(
             with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-        preview = _sprite_preview(trainer, config, writer) if config.data is None else None
-        trainer.run(log=log, preview=preview)
+        has_preview = config.data is None and config.preview_every > 0
+        preview = _sprite_preview(trainer, config, writer) if has_preview else None
+        trainer.run(log=log, preview=preview, should_stop=should_stop)
+    if trainer.step < config.steps:
+        raise KeyboardInterrupt
     logger.info("done: %s", out / "checkpoints")
     return trainer
 
@@ -77,15 +93,50 @@ def explain(error: BaseException) -> str:
 
 
 def _check_writable(out: Path) -> None:
+    """Try the folder, or the nearest one above it that exists, without leaving anything there."""
+    folder = out.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(
             f"--out {out} cannot be written ({error.strerror}): choose another folder"
         ) from error
+
+
+def _forget_metrics_after(path: Path, step: int) -> None:
+    """Drop what an interrupted run logged beyond the checkpoint that the run goes on from."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        aside = path.with_suffix(".part")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the running step finish and be saved; the second stops at once."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.default_int_handler)
+        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+
+    previous = signal.getsignal(signal.SIGINT)
+    # Handlers belong to the main thread, and a job in the background ignores the terminal's Ctrl-C.
+    if threading.current_thread() is not threading.main_thread() or previous is signal.SIG_IGN:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _sprite_preview(trainer: Trainer, config: TrainConfig, writer: Any) -> Callable[[int], dict[str, float]]:
@@ -111,7 +162,7 @@ def _sprite_preview(trainer: Trainer, config: TrainConfig, writer: Any) -> Calla
         model = WanModel(**dit_arguments(task)).to(trainer.device)
         model.load_state_dict(trainer.averaged_state())
         values, sheets = {}, []
-        for subjects, clips in ((1, 48), (2, 24)):
+        for subjects, clips in ((1, config.preview_clips), (2, max(1, config.preview_clips // 2))):
             evaluation = evaluator.generate(model, Job(clips=clips, subjects=subjects))
             for key, row in evaluation.table().items():
                 if not np.isnan(row["share"]):

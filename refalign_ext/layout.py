@@ -60,8 +60,13 @@ class TokenLayout:
             multiple: `seq_len` is rounded up to a multiple of it (the sequence-parallel size).
 
         Raises:
-            ValueError: if counts or sizes do not fit together or do not divide by the patch.
+            ValueError: if there are no samples or no frames, or counts or sizes do not fit together or do not divide
+                by the patch.
         """
+        if multiple < 1:
+            raise ValueError(f"seq_len cannot be a multiple of {multiple}: give a number of 1 or more")
+        if not latents:
+            raise ValueError("the batch is empty: give at least one sample")
         if len(latents) != len(references):
             raise ValueError(
                 f"{len(latents)} latents but references for {len(references)} samples: give one each"
@@ -81,6 +86,10 @@ class TokenLayout:
                 raise ValueError(
                     f"sample {index}: references are {tuple(refs.shape[2:])} latent cells, the video is "
                     f"{tuple(video.shape[2:])}: encode references at the video's size"
+                )
+            if not all(video.shape[1:]):
+                raise ValueError(
+                    f"sample {index}: latents {tuple(video.shape)} hold no video: give at least one frame"
                 )
             height, width = video.shape[2:]
             if height % patch_size[1] or width % patch_size[2]:
@@ -116,17 +125,21 @@ class TokenLayout:
         ends = torch.tensor([sample.video_tokens for sample in self.samples], device=device)
         return torch.arange(self.seq_len, device=device) < ends[:, None]
 
+    def require_one_grid(self) -> None:
+        """Raise ValueError unless the references of all samples have the same grid, as `gather_references` needs."""
+        grids = {(sample.height, sample.width) for sample in self.samples}
+        if len(grids) > 1:
+            raise ValueError(
+                f"reference features of different grids {sorted(grids)} cannot share a batch: bucket by size"
+            )
+
     def gather_references(self, tokens: Tensor) -> Tensor:
         """Cut the reference tokens [B, M, N, d] out of [B, seq_len, d]; missing references are zeros.
 
         Raises:
             ValueError: if samples of different token grids would have to share one tensor.
         """
-        grids = {(sample.height, sample.width) for sample in self.samples}
-        if len(grids) > 1:
-            raise ValueError(
-                f"reference features of different grids {sorted(grids)} cannot share a batch: bucket by size"
-            )
+        self.require_one_grid()
         most, per_frame = self.most_references, self.samples[0].tokens_per_frame
         first = self.samples[0]
         if all(sample == first for sample in self.samples):

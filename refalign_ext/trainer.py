@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,11 +141,16 @@ class Trainer:
         )
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step over `accumulation` batches; returns what to log."""
+        """One optimizer step over `accumulation` batches; returns what to log.
+
+        Raises:
+            FloatingPointError: if a loss or the gradient is not finite; the weights are left as they were.
+        """
         config = self.config
         set_learning_rates(self.optimizers, learning_rate_scale(self.step, config))
         first = self.step * config.accumulation * config.batch_size
         sums: dict[str, float] = {}
+        seen: list[str] = []
         for micro in range(config.accumulation):
             start = first + micro * config.batch_size
             indices = range(start, start + config.batch_size)
@@ -154,10 +160,13 @@ class Trainer:
             (losses.total / config.accumulation).backward()
             for name in ("total", "flow", "positive", "negative"):
                 sums[name] = sums.get(name, 0.0) + getattr(losses, name).item() / config.accumulation
+            seen += [sample.name for sample in samples]
+            self._require_finite("loss", sums["total"], seen[-len(samples) :])
         parameters = [
             p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
         ]
         norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
+        self._require_finite("gradient", norm.item(), seen)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,6 +181,14 @@ class Trainer:
             "gradient_norm": norm.item(),
             "learning_rate": self.optimizers[0].param_groups[0]["lr"],
         }
+
+    def _require_finite(self, what: str, value: float, names: list[str]) -> None:
+        if not math.isfinite(value):
+            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise FloatingPointError(
+                f"the {what} of step {self.step + 1} is {value} (samples {listed}): lower --learning_rate or look at "
+                "these samples; the last checkpoint is untouched"
+            )
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -206,8 +223,8 @@ class Trainer:
         """
         state = read_checkpoint(path)
         then, now = _flatten(state["settings"]), _flatten(self.config.to_dict())
-        for name in sorted(name for name in now if str(then.get(name)) != str(now[name])):
-            logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then.get(name))
+        for name in sorted(name for name in now if name in then and str(then[name]) != str(now[name])):
+            logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name])
         try:
             self.backbone.model.load_state_dict(state["dit"])
             if self.projectors is not None:
@@ -217,15 +234,19 @@ class Trainer:
                     f"it has {len(state['optimizers'])} optimizers, this run {len(self.optimizers)}"
                 )
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                rates = [group["base_lr"] for group in optimizer.param_groups]
+                # Rates, betas and weight decay are this run's, as the warnings above say.
+                options = [
+                    {key: value for key, value in group.items() if key != "params"}
+                    for group in optimizer.param_groups
+                ]
                 optimizer.load_state_dict(saved)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["base_lr"] = rate
+                for group, values in zip(optimizer.param_groups, options, strict=True):
+                    group.update(values)
         except (RuntimeError, ValueError, KeyError) as error:
-            first_line = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"checkpoint {path} does not fit this run ({first_line}); use --resume off or the settings it was "
-                "trained with"
+                f"checkpoint {path} does not fit this run ({reason[:200]}): use the settings it was trained with, "
+                "--resume off or another --out"
             ) from error
         if self.average is not None:
             self.average = {k: v.to(self.device) for k, v in (state["average"] or state["dit"]).items()}
@@ -236,41 +257,50 @@ class Trainer:
         *,
         log: Callable[[int, dict[str, float]], None],
         preview: Callable[[int], dict[str, float]] | None = None,
+        should_stop: Callable[[], bool] | None = None,
         progress: bool = True,
     ) -> None:
-        """Train to `config.steps` with a progress bar, logs, previews and checkpoints."""
+        """Train to `config.steps` with a progress bar, logs, previews and checkpoints.
+
+        Args:
+            log: takes the step and its values.
+            preview: makes a picture at a step and returns values to log.
+            should_stop: asked after every step; True saves a checkpoint and ends the run.
+        """
         from tqdm import tqdm
 
         config = self.config
         clips = config.batch_size * config.accumulation
-        bar = tqdm(
+        began, logged_at = time.monotonic(), self.step
+        with tqdm(
             total=config.steps,
             initial=self.step,
             desc="training",
             unit="step",
             disable=not progress,
             mininterval=0.5,
-        )
-        began, logged_at = time.monotonic(), self.step
-        while self.step < config.steps:
-            values = self.train_step()
-            bar.update()
-            if self.step % config.log_every == 0 or self.step == config.steps:
-                seconds = time.monotonic() - began
-                values["clips_per_second"] = (self.step - logged_at) * clips / max(seconds, 1e-9)
-                log(self.step, values)
+        ) as bar:
+            while self.step < config.steps:
+                values = self.train_step()
+                seconds = max(time.monotonic() - began, 1e-9)
+                values["clips_per_second"] = (self.step - logged_at) * clips / seconds
                 bar.set_postfix_str(
                     f"loss {values['loss/total']:.3f} RA+ {values['alignment/positive']:.3f} "
                     f"RA- {values['alignment/negative']:.3f} {values['clips_per_second']:.1f} clips/s",
                     refresh=False,
                 )
-                began, logged_at = time.monotonic(), self.step
-            if self.step % config.save_every == 0 or self.step == config.steps:
-                self.save()
-            if preview is not None and config.preview_every and self.step % config.preview_every == 0:
-                log(self.step, preview(self.step))
-                began, logged_at = time.monotonic(), self.step
-        bar.close()
+                bar.update()
+                if self.step % config.log_every == 0 or self.step == config.steps:
+                    log(self.step, values)
+                    began, logged_at = time.monotonic(), self.step
+                stopping = should_stop is not None and should_stop()
+                if self.step % config.save_every == 0 or self.step == config.steps or stopping:
+                    self.save()
+                if stopping:
+                    break
+                if preview is not None and config.preview_every and self.step % config.preview_every == 0:
+                    log(self.step, preview(self.step))
+                    began, logged_at = time.monotonic(), self.step
 
 
 def _plain_config(model: nn.Module) -> dict:

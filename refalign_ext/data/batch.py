@@ -31,6 +31,10 @@ class EncodedSample:
 class Source(Protocol):
     """An endless, seekable stream: sample `index` of step `step` is the same whenever and wherever it is asked for."""
 
+    def prepare(self) -> None:
+        """Slow work before the first sample, such as filling a cache; called once, before training."""
+        ...
+
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """Samples of the global positions `indices`, which belong to optimizer step `step`."""
         ...

@@ -10,7 +10,9 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.references import prepare_reference, reference_to_tensor
+from refalign_ext.references import MAX_REFERENCES, prepare_reference, reference_to_tensor
+
+if TYPE_CHECKING:
+    import av
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +49,22 @@ def read_manifest(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise ValueError(f"--data {path}: no such manifest")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data {path}: not UTF-8 text ({error}); save it as JSON lines") from error
     root, rows = path.parent.resolve(), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            rows.append(_parse_row(line, f"{path}, line {number}", root))
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _parse_row(line, f"{path}, line {number}", root)
+        if row.name in lines:
+            raise ValueError(
+                f"{path}, line {number}: id {row.name!r} is already used in line {lines[row.name]}"
+            )
+        lines[row.name] = number
+        rows.append(row)
     if not rows:
         raise ValueError(f"--data {path}: the manifest has no rows")
     return rows
@@ -60,15 +77,18 @@ def _parse_row(line: str, place: str, root: Path) -> Row:
         raise ValueError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(entry, dict):
         raise ValueError(f'{place}: expected an object like {{"id", "video", "prompt", "references"}}')
-    for key, kind in (("id", str), ("video", str), ("prompt", str), ("references", list)):
-        if not isinstance(entry.get(key), kind) or not entry[key]:
-            raise ValueError(
-                f"{place}: {key!r} is missing, empty or not a {'list' if kind is list else 'string'}"
-            )
-    if not all(isinstance(name, str) for name in entry["references"]) or len(entry["references"]) > 8:
-        raise ValueError(f"{place}: 'references' must be 1 to 8 file names")
+    for key in ("id", "video", "prompt"):
+        if not isinstance(entry.get(key), str) or not entry[key].strip():
+            raise ValueError(f"{place}: {key!r} is missing, empty or not a string")
+    references = entry.get("references")
+    if not isinstance(references, list) or not all(isinstance(name, str) and name for name in references):
+        raise ValueError(f"{place}: 'references' is missing or not a list of file names")
+    if not 1 <= len(references) <= MAX_REFERENCES:
+        raise ValueError(f"{place}: {len(references)} references; 1 to {MAX_REFERENCES} are possible")
     paths = []
-    for name in (entry["video"], *entry["references"]):
+    for name in (entry["video"], *references):
+        if "\0" in name:
+            raise ValueError(f"{place}: {name!r} is not a file name")
         inside = (root / name).resolve()
         if not inside.is_relative_to(root):
             raise ValueError(f"{place}: {name!r} lies outside the manifest's folder")
@@ -78,6 +98,8 @@ def _parse_row(line: str, place: str, root: Path) -> Row:
 
 def read_clip(path: Path, frame_num: int, size: tuple[int, int], start_share: float = 0.0) -> Tensor:
     """`frame_num` consecutive frames, scaled and centre-cropped to `size` (width, height): [3, T, H, W] in [-1, 1].
+
+    Only these frames, and those back to the key frame before them, are decoded.
 
     Args:
         start_share: where to start, as a share of the frames that can be spared.
@@ -89,22 +111,66 @@ def read_clip(path: Path, frame_num: int, size: tuple[int, int], start_share: fl
 
     try:
         with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            stream = container.streams.video[0]
+            # The packets tell when every frame is shown without decoding it; without times there is only counting.
+            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            shown = None
+            if len(times) >= frame_num and len(set(times)) == len(times):
+                first = int(start_share * (len(times) - frame_num))
+                shown = _decode_from(container, stream, times[first : first + frame_num], size)
+        if shown is None:
+            shown = _decode_counting(path, frame_num, size, start_share)
     except (av.error.FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error
-    if len(frames) < frame_num:
-        raise ValueError(f"{path}: {len(frames)} frames, {frame_num} are needed")
-    first = int(start_share * (len(frames) - frame_num))
-    clip = (
-        torch.from_numpy(np.stack(frames[first : first + frame_num])).permute(0, 3, 1, 2).float()
-    )  # [T, 3, H, W]
+    return torch.stack(shown, 1)  # [3, T, H, W]
+
+
+def _decode_from(
+    container: av.container.InputContainer, stream: av.VideoStream, times: list[int], size: tuple[int, int]
+) -> list[Tensor] | None:
+    """The frames shown at `times`, or None if the file does not decode to exactly these."""
+    import av
+
+    try:
+        container.seek(times[0], stream=stream, backward=True)
+    except av.error.FFmpegError:  # a stream without an index
+        return None
+    frames: list[Tensor] = []
+    for frame in container.decode(stream):
+        if frame.pts is None or frame.pts > times[len(frames)]:
+            return None
+        if frame.pts == times[len(frames)]:
+            frames.append(_fitted(frame.to_ndarray(format="rgb24"), size))
+        if len(frames) == len(times):
+            return frames
+    return None
+
+
+def _decode_counting(path: Path, frame_num: int, size: tuple[int, int], start_share: float) -> list[Tensor]:
+    """The same for files with missing or untrue times: count all frames first, then decode up to the last one."""
+    import av
+
+    with av.open(str(path)) as container:
+        count = sum(1 for _ in container.decode(video=0))
+    if count < frame_num:
+        raise ValueError(f"{path}: {count} frames, {frame_num} are needed")
+    first = int(start_share * (count - frame_num))
+    with av.open(str(path)) as container:
+        wanted = islice(container.decode(video=0), first, first + frame_num)
+        return [_fitted(frame.to_ndarray(format="rgb24"), size) for frame in wanted]
+
+
+def _fitted(frame: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """[H, W, 3] uint8 -> [3, height, width] in [-1, 1], the aspect ratio kept, what protrudes cut off."""
     width, height = size
-    scale = max(height / clip.shape[2], width / clip.shape[3])
-    scaled = (max(height, round(clip.shape[2] * scale)), max(width, round(clip.shape[3] * scale)))
-    clip = F.interpolate(clip, size=scaled, mode="bilinear", antialias=True, align_corners=False)
+    image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
+    scale = max(height / image.shape[2], width / image.shape[3])
+    scaled = (max(height, round(image.shape[2] * scale)), max(width, round(image.shape[3] * scale)))
+    image = F.interpolate(image, size=scaled, mode="bilinear", antialias=True, align_corners=False)[0]
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    clip = clip[:, :, top : top + height, left : left + width]
-    return clip.transpose(0, 1).div(127.5).sub(1).clamp(-1, 1)
+    return image[:, top : top + height, left : left + width].div(127.5).sub(1).clamp(-1, 1)
 
 
 class ManifestSource:
@@ -115,6 +181,9 @@ class ManifestSource:
         size: (width, height) in pixels; frame_num: frames of a clip.
         encode, features: the VAE and the teacher (None: no alignment).
         seed: the order of rows and the cuts depend on it and the global position alone.
+
+    Raises:
+        ValueError: if every row names a file that does not exist.
     """
 
     def __init__(
@@ -129,6 +198,18 @@ class ManifestSource:
         self.rows, self.size, self.frame_num = rows, size, frame_num
         self.encode, self.features, self.seed = encode, features, seed
         self.bad: dict[str, str] = {}
+        self._permutation: tuple[int, np.ndarray] | None = None
+        absent = [(row, path) for row in rows for path in (row.video, *row.references) if not path.is_file()]
+        if len({row.name for row, _ in absent}) == len(rows):
+            listed = ", ".join(str(path) for _, path in absent[:8])
+            raise ValueError(
+                f"no clip of the manifest has all its files: {len(absent)} are missing: {listed}"
+            )
+        for row, path in absent:
+            self._skip(row, f"{path} does not exist")
+
+    def prepare(self) -> None:
+        """Nothing: clips are read when they are needed."""
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """Samples for the global positions `indices`; see `Source`."""
@@ -136,22 +217,27 @@ class ManifestSource:
 
     def _order(self, index: int) -> int:
         epoch, position = divmod(index, len(self.rows))
-        return int(np.random.default_rng([self.seed, 30, epoch]).permutation(len(self.rows))[position])
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.random.default_rng([self.seed, 30, epoch]).permutation(len(self.rows))
+            self._permutation = (epoch, order)
+        return int(self._permutation[1][position])
+
+    def _skip(self, row: Row, reason: str) -> None:
+        if row.name not in self.bad:
+            self.bad[row.name] = reason
+            logger.warning("skipping clip %s (%d skipped so far): %s", row.name, len(self.bad), reason)
 
     def _sample(self, index: int) -> EncodedSample:
-        first = self._order(index)
+        first, reason = self._order(index), ""
         for attempt in range(len(self.rows)):
             row = self.rows[(first + attempt) % len(self.rows)]
-            if row.name in self.bad:
-                continue
             try:
+                # A clip skipped before is tried again: what a position gives must not depend on what came before it.
                 return self._load(row, np.random.default_rng([self.seed, 31, index]))
             except (ValueError, OSError) as error:
-                self.bad[row.name] = str(error)
-                logger.warning("skipping clip %s (%d skipped so far): %s", row.name, len(self.bad), error)
-        raise ValueError(
-            f"none of the {len(self.rows)} clips can be used; the last: {list(self.bad.values())[-1]}"
-        )
+                reason = str(error)
+                self._skip(row, reason)
+        raise ValueError(f"none of the {len(self.rows)} clips can be used; the last: {reason}")
 
     def _load(self, row: Row, rng: np.random.Generator) -> EncodedSample:
         video = read_clip(row.video, self.frame_num, self.size, float(rng.random()))

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refalign_ext.backbone import ReferenceBackbone, WanVAE, make_solver
+from refalign_ext.assemble import text_encoder
+from refalign_ext.backbone import (
+    WAN_CONFIGS,
+    ReferenceBackbone,
+    WanVAE,
+    load_dit,
+    make_solver,
+    resolve_device,
+)
 from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor
 from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
-from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass
+from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
 from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
 
 if TYPE_CHECKING:
@@ -76,15 +85,19 @@ class SpriteEvaluator:
         ]
 
     @torch.no_grad()
-    def reconstruct(self, job: Job) -> Evaluation:
-        """The judge's opinion of real clips after the VAE, through the library's own chunked path."""
+    def reconstruct(self, job: Job, through_vae: bool = True, progress: bool = False) -> Evaluation:
+        """The judge's opinion of real clips, as rendered or after the VAE's own chunked encode and decode."""
+        from tqdm import tqdm
+
         width, height = self.task.size
         result = Evaluation()
-        for index in range(job.clips):
+        for index in tqdm(range(job.clips), desc="judging", unit="clip", disable=not progress):
             clip, references = self.draw(job, index)
             video, _ = render_clip(clip, self.task.frame_num, height, width)
-            decoded = self.vae.decode(self.vae.encode([to_video_tensor(video)]))[0]
-            self._add(result, clip, to_frames(decoded), references)
+            if through_vae:
+                latents = self.vae.encode([to_video_tensor(video).to(self.vae.device)])
+                video = to_frames(self.vae.decode(latents)[0])
+            self._add(result, clip, video, references)
         return result
 
     @torch.no_grad()
@@ -166,6 +179,27 @@ class SpriteEvaluator:
         latents = denoise(predict, noise, solver, progress=False)
         latents = latents * self.vae.std.view(shape) + self.vae.mean.view(shape)
         return decode_one_pass(self.vae.model, latents).clamp(-1, 1)
+
+
+def judge_folder(
+    folder: Path,
+    what: str,
+    job: Job,
+    *,
+    dit_ckpt: Path | None = None,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Evaluation:
+    """Judge `"real"` clips, their `"reconstruction"` by a checkpoint folder's VAE, or its `"generation"`."""
+    task = WAN_CONFIGS["r2v-tiny"]
+    place = resolve_device(device)
+    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=place, config=task.vae)
+    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place))
+    if what != "generation":
+        return evaluator.reconstruct(job, through_vae=what == "reconstruction", progress=progress)
+    lay_channels_last(vae.model)
+    model = load_dit(dit_ckpt or folder, task, device=place, dtype=torch.float32).requires_grad_(False)
+    return evaluator.generate(model, job, progress=progress)
 
 
 def contact_sheet(evaluation: Evaluation, rows: int = 8, frames: int = 5, scale: int = 3) -> np.ndarray:

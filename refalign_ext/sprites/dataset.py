@@ -66,12 +66,14 @@ class SpriteSource:
         fingerprint: str,
         progress: bool = True,
     ) -> None:
-        """Load the cache in `folder`, or build it (with a progress bar) and write it there.
+        """Plan the clips; nothing is rendered or written before `prepare`.
 
         Args:
             encode: the VAE's encoder.
             features: the teacher on the DiT grid, or None.
+            folder: where the cache lies or will be written.
             fingerprint: identifies VAE and teacher weights; another one means another cache file.
+            progress: show a bar while the cache is built.
         """
         self.settings = settings
         self.subjects = subjects_of("train")
@@ -93,12 +95,31 @@ class SpriteSource:
         self._first_regular = np.cumsum([0, *cut_out])  # row of a clip's first cut-out reference
         self._subject_index = {subject: index for index, subject in enumerate(self.subjects)}
         key = json.dumps([settings.__dict__, fingerprint, features is not None], sort_keys=True)
-        path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        if not path.exists():
-            self._build(path, encode, features, progress)
+        self._path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        self._encode, self._features, self._progress = encode, features, progress
+        self._loaded: dict[str, Tensor] | None = None
+
+    def prepare(self) -> None:
+        """Load the cache, or build it (with a progress bar) and write it.
+
+        Raises:
+            ValueError: if the cache's file is damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        self._tensors = load_file(path)
+        if not self._path.exists():
+            self._build(self._path, self._encode, self._features, self._progress)
+        try:
+            self._loaded = load_file(self._path)
+        except SafetensorError as error:
+            raise ValueError(f"{self._path} is damaged ({error}): delete it and run again") from error
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        if self._loaded is None:
+            self.prepare()
+        return self._loaded
 
     @torch.no_grad()
     def _build(self, path: Path, encode: Encode, features: Features | None, progress: bool) -> None:

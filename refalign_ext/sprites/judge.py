@@ -103,7 +103,7 @@ def foreground_of(video: np.ndarray, background: str | None) -> np.ndarray:
     gap = np.linalg.norm(video.astype(np.float32) - paint_background(background, *video.shape[1:3]), axis=-1)
     soft = np.clip(gap / (2 * FOREGROUND_DISTANCE), 0, 1)
     solid = torch.from_numpy((gap > FOREGROUND_DISTANCE).astype(np.float32))[:, None]
-    opened = F.max_pool2d(-F.max_pool2d(-solid, 3, 1, 1), 5, 1, 2)[:, 0].numpy()
+    opened = F.max_pool2d(-F.max_pool2d(-solid, 3, 1, 1), 7, 1, 3)[:, 0].numpy()
     return soft * opened
 
 
@@ -127,7 +127,7 @@ def observe(video: np.ndarray, covered: np.ndarray, window: tuple[slice, slice],
     mask = np.zeros_like(covered)
     mask[:, window[0], window[1]] = covered[:, window[0], window[1]]
     weight = mask.sum((1, 2))
-    smallest = 0.25 * math.pi * (SIZES["small"] * side / 2) ** 2
+    smallest = 0.2 * math.pi * (SIZES["small"] * side / 2) ** 2
     seen = weight > smallest
     if seen.mean() < 0.7:
         return Sighting(found=False)

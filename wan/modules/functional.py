@@ -1,9 +1,9 @@
 """Root mean square norm and rotary position embedding, written so that little memory is moved.
 
 A block of the transformer spends most of its time outside the matmuls on reading and writing whole
-activations. PyTorch has a fused RMS norm only on CUDA; elsewhere the norm, its weight and the rotation read or
-write the queries nine times, and the keys as well. Here it is five: the norm's factor, one number per token, is
-folded into the table of rotations.
+activations. PyTorch has a fused RMS norm only on CUDA; elsewhere the norm, its weight and the rotation read
+or write the queries nine times, and the keys as well. Here it is five: the norm's factor, one number per
+token, is folded into the table of rotations.
 """
 
 from __future__ import annotations

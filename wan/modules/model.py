@@ -95,8 +95,7 @@ class WanLayerNorm(nn.LayerNorm):
             if scale is None:
                 return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
             if weight is None and x.size(0) == 1:
-                # one sample: the modulation is an ordinary affine, which the norm's own kernel applies for
-                # free
+                # of one sample the modulation is an ordinary affine, which the norm's kernel applies for free
                 weight, bias = (1 + scale).flatten(), shift.flatten()
                 return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
             normed = F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
@@ -153,7 +152,7 @@ class WanT2VCrossAttention(WanSelfAttention):
     """Attention from the tokens to the text."""
 
     def forward(self, x: torch.Tensor, context: torch.Tensor, context_lens: Lengths) -> torch.Tensor:
-        """x [B, L, dim], context [B, text_len, dim] -> [B, L, dim]; `context_lens` None: all are attended to."""
+        """x [B, L, dim], context [B, text_len, dim] -> [B, L, dim]; `context_lens` None: padding counts."""
         heads = (self.num_heads, self.head_dim)
         q = self.norm_q(self.q(x)).unflatten(2, heads)
         k = self.norm_k(self.k(context)).unflatten(2, heads)
@@ -419,15 +418,13 @@ class WanModel(ModelMixin, ConfigMixin):
         tokens = tokens.to(stream_dtype)  # [B, seq_len, dim]
         lengths = [math.prod(grid) for grid in grid_sizes]
 
-        e = self.time_embedding(
-            sinusoidal_embedding_1d(self.freq_dim, t.to(device)).to(stream_dtype)
-        )  # [B, dim]
+        sinusoid = sinusoidal_embedding_1d(self.freq_dim, t.to(device))
+        e = self.time_embedding(sinusoid.to(stream_dtype))  # [B, dim]
         e0 = self.time_projection(e).unflatten(1, (6, self.dim))  # [B, 6, dim]
 
         padded = torch.stack([F.pad(u.to(device, dtype), (0, 0, 0, self.text_len - len(u))) for u in context])
-        embedded = self.text_embedding(
-            padded
-        )  # [B, text_len, dim]; the padding is embedded and attended to as well
+        # the padding is embedded and attended to as well, which the released weights expect
+        embedded = self.text_embedding(padded)  # [B, text_len, dim]
 
         arguments = (
             e0,
@@ -501,7 +498,7 @@ class WanModel(ModelMixin, ConfigMixin):
         return videos
 
     def init_weights(self) -> None:
-        """As upstream: Xavier for linear layers, N(0, 0.02) for text and time embedding, zero for the head."""
+        """As upstream: Xavier for linear layers, N(0, .02) for text and time embedding, zero for the head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
