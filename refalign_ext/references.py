@@ -100,14 +100,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def letterbox(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales a picture, up or down, to fit into `size` (width, height) and centres it on white.
 
-    The aspect ratio is kept to within the rounding to whole pixels.
+    The aspect ratio is kept to within a pixel: one side fits exactly, the other is rounded down, and the filter is
+    Lanczos, so that pixels are those of the official release's `short_resize_and_crop_pil`.
     """
     width, height = size
-    scale = min(width / image.width, height / image.height)
-    fitted = (
-        min(width, max(1, round(image.width * scale))),
-        min(height, max(1, round(image.height * scale))),
-    )
+    if image.width * height > image.height * width:
+        fitted = (width, max(1, width * image.height // image.width))
+    else:
+        fitted = (max(1, height * image.width // image.height), height)
     canvas = Image.new("RGB", size, WHITE)
     resized = image if fitted == image.size else image.resize(fitted, Image.Resampling.LANCZOS)
     canvas.paste(resized, ((width - fitted[0]) // 2, (height - fitted[1]) // 2))

@@ -8,7 +8,10 @@ from pathlib import Path
 PANELS = (
     ("flow-matching loss", ("loss/flow",)),
     ("reference alignment", ("alignment/positive", "alignment/negative")),
-    ("judge, one subject", ("judge_1/colors", "judge_1/pattern", "judge_1/shape", "judge_1/motion", "judge_1/size")),
+    (
+        "judge, one subject",
+        ("judge_1/colors", "judge_1/pattern", "judge_1/shape", "judge_1/motion", "judge_1/size"),
+    ),
     ("judge, two subjects", ("judge_2/colors", "judge_2/swapped", "judge_2/motion", "judge_2/found")),
 )
 

@@ -119,10 +119,12 @@ def main(steps: int, batch_size: int, out: Path, seed: int, size: int, learning_
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             model.eval()
+            shares = [
+                f"{retrieval(model, group, size, seed):.1%} of {len(group)}" for group in (train, held_out)
+            ]
             line = (
-                f"step {step + 1} loss {loss.item():.3f} cross-view retrieval: trained subjects "
-                f"{retrieval(model, train, size, seed):.1%} of {len(train)}, held-out {retrieval(model, held_out, size, seed):.1%} "
-                f"of {len(held_out)}"
+                f"step {step + 1} loss {loss.item():.3f} cross-view retrieval: trained subjects {shares[0]}, "
+                f"held-out {shares[1]}"
             )
             model.train()
             tqdm.write(line)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -626,13 +628,42 @@ def test_a_failed_pass_leaves_nothing_behind(make_model: Any) -> None:
 
     with torch.no_grad():
         before = model(batch.latents, t=batch.timestep, context=batch.context, seq_len=18)[0]
-        for module in (model.blocks[1].cross_attn.q, model.blocks[0].ffn, model.head):
+        for module in (model.blocks[0].norm3, model.blocks[1].cross_attn.q, model.blocks[0].ffn, model.head):
             handle = module.register_forward_pre_hook(fail)
             with pytest.raises(RuntimeError, match="stop here"):
                 backbone(*batch.inputs(), tap_depth=2)
             handle.remove()
+            text, x = torch.randn(1, TEXT_LEN, model.dim), torch.randn(1, 40, model.dim)
+            assert model.blocks[0].cross_attn(x, text, None).shape == x.shape
             after = model(batch.latents, t=batch.timestep, context=batch.context, seq_len=18)[0]
             assert torch.equal(after, before)
+
+
+@CHECKPOINTING
+@pytest.mark.parametrize("tap", TAPS)
+def test_a_pass_outlives_neither_its_output_nor_the_backward(make_model: Any, enable: Any, tap: str) -> None:
+    model = make_model()
+    enable(model)
+    backbone = ReferenceBackbone(model)
+    seen: list[weakref.ref[Tensor]] = []
+    for block in model.blocks:
+        for module in (block, block.self_attn):
+            module.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+    output = backbone(*Batch(SOME).inputs(), tap_depth=2, tap=tap)
+    loss = loss_of(output)
+    del output
+    del loss  # never gone backward from, as after an interrupted step
+    gc.collect()
+    assert seen and all(tensor() is None for tensor in seen)
+
+    loss_of(backbone(*Batch(SOME).inputs(), tap_depth=2, tap=tap)).backward()
+    gc.collect()
+    assert all(tensor() is None for tensor in seen)
+    text, x = torch.randn(1, TEXT_LEN, model.dim), torch.randn(1, 40, model.dim)
+    with torch.no_grad():
+        for block in model.blocks:
+            alone = block.cross_attn(x, text, None)[0]
+            assert difference(alone, attend(block.cross_attn, x[0], text[0])) < TOLERANCE[torch.float32]
 
 
 def test_missing_attributes_are_listed(make_model: Any) -> None:

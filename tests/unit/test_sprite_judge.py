@@ -134,7 +134,11 @@ def test_intervals():
     assert share == 0.95 and low == pytest.approx(0.888, abs=2e-3) and high == pytest.approx(0.978, abs=2e-3)
     assert np.isnan(wilson(0, 0)[0])
     table = summarize([True, False], [[Verdict(*[True] * 6, None, None, None)]] * 2)
-    assert table["background"]["share"] == 0.5 and table["colors"]["count"] == 2 and table["swapped"]["count"] == 0
+    assert (
+        table["background"]["share"] == 0.5
+        and table["colors"]["count"] == 2
+        and table["swapped"]["count"] == 0
+    )
 
 
 def test_constants_are_told_apart():

@@ -36,7 +36,9 @@ def test_one_pass_equals_the_chunked_path(frames, channels_last):
     mean, log_variance = encode_one_pass(vae, video)
     assert mean.shape == (2, 16, (frames - 1) // 4 + 1, 4, 6) == log_variance.shape
     torch.testing.assert_close(mean, latents, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(decode_one_pass(vae, latents * 0.1).clamp(-1, 1), decoded, atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        decode_one_pass(vae, latents * 0.1).clamp(-1, 1), decoded, atol=5e-5, rtol=1e-4
+    )
 
 
 def test_folded_normalisation_changes_latents_and_not_pictures():

@@ -74,7 +74,9 @@ def test_seeded_and_size_independent():
     first = sample_clip(np.random.default_rng(3), all_subjects(), 2)
     assert first == sample_clip(np.random.default_rng(3), all_subjects(), 2)
     small, large = render_clip(first, 5, 48, 48)[1], render_clip(first, 5, 96, 192)[1]
-    assert small[0].sum() / 48**2 == pytest.approx(large[0].sum() / 96**2, rel=0.08)  # scaled by the shorter side
+    assert small[0].sum() / 48**2 == pytest.approx(
+        large[0].sum() / 96**2, rel=0.08
+    )  # scaled by the shorter side
     with pytest.raises(ValueError, match="1, 2 or 3"):
         sample_clip(np.random.default_rng(0), all_subjects(), 4)
 

@@ -1,0 +1,230 @@
+"""WanModel against the official one, where WAN_ROOT in the environment names a checkout of Wan-Video/Wan2.1.
+
+The checkout is imported under names of its own, beside this repository's `wan`, and its files stay as found.
+Its model asks for a CUDA kernel and CUDA's autocast; here it gets an attention written below and no autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import wan
+from refalign_ext.backbone import ReferenceBackbone
+from wan.configs import WAN_CONFIGS
+from wan.modules.model import WanModel
+from wan.utils.dit_checkpoint import dit_arguments
+
+ROOT = os.environ.get("WAN_ROOT", "")
+PACKAGE = "official_wan"
+TEXT_DIM = 20
+TEXT_LEN = 16
+DTYPES = (torch.float32, torch.float64)
+# largest difference allowed, relative to the largest value of the prediction
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+KEYS = {"t2v-1.3B": 825, "t2v-14B": 1095}
+
+pytestmark = [
+    pytest.mark.skipif(
+        not ROOT, reason="set WAN_ROOT to a checkout of https://github.com/Wan-Video/Wan2.1 to run this"
+    ),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:User provided device_type"),
+]
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, k_lens: Tensor | None = None, window_size: tuple[int, int] = (-1, -1)
+) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v over the first `k_lens` keys of every sample, all [B, L, heads, C]."""
+    assert tuple(window_size) == (-1, -1)
+    lengths = [k.size(1)] * len(k) if k_lens is None else k_lens.tolist()
+    samples = []
+    for queries, keys, values, length in zip(q, k, v, lengths, strict=True):
+        scores = torch.einsum("qhc,khc->hqk", queries.to(v.dtype), keys[:length].to(v.dtype))
+        weights = (scores / math.sqrt(q.size(-1))).softmax(dim=-1)
+        samples.append(torch.einsum("hqk,khc->qhc", weights, values[:length]))
+    return torch.stack(samples)
+
+
+@pytest.fixture(scope="module")
+def official() -> Iterator[SimpleNamespace]:
+    """The official `wan.modules.model` as `model` and `wan.configs` as `configs`."""
+    folder = Path(ROOT).expanduser().resolve() / "wan"
+    if not (folder / "modules" / "model.py").is_file():
+        pytest.fail(f"WAN_ROOT={ROOT} has no wan/modules/model.py: name the root of an official checkout")
+    if folder == Path(wan.__file__).resolve().parent:
+        pytest.fail(f"WAN_ROOT={ROOT} is this repository: name the root of an official checkout")
+    # Bare packages: the checkout's own __init__ files import its pipelines, which need a CUDA device.
+    for name in (PACKAGE, f"{PACKAGE}.modules"):
+        sys.modules[name] = ModuleType(name)
+        sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = importlib.import_module(f"{PACKAGE}.modules.model")
+            configs = importlib.import_module(f"{PACKAGE}.configs")
+        without_autocast = SimpleNamespace(autocast=lambda *_, **__: contextlib.nullcontext())
+        with mock.patch.multiple(model, flash_attention=exact_attention, amp=without_autocast):
+            yield SimpleNamespace(model=model, configs=configs)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+            del sys.modules[name]
+
+
+class Float64Torch:
+    """`torch` for a module that asks for float32 by name and shall compute in float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def computing_in(dtype: torch.dtype, module: ModuleType) -> Iterator[None]:
+    """Lets the official model, which casts to float32 in many places, compute in float64 throughout."""
+    if dtype == torch.float32:
+        yield
+        return
+    with (
+        mock.patch.object(module, "torch", Float64Torch()),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        yield
+
+
+def make_pair(
+    official: SimpleNamespace, head_dim: int, dtype: torch.dtype, **overrides: Any
+) -> tuple[WanModel, nn.Module]:
+    """Our model and the official one with the same weights, none of them left at zero or one."""
+    torch.manual_seed(0)
+    sizes = {"dim": 2 * head_dim, "ffn_dim": 64, "freq_dim": 32, "text_dim": TEXT_DIM, "text_len": TEXT_LEN}
+    arguments = sizes | {"num_heads": 2, "num_layers": 2} | overrides
+    ours, theirs = WanModel(**arguments), official.model.WanModel(**arguments)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            elif name == "head.head.weight":
+                nn.init.xavier_uniform_(parameter)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return nn.Module.to(ours, dtype).eval(), nn.Module.to(theirs, dtype).eval()
+
+
+def make_inputs(
+    sizes: list[tuple[int, int, int]], dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor, list[Tensor], int]:
+    """Latents, timesteps, prompts of different lengths, and the number of tokens of the largest sample."""
+    generator = torch.Generator().manual_seed(1)
+    latents = [torch.randn(16, *size, generator=generator, dtype=dtype) for size in sizes]
+    timesteps = torch.linspace(987.654, 3.21, len(sizes), dtype=torch.float64).float()
+    lengths = [1 + (5 * index) % TEXT_LEN for index in range(len(sizes))]
+    context = [torch.randn(length, TEXT_DIM, generator=generator, dtype=dtype) for length in lengths]
+    return latents, timesteps, context, max(math.prod(size) // 4 for size in sizes)
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    assert len(actual) == len(expected)
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == theirs.dtype == dtype
+        assert mine.shape == theirs.shape
+        largest = theirs.abs().max()
+        assert largest > 0.01, "a prediction of nearly zero compares nothing"
+        assert (mine - theirs).abs().max() < TOLERANCE[dtype] * largest
+
+
+@pytest.mark.parametrize("task", KEYS)
+def test_keys_shapes_and_configurations_are_equal(official: SimpleNamespace, task: str) -> None:
+    config = official.configs.WAN_CONFIGS[task]
+    differing = {
+        name: value
+        for name, value in config.items()
+        if name != "__name__" and WAN_CONFIGS[task][name] != value
+    }
+    assert not differing
+    arguments = dit_arguments(WAN_CONFIGS[task])
+    with torch.device("meta"):
+        ours, theirs = WanModel(**arguments), official.model.WanModel(**arguments)
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    assert len(shapes) == KEYS[task]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding", [0, 11])
+@pytest.mark.parametrize(
+    "sizes", [[(1, 2, 2)], [(3, 10, 14)], [(3, 10, 14), (2, 6, 22)]], ids=["token", "odd", "mixed"]
+)
+@pytest.mark.parametrize("head_dim", [24, 32, 128])
+def test_forward_is_equal(
+    official: SimpleNamespace,
+    head_dim: int,
+    sizes: list[tuple[int, int, int]],
+    padding: int,
+    dtype: torch.dtype,
+) -> None:
+    ours, theirs = make_pair(official, head_dim, dtype)
+    latents, timesteps, context, longest = make_inputs(sizes, dtype)
+    with torch.no_grad():
+        with computing_in(dtype, official.model):
+            expected = theirs(latents, timesteps, context, longest + padding)
+        actual = ours(latents, timesteps, context, longest + padding)
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize(
+    "option", [{"qk_norm": False}, {"cross_attn_norm": False}, {"patch_size": (1, 1, 2)}]
+)
+def test_forward_is_equal_with_other_options(official: SimpleNamespace, option: dict[str, Any]) -> None:
+    ours, theirs = make_pair(official, 32, torch.float32, **option)
+    latents, timesteps, context, longest = make_inputs([(3, 10, 14)] * 2, torch.float32)
+    with torch.no_grad():
+        expected = theirs(latents, timesteps, context, 2 * longest)
+        actual = ours(latents, timesteps, context, 2 * longest)
+    assert_close(actual, expected, torch.float32)
+
+
+def test_gradients_are_equal(official: SimpleNamespace) -> None:
+    ours, theirs = make_pair(official, 32, torch.float64)
+    latents, timesteps, context, longest = make_inputs([(3, 10, 14), (2, 6, 22)], torch.float64)
+    for model in (ours, theirs):
+        with computing_in(torch.float64, official.model):
+            predictions = model(latents, timesteps, context, longest)
+            sum(prediction.square().mean() for prediction in predictions).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        wanted = expected[name].grad
+        # a shift of all keys alike changes no attention, so these gradients are rounding
+        scale = 1.0 if name.endswith("attn.k.bias") else wanted.abs().max()
+        assert (parameter.grad - wanted).abs().max() <= 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [3, 3], [2, 0]], ids=str)
+def test_references_attach_to_the_official_model(official: SimpleNamespace, counts: list[int]) -> None:
+    ours, theirs = make_pair(official, 32, torch.float32)
+    latents, timesteps, context, _ = make_inputs([(3, 10, 14)] * 2, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    references = [torch.randn(16, count, 10, 14, generator=generator) for count in counts]
+    with torch.no_grad():
+        plain = theirs(latents, timesteps, context, 3 * 5 * 7)
+        backbone = ReferenceBackbone(theirs)
+        expected = backbone(latents, timesteps, context, references, tap_depth=2)
+        actual = ReferenceBackbone(ours)(latents, timesteps, context, references, tap_depth=2)
+        assert_close(actual.prediction, expected.prediction, torch.float32)
+        assert_close(actual.reference_tokens, expected.reference_tokens, torch.float32)
+        assert not torch.allclose(expected.prediction[0], plain[0], rtol=0.01)
+        detached = backbone.detach()(latents, timesteps, context, 3 * 5 * 7)
+    assert all(torch.equal(after, before) for after, before in zip(detached, plain, strict=True))
