@@ -197,7 +197,7 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
         timesteps="logit_normal",
         batch_size=8,
-        steps=24000,
+        steps=21000,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),

@@ -8,6 +8,7 @@ imported only when a teacher is loaded.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
@@ -276,11 +279,16 @@ def _local_files(name: str, folder: Path) -> tuple[Path, list[Path]]:
 def _hub_files(name: str, entry: TeacherEntry) -> tuple[Path, list[Path]]:
     if entry.repository is None:
         raise ValueError(
-            f"teacher {name} is a local folder; pass --teacher_path FOLDER (config.json, model.safetensors)"
+            f"teacher {name} is a local folder; pass --alignment.teacher_path FOLDER (config.json, model.safetensors)"
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    logger.info("looking for teacher %s in the hub's cache, then at %s", name, entry.repository)
+    # The hub's client reports every retry; what matters is said once, below.
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.ERROR)
     try:
         folder = Path(hf_hub_download(entry.repository, "config.json")).parent
         try:
@@ -305,8 +313,10 @@ def _hub_files(name: str, entry: TeacherEntry) -> tuple[Path, list[Path]]:
             else f"go online to fetch {page}"
         )
         raise ValueError(
-            f"teacher {name} is not available: {steps}, or pass --teacher_path FOLDER"
+            f"teacher {name} is not available: {steps}, or pass --alignment.teacher_path FOLDER"
         ) from error
+    finally:
+        hub_log.setLevel(level)
 
 
 def _read_tower(files: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -121,6 +121,7 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
         ((400, 200), (80, 80), (0, 20, 80, 60)),  # shrunk
         ((30, 30), (48, 32), (8, 0, 40, 32)),
         ((48, 32), (48, 32), (0, 0, 48, 32)),
+        ((97, 301), (832, 480), (339, 0, 493, 480)),  # 154.7 wide: rounded down, as in the release
     ],
 )
 def test_letterbox(source: tuple[int, int], size: tuple[int, int], box: tuple[int, int, int, int]) -> None:

@@ -272,7 +272,7 @@ def test_unknown_name():
 
 
 def test_tiny_needs_a_folder():
-    with pytest.raises(ValueError, match="--teacher_path") as error:
+    with pytest.raises(ValueError, match="--alignment.teacher_path") as error:
         load_teacher("dinov3-tiny")
     one_line(error)
 
@@ -286,7 +286,7 @@ def test_absent_weights_say_how_to_get_them(name, monkeypatch, tmp_path):
         raise LocalEntryNotFoundError("no network\nand nothing in the cache")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", absent)
-    with pytest.raises(ValueError, match="--teacher_path") as error:
+    with pytest.raises(ValueError, match="--alignment.teacher_path") as error:
         load_teacher(name)
     message = one_line(error)
     assert TEACHERS[name].repository in message
