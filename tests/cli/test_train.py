@@ -355,12 +355,9 @@ def test_other_starts_and_no_alignment(
 ) -> None:
     checkpoint = sprite_run / "checkpoints" / "step-00000002"
     common = ("--device", "cpu", "--threads", 1, "--data", clips, "--batch_size", 1, *EXACT, "--steps", 1)
-    assert (
-        start(
-            *common, "--out", "a", "--dit_ckpt", checkpoint, "--alignment.weight", 0, "--alignment.depth", 99
-        )
-        == 0
-    )
+    # Neither the teacher nor the depth is looked at.
+    without = ("--alignment.weight", 0, "--alignment.teacher_path", "none", "--alignment.depth", 99)
+    assert start(*common, *without, "--out", "a", "--dit_ckpt", checkpoint) == 0
     assert metrics(tmp_path / "a")[0]["alignment/positive"] == 0
     folder = tmp_path / "a" / "checkpoints" / "step-00000001"
     assert not (folder / "projectors.safetensors").exists()
