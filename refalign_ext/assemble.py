@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
 from refalign_ext.data.manifest import ManifestSource, read_manifest
 from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
-from refalign_ext.sprites.dataset import SpriteSettings, SpriteSource
+from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
 from refalign_ext.teachers import Teacher, load_teacher
 from refalign_ext.trainer import Trainer
 
@@ -199,4 +200,10 @@ def _sprites(
         names = [] if path is None else sorted(path.glob("*.safetensors"))
         parts += [file_sha256(file) for file in names] or [config.alignment.teacher]
     fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
-    return SpriteSource(settings, encode, _on_grid(teacher, task), Path(config.out) / "cache", fingerprint)
+    cache = Path(config.out) / "cache"
+    palette = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint)
+    if not config.free_colors:
+        return palette
+    settings = replace(settings, clips=config.cache_free_clips, views=2, free_colors=True)
+    free = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint)
+    return MixedSprites(palette, free, config.free_colors)

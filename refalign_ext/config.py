@@ -10,14 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-TIMESTEPS = ("paper", "release", "logit_normal")
+TIMESTEPS = ("paper", "release", "logit_normal", "logit_normal_shift2")
 TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear")
 PRECISIONS = ("fp32", "bf16")
 _LEAST = {
     1: ("batch_size", "accumulation", "steps", "save_every", "keep_last", "log_every", "cache_clips")
-    + ("cache_views", "preview_clips"),
+    + ("cache_free_clips", "cache_views", "preview_clips"),
     0: ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm", "preview_every")
     + ("seed", "alignment.weight", "alignment.negative_weight"),
 }
@@ -63,7 +63,7 @@ class TrainConfig:
     """Folder for logs, previews and checkpoints."""
     alignment: AlignmentConfig = AlignmentConfig()
     timesteps: str = "paper"
-    """Timestep sampling and weighting by name: `paper`, `release` or `logit_normal` (refalign_ext.timesteps)."""
+    """Timestep sampling and weighting by name: `paper`, `release`, `logit_normal` or `logit_normal_shift2`."""
     drop_text: float = 0.1
     """Share of samples whose prompt is dropped. Paper: 0.1."""
     drop_references: float = 0.1
@@ -118,6 +118,11 @@ class TrainConfig:
     """Sprite world: clips rendered and encoded once, before training."""
     cache_views: int = 40
     """Sprite world: reference views of each subject, rendered and encoded once."""
+    cache_free_clips: int = 8000
+    """Sprite world: the same for clips in free colours, each with two views of its own subjects."""
+    free_colors: float = 0.6
+    """Sprite world: share of samples whose subjects have free colours; palette colours alone are learned as a few
+    classes and not copied."""
     subject_counts: tuple[float, float, float] = (0.7, 0.25, 0.05)
     """Sprite world: shares of clips with one, two and three subjects."""
     regular_pairs: float = 0.2
@@ -159,7 +164,7 @@ class TrainConfig:
             for name in names:
                 if values[name] < least:
                     raise ValueError(f"{name} is {values[name]}: it must be at least {least}")
-        for name in ("drop_text", "drop_references", "drop_both", "regular_pairs"):
+        for name in ("drop_text", "drop_references", "drop_both", "regular_pairs", "free_colors"):
             if not 0 <= values[name] <= 1:
                 raise ValueError(f"{name} is {values[name]}: it is a share, between 0 and 1")
         if self.alignment.weight and self.alignment.depth < 1:
@@ -195,14 +200,15 @@ def tiny() -> TrainConfig:
         task="r2v-tiny",
         from_scratch=True,
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
-        timesteps="logit_normal",
+        timesteps="logit_normal_shift2",
         batch_size=8,
-        steps=21000,
+        steps=22500,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
         warmup_steps=100,
         schedule="linear",
+        decay_share=0.25,
         ema_decay=0.998,
         save_every=500,
         preview_every=2000,

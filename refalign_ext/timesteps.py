@@ -106,6 +106,8 @@ TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {
     "release": TimestepRecipe("release", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _cubic_gate),
     # Most steps at middle noise, where the tiny model learns fastest; weights as in the paper recipe.
     "logit_normal": TimestepRecipe("logit_normal", _logit_normal_sigma, 1.0, _one, _one),
+    # The same leaning towards high noise, where a clip's motion and its subjects' colours are decided.
+    "logit_normal_shift2": TimestepRecipe("logit_normal_shift2", _logit_normal_sigma, 2.0, _one, _one),
 }
 
 

@@ -42,6 +42,7 @@ class SpriteSettings:
     regular_pairs: float
     seed: int
     counts: tuple[float, float, float]
+    free_colors: bool = False
 
 
 def to_video_tensor(frames: np.ndarray) -> Tensor:
@@ -52,6 +53,26 @@ def to_video_tensor(frames: np.ndarray) -> Tensor:
 def to_frames(video: Tensor) -> np.ndarray:
     """[3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8."""
     return video.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+class MixedSprites:
+    """Samples from two sprite sources, `share` of them from the second; seeded by position like either."""
+
+    def __init__(self, first: SpriteSource, second: SpriteSource, share: float) -> None:
+        self.first, self.second, self.share = first, second, share
+
+    def prepare(self) -> None:
+        """Load or build both caches."""
+        self.first.prepare()
+        self.second.prepare()
+
+    def samples(self, step: int, indices: range) -> list[EncodedSample]:
+        """See `Source`; both sources draw the same number of subjects for a step."""
+        lots = [np.random.default_rng([self.first.settings.seed, 22, index]).random() for index in indices]
+        return [
+            (self.second if lot < self.share else self.first).samples(step, range(index, index + 1))[0]
+            for index, lot in zip(indices, lots, strict=True)
+        ]
 
 
 class SpriteSource:
@@ -80,7 +101,12 @@ class SpriteSource:
         rng = np.random.default_rng([settings.seed, 10])
         shares = np.array(settings.counts) / sum(settings.counts)
         self.clips = [
-            sample_clip(np.random.default_rng([settings.seed, 11, index]), self.subjects, int(count))
+            sample_clip(
+                np.random.default_rng([settings.seed, 14 if settings.free_colors else 11, index]),
+                self.subjects,
+                int(count),
+                settings.free_colors,
+            )
             for index, count in enumerate(rng.choice([1, 2, 3], settings.clips, p=shares))
         ]
         self.is_regular = rng.random(settings.clips) < settings.regular_pairs
@@ -89,10 +115,11 @@ class SpriteSource:
             for count in (1, 2, 3)
         }
         self._shares = shares
-        cut_out = [
-            len(clip.performances) * bool(r) for clip, r in zip(self.clips, self.is_regular, strict=True)
-        ]
-        self._first_regular = np.cumsum([0, *cut_out])  # row of a clip's first cut-out reference
+        # Subjects in palette colours recur and share their reference views; free colours and cut-outs are a clip's own.
+        own = settings.views if settings.free_colors else 0
+        self._own_views = [1 if regular else own for regular in self.is_regular]
+        rows = [len(c.performances) * views for c, views in zip(self.clips, self._own_views, strict=True)]
+        self._first_own = np.cumsum([0, *rows])
         self._subject_index = {subject: index for index, subject in enumerate(self.subjects)}
         key = json.dumps([settings.__dict__, fingerprint, features is not None], sort_keys=True)
         self._path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
@@ -148,17 +175,20 @@ class SpriteSource:
             )
             rng = np.random.default_rng([settings.seed, 12, start])
             images = [
-                sample_reference(rng, performance, height, width, "regular")[0]
-                for offset, clip in enumerate(chunk)
-                if self.is_regular[start + offset]
+                sample_reference(rng, performance, height, width, "regular" if is_regular else "cross")[0]
+                for clip, is_regular, views in zip(
+                    chunk, self.is_regular[start:], self._own_views[start:], strict=False
+                )
                 for performance in clip.performances
+                for _ in range(views)
             ]
             if images:
                 add_references(images, "regular", "regular_features")
             bar.update(len(chunk))
         bar.close()
+        shared = [] if settings.free_colors else self.subjects
         for index, subject in enumerate(
-            tqdm(self.subjects, desc="encoding references", disable=not progress, mininterval=1)
+            tqdm(shared, desc="encoding references", disable=not progress or not shared, mininterval=1)
         ):
             rng = np.random.default_rng([settings.seed, 13, index])
             images = []
@@ -183,8 +213,10 @@ class SpriteSource:
     def _sample(self, rng: np.random.Generator, pool: np.ndarray) -> EncodedSample:
         index = int(pool[rng.integers(len(pool))])
         clip: Clip = self.clips[index]
-        if self.is_regular[index]:
-            rows = [int(self._first_regular[index]) + offset for offset in range(len(clip.performances))]
+        own = self._own_views[index]
+        if own:
+            first = int(self._first_own[index])
+            rows = [first + offset * own + int(rng.integers(own)) for offset in range(len(clip.performances))]
             names = ("regular", "regular_features")
         else:
             views = self.settings.views

@@ -10,9 +10,10 @@ All coordinates are fractions of the frame, so the same specification renders at
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
@@ -51,14 +52,25 @@ HELD_OUT_PALETTES = (
 )
 
 
+Color = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Subject:
-    """What makes a subject itself: `shape`, `pattern` and the pattern's two colours (`first`, `second`)."""
+    """What makes a subject itself: `shape`, `pattern` and the pattern's two colours (`first`, `second`).
+
+    `tints` replaces the palette's red, green and blue values; the names are then those of the nearest palette colours.
+    """
 
     shape: str
     pattern: str
     first: str
     second: str
+    tints: tuple[Color, Color] | None = None
+
+    @property
+    def rgb(self) -> tuple[Color, Color]:
+        return self.tints or (PALETTE[self.first], PALETTE[self.second])
 
     @property
     def colors(self) -> frozenset[str]:
@@ -116,6 +128,28 @@ def subjects_of(split: str) -> list[Subject]:
     return chosen
 
 
+def nearest_color(rgb: Color) -> str:
+    """Name of the palette colour nearest to `rgb`."""
+    return min(PALETTE, key=lambda name: sum((a - b) ** 2 for a, b in zip(PALETTE[name], rgb, strict=True)))
+
+
+def tinted(rng: np.random.Generator, subject: Subject) -> Subject:
+    """`subject` in two free colours that are nearest to its own names.
+
+    With six fixed colours a model learns to tell a dozen pairs apart and cannot show any other pair; free colours can
+    only be copied from the reference. Held-out subjects and palettes stay unseen, since the names decide.
+    """
+    tints = []
+    for name in (subject.first, subject.second):
+        while True:
+            hue, saturation, value = rng.uniform(), rng.uniform(0.6, 1.0), rng.uniform(0.65, 1.0)
+            rgb = tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, saturation, value))
+            if nearest_color(rgb) == name:
+                tints.append(rgb)
+                break
+    return replace(subject, tints=tuple(tints))
+
+
 def caption_of(background: str, performances: tuple[Performance, ...]) -> str:
     """The caption: shape, size, lane, motion and background; never pattern or colour."""
     parts = []
@@ -127,10 +161,13 @@ def caption_of(background: str, performances: tuple[Performance, ...]) -> str:
     return f"{text[0].upper()}{text[1:]} in front of {background}."
 
 
-def sample_clip(rng: np.random.Generator, subjects: list[Subject], count: int) -> Clip:
+def sample_clip(
+    rng: np.random.Generator, subjects: list[Subject], count: int, free_colors: bool = False
+) -> Clip:
     """Draw a clip of `count` (1 to 3) different subjects, each in a lane of its own.
 
-    Half of the pairs share a shape or a palette on purpose: otherwise there is nothing that could be confused.
+    Half of the pairs share a shape or a palette on purpose: otherwise there is nothing that could be confused. With
+    `free_colors` every subject is `tinted`.
 
     Raises:
         ValueError: if `count` is not 1, 2 or 3.
@@ -139,6 +176,8 @@ def sample_clip(rng: np.random.Generator, subjects: list[Subject], count: int) -
         raise ValueError(f"{count} subjects asked for: the sprite world shows 1, 2 or 3")
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     cast = _draw_cast(rng, subjects, count)
+    if free_colors:
+        cast = [tinted(rng, subject) for subject in cast]
     layout = ("rows", "columns")[rng.integers(2)]
     performances = []
     for index, subject in enumerate(cast):
@@ -216,7 +255,8 @@ def paint(
     v = -math.sin(angle) * x + math.cos(angle) * y
     coverage = np.clip(0.5 - inside_shape(subject.shape, u, v) * radius, 0, 1)
     second = np.clip(0.5 - inside_second_color(subject.pattern, u, v) * radius, 0, 1)[..., None]
-    color = (1 - second) * np.float32(PALETTE[subject.first]) + second * np.float32(PALETTE[subject.second])
+    first_rgb, second_rgb = subject.rgb
+    color = (1 - second) * np.float32(first_rgb) + second * np.float32(second_rgb)
     canvas += coverage[..., None] * (color - canvas)
     return coverage
 

@@ -38,7 +38,20 @@ PARTS = [
 needs_parts = pytest.mark.skipif(
     not all(part.exists() for part in PARTS), reason="assets/r2v-tiny lacks VAE, text encoder or teacher"
 )
-TINY = ("--device", "cpu", "--threads", "1", "--cache_clips", "8", "--cache_views", "1", "--batch_size", "2")
+TINY = (
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+    "--cache_clips",
+    "8",
+    "--cache_free_clips",
+    "8",
+    "--cache_views",
+    "1",
+    "--batch_size",
+    "2",
+)
 EXACT = (
     "--precision",
     "fp32",

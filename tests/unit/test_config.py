@@ -98,7 +98,11 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("timesteps", "uniform", "timesteps is 'uniform': choose one of paper, release, logit_normal"),
+        (
+            "timesteps",
+            "uniform",
+            "timesteps is 'uniform': choose one of paper, release, logit_normal, logit_normal_shift2",
+        ),
         ("alignment.tap", "ffn", "alignment.tap is 'ffn': choose one of block, self_attn"),
         ("optimizer", "sgd", "choose one of adamw, muon"),
         ("schedule", "cosine", "choose one of constant, linear"),
@@ -111,6 +115,8 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         ("log_every", 0, "log_every is 0"),
         ("cache_clips", 0, "cache_clips is 0"),
         ("cache_views", 0, "cache_views is 0"),
+        ("cache_free_clips", 0, "cache_free_clips is 0"),
+        ("free_colors", 1.5, "free_colors is 1.5"),
         ("preview_clips", 0, "preview_clips is 0"),
         ("preview_every", -1, "preview_every is -1: it must be at least 0"),
         ("warmup_steps", -1, "warmup_steps is -1"),

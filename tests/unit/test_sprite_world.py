@@ -12,12 +12,14 @@ from refalign_ext.sprites.world import (
     PATTERNS,
     SHAPES,
     all_subjects,
+    nearest_color,
     render_clip,
     render_reference,
     sample_clip,
     sample_reference,
     subject_split,
     subjects_of,
+    tinted,
 )
 
 
@@ -102,3 +104,19 @@ def test_pairs_differ_in_pose():
     assert angle != performance.angle
     with pytest.raises(ValueError, match="cross or regular"):
         sample_reference(np.random.default_rng(2), performance, 48, 48, "other")
+
+
+def test_free_colors_are_new_and_keep_their_names():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for subject in subjects_of("train")[::11]:
+        free = tinted(rng, subject)
+        assert [nearest_color(rgb) for rgb in free.rgb] == [subject.first, subject.second]
+        assert free.rgb != subject.rgb and subject_split(free) == "train"
+        seen.add(free.rgb)
+    assert len(seen) == len(subjects_of("train")[::11])
+    clip = sample_clip(rng, subjects_of("train"), 2, free_colors=True)
+    assert all(performance.subject.tints for performance in clip.performances)
+    inside = render_reference(clip.performances[0].subject, 48, 48, 0.0, 0.8).reshape(-1, 3)
+    for rgb in clip.performances[0].subject.rgb:
+        assert (inside == np.array(rgb)).all(1).sum() > 20
