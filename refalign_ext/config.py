@@ -202,7 +202,7 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
         timesteps="logit_normal_shift2",
         batch_size=8,
-        steps=22500,
+        steps=21500,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
