@@ -12,18 +12,12 @@ import math
 import os
 import re
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from easydict import EasyDict
-    from PIL import Image
-
     from wan.utils.outputs import OutputPaths
 
 # Nothing heavy is imported before the arguments are parsed, so that --help answers at once; a test compares this
@@ -288,51 +282,6 @@ def _check_reference_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def check_request(args: argparse.Namespace, config: EasyDict, supported: tuple[str, ...]) -> None:
-    """Fills in the task's defaults and refuses sizes and frame numbers that do not fit it.
-
-    Raises:
-        ValueError: naming the nearest valid value.
-    """
-    from wan.sampling import check_frame_num, check_size
-
-    is_image = args.task.startswith("t2i")
-    takes_references = args.task.startswith("r2v")
-    if args.size is None:
-        args.size = tuple(config.size) if takes_references else parse_size(default_size(supported))
-    if args.frame_num is None:
-        args.frame_num = config.frame_num if takes_references else (1 if is_image else 81)
-    if is_image and args.frame_num != 1:
-        raise ValueError(
-            f"--frame_num is {args.frame_num}: task {args.task} makes one image, leave it out or give 1"
-        )
-    check_frame_num(args.frame_num, config)
-    check_size(args.size, config)
-    if not takes_references and f"{args.size[0]}*{args.size[1]}" not in supported:
-        nearest = min(
-            supported,
-            key=lambda name: sum(abs(a - b) for a, b in zip(parse_size(name), args.size, strict=True)),
-        )
-        raise ValueError(
-            f"size {args.size[0]}*{args.size[1]} is not one that task {args.task} makes: "
-            f"the nearest is {nearest} (of {', '.join(supported)})"
-        )
-    defaults = config if takes_references else {}
-    for name, fallback in (("sample_steps", 50), ("sample_shift", 5.0), ("sample_solver", "unipc")):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults.get(name, fallback))
-    for name in ("ref_guide_scale", "text_guide_scale"):
-        if takes_references and getattr(args, name) is None:
-            setattr(args, name, config[name])
-    if args.magnify is None:
-        args.magnify = config.get("display_magnify", 1)
-
-
-def default_size(supported: tuple[str, ...]) -> str:
-    """Upstream's default where the task makes it, else the landscape size it makes."""
-    return "1280*720" if "1280*720" in supported else "832*480"
-
-
 def output_paths(args: argparse.Namespace) -> OutputPaths:
     """Chooses where the result goes and makes sure that it can be written.
 
@@ -366,248 +315,6 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
     return paths
 
 
-def load_references(args: argparse.Namespace) -> list[Image.Image]:
-    """Reads every reference image, so that a bad one is found before any weights are loaded."""
-    from refalign_ext.references import check_matte_available, load_image
-
-    if args.matte == "auto" and any(role != "background" for role in args.ref_role or ()):
-        check_matte_available()
-    return [load_image(path) for path in args.ref or ()]
-
-
-def weight_files(args: argparse.Namespace, config: EasyDict) -> list[Path]:
-    """The files that hold the weights of a run."""
-    dit = args.dit_ckpt or args.ckpt_dir
-    if dit.is_dir():
-        dit_files = sorted(dit.glob("diffusion_pytorch_model*.safetensors")) or sorted(
-            dit.glob("*.safetensors")
-        )
-    else:
-        shards = sorted(dit.parent.glob("*.safetensors")) if dit.name.endswith(".index.json") else []
-        dit_files = [dit, *shards]
-    return [*dit_files, args.ckpt_dir / config.t5_checkpoint, args.ckpt_dir / config.vae_checkpoint]
-
-
-def run_r2v(args: argparse.Namespace, images: list[Image.Image]) -> dict[str, Any]:
-    """Runs a reference-to-video task; gives video, references, settings, timings and peak memory."""
-    from refalign_ext.pipeline import R2VPipeline, prepare_references
-
-    prepared = prepare_references(images, args.size, roles=args.ref_role, matte=args.matte)
-    start = time.perf_counter()
-    pipeline = R2VPipeline.from_pretrained(
-        args.ckpt_dir,
-        task=args.task,
-        device=args.device,
-        dtype=args.dtype,
-        dit_ckpt=args.dit_ckpt,
-        t5_cpu=args.t5_cpu,
-        offload_model=args.offload_model,
-    )
-    loading = round(time.perf_counter() - start, 3)
-    result = pipeline.generate(
-        args.prompt,
-        prepared,
-        size=args.size,
-        frame_num=args.frame_num,
-        sample_solver=args.sample_solver,
-        sample_steps=args.sample_steps,
-        sample_shift=args.sample_shift,
-        ref_guide_scale=args.ref_guide_scale,
-        text_guide_scale=args.text_guide_scale,
-        seed=args.base_seed,
-    )
-    return {
-        "video": result.video,
-        "references": result.references,
-        "settings": result.settings,
-        "timings": {"load": loading, **result.timings},
-        "peak_memory": result.peak_memory,
-    }
-
-
-def run_t2v(args: argparse.Namespace, config: EasyDict) -> dict[str, Any]:
-    """Runs a text-to-video or text-to-image task; gives what `run_r2v` gives."""
-    from wan.text2video import WanT2V
-    from wan.utils.runtime import PeakMemory
-
-    start = time.perf_counter()
-    pipeline = WanT2V(
-        config,
-        args.ckpt_dir,
-        t5_cpu=args.t5_cpu,
-        device=None if args.device == "auto" else args.device,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        dit_ckpt=args.dit_ckpt,
-    )
-    loaded = time.perf_counter()
-    memory = PeakMemory(pipeline.device)
-    video = pipeline.generate(
-        args.prompt,
-        size=args.size,
-        frame_num=args.frame_num,
-        shift=args.sample_shift,
-        sample_solver=args.sample_solver,
-        sampling_steps=args.sample_steps,
-        guide_scale=args.sample_guide_scale,
-        seed=args.base_seed,
-        offload_model=args.offload_model,
-    )
-    if args.offload_model or args.t5_cpu:
-        logger.info(memory.describe())
-    settings = {
-        "prompt": args.prompt,
-        "negative_prompt": config.sample_neg_prompt,
-        "size": list(args.size),
-        "frame_num": args.frame_num,
-        "sample_solver": args.sample_solver,
-        "sample_steps": args.sample_steps,
-        "sample_shift": args.sample_shift,
-        "sample_guide_scale": args.sample_guide_scale,
-        "seed": args.base_seed,
-        "device": str(pipeline.device),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-    }
-    timings = {"load": round(loaded - start, 3), "generate": round(time.perf_counter() - loaded, 3)}
-    return {
-        "video": video,
-        "references": [],
-        "settings": settings,
-        "timings": timings,
-        "peak_memory": memory.bytes(),
-    }
-
-
-@contextmanager
-def hashed_aside(paths: list[Path]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Hashes weight files in a thread while the block runs; the function given waits for the digests by path."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from wan.utils.weights import file_sha256
-
-    pool = ThreadPoolExecutor(max_workers=1)
-    pending = {str(path): pool.submit(file_sha256, path) for path in paths}
-    try:
-        yield lambda: {name: digest.result() for name, digest in pending.items()}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def write_result(
-    args: argparse.Namespace,
-    config: EasyDict,
-    paths: OutputPaths,
-    result: dict[str, Any],
-    weights: dict[str, str],
-) -> None:
-    """Writes the video or image, the sheet, the settings and the references."""
-    from refalign_ext.sheet import make_sheet
-    from wan.utils.outputs import describe_versions, write_outputs
-
-    settings = result["settings"]
-    scales = [
-        f"{label} {settings[name]}"
-        for name, label in (
-            ("ref_guide_scale", "reference scale"),
-            ("text_guide_scale", "prompt scale"),
-            ("sample_guide_scale", "guidance scale"),
-        )
-        if name in settings
-    ]
-    footer = [
-        f"seed {settings['seed']}",
-        f"{settings['size'][0]} x {settings['size'][1]}",
-        f"{settings['sample_solver']}, {settings['sample_steps']} steps, shift {settings['sample_shift']}",
-        ", ".join(scales),
-    ]
-    sheet = make_sheet(
-        result["references"],
-        args.prompt,
-        result["video"],
-        fps=config.sample_fps,
-        title=f"{'RefAlign' if args.task.startswith('r2v') else 'Wan2.1'} {args.task}",
-        footer="   |   ".join(footer),
-    )
-    record = {
-        "task": args.task,
-        **settings,
-        "flags": {name: value for name, value in vars(args).items() if value is not None},
-        "weights": weights,
-        "versions": describe_versions(),
-        "seconds": result["timings"],
-        "peak_memory_bytes": result["peak_memory"],
-        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    write_outputs(
-        paths,
-        result["video"],
-        sheet=sheet,
-        settings=record,
-        references=result["references"],
-        fps=config.sample_fps,
-        magnify=args.magnify,
-    )
-
-
-def generate(args: argparse.Namespace) -> Path:
-    """Checks a request, runs it and writes its files; nothing is written when a check or the run fails.
-
-    Returns:
-        The video or image written.
-
-    Raises:
-        ValueError: for every mistake of the user, in one line with the remedy.
-    """
-    check_arguments(args)
-    paths = output_paths(args)
-    images = load_references(args)
-
-    from refalign_ext.backbone import WAN_CONFIGS
-    from wan.configs import SUPPORTED_SIZES
-    from wan.sampling import choose_seed, required_files
-    from wan.utils.runtime import resolve_device
-    from wan.utils.weights import require_files
-
-    config = WAN_CONFIGS[args.task]
-    check_request(args, config, SUPPORTED_SIZES[args.task])
-    require_files(args.ckpt_dir, required_files(args.ckpt_dir, config, dit=args.dit_ckpt is None))
-    device = resolve_device(args.device)
-    args.base_seed = choose_seed(args.base_seed)
-    if args.offload_model is None:
-        args.offload_model = device.type == "cuda"
-    if args.task in ("r2v-1.3B", "r2v-14B") and args.dit_ckpt is None:
-        logger.warning("no --dit_ckpt: the DiT in %s must be one trained with references", args.ckpt_dir)
-
-    logger.info("task %s on %s, seed %d", args.task, device, args.base_seed)
-    with hashed_aside(weight_files(args, config)) as digests:
-        result = run_r2v(args, images) if args.task.startswith("r2v") else run_t2v(args, config)
-        write_result(args, config, paths, result, digests())
-    for path in paths.files(len(result["references"])):
-        logger.info("wrote %s", path)
-    return paths.result
-
-
-def out_of_memory_advice(args: argparse.Namespace) -> str:
-    """One line that names the flags which are still left to save memory."""
-    flags = []
-    if not args.offload_model:
-        flags.append("--offload_model True")
-    if not args.t5_cpu:
-        flags.append("--t5_cpu")
-    if args.dtype != "bf16":
-        flags.append("--dtype bf16")
-    flags += ["a smaller --size", "fewer frames (--frame_num)"]
-    return f"out of memory on {args.device}: try {', '.join(flags)}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine ran out of memory; does not pay for torch to find out that it did not."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from wan.utils import runtime
-
-    return runtime.is_out_of_memory(error)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; gives its exit code."""
     args = build_parser().parse_args(arguments)
@@ -616,18 +323,25 @@ def main(arguments: list[str] | None = None) -> int:
         level=logging.INFO, format="[%(asctime)s] %(levelname)s: %(message)s", stream=sys.stdout, force=True
     )
     try:
-        generate(args)
+        try:
+            check_arguments(args)
+            paths = output_paths(args)
+            # Importing this takes seconds, which the mistakes found above are spared.
+            from refalign_ext.generation import explain, generate
+        except (ValueError, OSError) as error:
+            if os.environ.get("REFALIGN_TRACEBACK") == "1":
+                traceback.print_exc()
+            fail(str(error))
+        try:
+            generate(args, paths)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            message = explain(error, args)
+            if message is None:
+                raise
+            fail(message)
     except KeyboardInterrupt:
         print("generate.py: interrupted, nothing written", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if os.environ.get("REFALIGN_TRACEBACK") == "1":
-            traceback.print_exc()
-        if is_out_of_memory(error):
-            fail(out_of_memory_advice(args))
-        if isinstance(error, RuntimeError):
-            raise
-        fail(str(error))
     return 0
 
 

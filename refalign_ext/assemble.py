@@ -36,6 +36,8 @@ from refalign_ext.trainer import Trainer
 if TYPE_CHECKING:
     from easydict import EasyDict
 
+# Shares of cached sprite clips with one, two and three subjects; which ones a step draws is a setting.
+CACHED_COUNTS = (0.7, 0.25, 0.05)
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "r2v-tiny"
 
 
@@ -150,7 +152,9 @@ def _trained_parts(
 
 def _compile_blocks(model: torch.nn.Module) -> None:
     # Every block and every number of references is a shape of its own; the default limit of eight would fall back.
-    torch._dynamo.config.recompile_limit = 8 * len(model.blocks)
+    settings = torch._dynamo.config
+    is_renamed = hasattr(settings, "recompile_limit")  # since torch 2.7
+    setattr(settings, "recompile_limit" if is_renamed else "cache_size_limit", 8 * len(model.blocks))
     for block in model.blocks:
         block.compile(dynamic=False)
 
@@ -192,7 +196,7 @@ def _sprites(
         width=task.size[0],
         regular_pairs=config.regular_pairs,
         seed=config.seed,
-        counts=tuple(config.subject_counts),
+        counts=CACHED_COUNTS,
     )
     parts = [file_sha256(folder / task.vae_checkpoint)]
     if teacher is not None:
@@ -200,10 +204,10 @@ def _sprites(
         names = [] if path is None else sorted(path.glob("*.safetensors"))
         parts += [file_sha256(file) for file in names] or [config.alignment.teacher]
     fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
-    cache = Path(config.out) / "cache"
-    palette = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint)
+    cache, shares = Path(config.out) / "cache", tuple(config.subject_counts)
+    palette = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint, shares)
     if not config.free_colors:
         return palette
     settings = replace(settings, clips=config.cache_free_clips, views=2, free_colors=True)
-    free = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint)
+    free = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint, shares)
     return MixedSprites(palette, free, config.free_colors)

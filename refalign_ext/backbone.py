@@ -41,6 +41,8 @@ _FROM_WAN = {
     "file_sha256": "wan.utils.weights",
     "require_files": "wan.utils.weights",
     "dit_arguments": "wan.utils.dit_checkpoint",
+    "check_frame_num": "wan.sampling",
+    "check_size": "wan.sampling",
     "choose_seed": "wan.sampling",
     "encode_prompts": "wan.sampling",
     "initial_noise": "wan.sampling",
@@ -55,6 +57,10 @@ _FROM_WAN = {
     "make_solver": "wan.utils.solvers",
     "save_video": "wan.utils.media",
     "save_image": "wan.utils.media",
+    "OutputPaths": "wan.utils.outputs",
+    "describe_versions": "wan.utils.outputs",
+    "write_outputs": "wan.utils.outputs",
+    "WanT2V": "wan.text2video",
 }
 
 

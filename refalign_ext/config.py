@@ -123,8 +123,8 @@ class TrainConfig:
     free_colors: float = 0.6
     """Sprite world: share of samples whose subjects have free colours; palette colours alone are learned as a few
     classes and not copied."""
-    subject_counts: tuple[float, float, float] = (0.7, 0.25, 0.05)
-    """Sprite world: shares of clips with one, two and three subjects."""
+    subject_counts: tuple[float, float, float] = (0.85, 0.12, 0.03)
+    """Sprite world: shares of steps with one, two and three subjects."""
     regular_pairs: float = 0.2
     """Sprite world: share of samples whose references are cut from the clip itself (the rest are cross pairs)."""
 
@@ -202,13 +202,13 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
         timesteps="logit_normal_shift2",
         batch_size=8,
-        steps=21500,
+        steps=23500,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
         warmup_steps=100,
         schedule="linear",
-        decay_share=0.25,
+        decay_share=0.38,
         ema_decay=0.998,
         save_every=500,
         preview_every=2000,

@@ -37,9 +37,9 @@ def write_text_encoder(folder: Path, seed: int = 0) -> None:
 def write_vae(folder: Path, trained: Path) -> None:
     """The VAE as a float32 `.pth` under upstream's keys, from the state dict that `sprites.train_vae` wrote."""
     config = WAN_CONFIGS[TASK]
-    folder.mkdir(parents=True, exist_ok=True)
     weights = torch.load(trained, weights_only=True, map_location="cpu")
     upstream = vae_state_dict_from_diffusers(weights, config.vae)
+    folder.mkdir(parents=True, exist_ok=True)
     _save_pth(
         {key: value.contiguous().clone() for key, value in upstream.items()}, folder / config.vae_checkpoint
     )
@@ -54,8 +54,8 @@ def write_teacher(folder: Path, trained: Path) -> None:
 
 def write_dit(folder: Path, checkpoint: Path) -> None:
     """The DiT and its configuration, from a checkpoint of `train_refalign.py`; checked by loading it strictly."""
-    folder.mkdir(parents=True, exist_ok=True)
     load_dit(checkpoint / DIT_FILE, WAN_CONFIGS[TASK])
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (DIT_FILE, "config.json"):
         aside = folder / f"{name}.part"
         shutil.copyfile(checkpoint / name, aside)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +17,10 @@ import numpy as np
 import torch
 
 from refalign_ext.assemble import assemble, task_config
-from refalign_ext.backbone import WanModel, dit_arguments, is_out_of_memory, resolve_device
+from refalign_ext.backbone import WanModel, dit_arguments, resolve_device
 from refalign_ext.checkpoint import resolve_resume, set_aside_after
 from refalign_ext.config import TrainConfig, recipe, with_overrides
+from refalign_ext.errors import describe_error
 from refalign_ext.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -83,13 +82,12 @@ def train(
 
 def explain(error: BaseException) -> str:
     """One line for the user; REFALIGN_TRACEBACK=1 prints the traceback first."""
-    if os.environ.get("REFALIGN_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if is_out_of_memory(error):
-        return "out of memory: lower --batch_size (raise --accumulation), or use --gradient_checkpointing"
-    if isinstance(error, RuntimeError):
+    line = describe_error(
+        error, "out of memory: lower --batch_size (raise --accumulation), or use --gradient_checkpointing"
+    )
+    if line is None:
         return f"{' '.join(str(error).split())[:300]} (REFALIGN_TRACEBACK=1 shows where)"
-    return " ".join(str(error).split())
+    return line
 
 
 def _check_writable(out: Path) -> None:

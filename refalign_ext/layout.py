@@ -24,18 +24,22 @@ class SampleLayout:
 
     @property
     def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame, and so of one reference."""
         return self.height * self.width
 
     @property
     def video_tokens(self) -> int:
+        """Tokens of the video, which come first."""
         return self.frames * self.tokens_per_frame
 
     @property
     def reference_tokens(self) -> int:
+        """Tokens of all references, which come after the video."""
         return self.references * self.tokens_per_frame
 
     @property
     def tokens(self) -> int:
+        """Tokens of the sample without padding."""
         return self.video_tokens + self.reference_tokens
 
 
@@ -104,10 +108,12 @@ class TokenLayout:
 
     @property
     def most_references(self) -> int:
+        """Largest number of references of any sample."""
         return max(sample.references for sample in self.samples)
 
     @property
     def most_video_tokens(self) -> int:
+        """Token at which the longest video of the batch ends."""
         return max(sample.video_tokens for sample in self.samples)
 
     @property

@@ -85,6 +85,7 @@ class SpriteSource:
         features: Features | None,
         folder: Path,
         fingerprint: str,
+        draw_shares: tuple[float, float, float] | None = None,
         progress: bool = True,
     ) -> None:
         """Plan the clips; nothing is rendered or written before `prepare`.
@@ -94,6 +95,7 @@ class SpriteSource:
             features: the teacher on the DiT grid, or None.
             folder: where the cache lies or will be written.
             fingerprint: identifies VAE and teacher weights; another one means another cache file.
+            draw_shares: shares of steps with one, two and three subjects; None: as in the cache.
             progress: show a bar while the cache is built.
         """
         self.settings = settings
@@ -114,7 +116,7 @@ class SpriteSource:
             count: np.array([i for i, clip in enumerate(self.clips) if len(clip.performances) == count])
             for count in (1, 2, 3)
         }
-        self._shares = shares
+        self._shares = np.array(draw_shares or settings.counts) / sum(draw_shares or settings.counts)
         # Subjects in palette colours recur and share their reference views; free colours and cut-outs are a clip's own.
         own = settings.views if settings.free_colors else 0
         self._own_views = [1 if regular else own for regular in self.is_regular]

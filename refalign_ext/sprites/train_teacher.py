@@ -85,10 +85,10 @@ def retrieval(model: DINOv3ViTModel, subjects: list[Subject], size: int, seed: i
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--steps", default=900)
-@click.option("--batch_size", default=64, help="Subjects a step; each is seen twice.")
+@click.option("--steps", type=click.IntRange(1), default=900)
+@click.option("--batch_size", type=click.IntRange(2), default=64, help="Subjects a step; each is seen twice.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("outputs/teacher"))
-@click.option("--seed", default=0)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--size", default=48, help="Side of the views in pixels.")
 @click.option("--learning_rate", default=2e-3)
 def main(steps: int, batch_size: int, out: Path, seed: int, size: int, learning_rate: float) -> None:

@@ -164,16 +164,18 @@ def fold_normalization(vae: AutoencoderKLWan, data: Sprites, batches: int = 16) 
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--image_steps", default=200, help="Steps on single images before clips join.")
-@click.option("--steps", default=2400, help="All optimizer steps.")
+@click.option(
+    "--image_steps", type=click.IntRange(0), default=200, help="Steps on single images before clips join."
+)
+@click.option("--steps", type=click.IntRange(1), default=2400, help="All optimizer steps.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("outputs/vae"), help="Folder for the state."
 )
-@click.option("--seed", default=0)
+@click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--size", default=48, help="Side of the rendered frames in pixels.")
-@click.option("--frames", default=9)
+@click.option("--frames", type=click.IntRange(1), default=9)
 @click.option("--crop", default=32, help="Side of the training crops of clips in pixels.")
-@click.option("--save_every", default=200)
+@click.option("--save_every", type=click.IntRange(1), default=200)
 def main(
     image_steps: int, steps: int, out: Path, seed: int, size: int, frames: int, crop: int, save_every: int
 ) -> None:

@@ -70,10 +70,12 @@ class Subject:
 
     @property
     def rgb(self) -> tuple[Color, Color]:
+        """The two colours as they are drawn, 0..255."""
         return self.tints or (PALETTE[self.first], PALETTE[self.second])
 
     @property
     def colors(self) -> frozenset[str]:
+        """Names of both colours, in no order."""
         return frozenset((self.first, self.second))
 
 

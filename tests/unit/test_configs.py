@@ -49,6 +49,8 @@ def test_sizes() -> None:
     for sizes in SUPPORTED_SIZES.values():
         assert set(sizes) <= set(SIZE_CONFIGS)
     assert SUPPORTED_SIZES["t2v-1.3B"] == ("480*832", "832*480")
+    assert SUPPORTED_SIZES["t2v-14B"] == ("720*1280", "1280*720", "480*832", "832*480")
+    assert SUPPORTED_SIZES["t2i-14B"] == (*SUPPORTED_SIZES["t2v-14B"], "1024*1024")
 
 
 def test_names_and_sizes_are_importable_without_torch() -> None:

@@ -27,6 +27,7 @@ ORDER = [
     "guidance",
     "sampler",
     "pipeline sheet",
+    "errors generation",
     "checkpoint embedded",
     "distributed",
     "trainer assemble",
