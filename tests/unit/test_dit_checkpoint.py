@@ -193,10 +193,11 @@ def test_prefixes_must_not_make_names_collide(tmp_path: Path) -> None:
 def test_folders_without_a_clear_choice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no transformer"):
         read_dit_checkpoint(tmp_path)
-    for letter in "ab":
-        save_file({"a": torch.zeros(1)}, tmp_path / f"diffusion_pytorch_model_{letter}.safetensors")
-    with pytest.raises(ValueError, match="name the one"):
-        read_dit_checkpoint(tmp_path)
+    for stem in ("other_", "diffusion_pytorch_model_"):
+        for letter in "ab":
+            save_file({"a": torch.zeros(1)}, tmp_path / f"{stem}{letter}.safetensors")
+        with pytest.raises(ValueError, match=rf"{stem}a.safetensors, {stem}b.safetensors\); name the one"):
+            read_dit_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[1]", "{"])

@@ -165,18 +165,22 @@ def _resolve(path: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            names = ", ".join(file.name for file in found[:4])
-            raise ValueError(
-                f"{path}: {len(found)} files may be the transformer ({names}); name the one to read"
-            )
+            raise _ambiguous(path, found)
     if (path / "transformer").is_dir():
         return _resolve(path / "transformer")
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
     if len(files) == 1:
         return files[0]
+    if files:
+        raise _ambiguous(path, files)
     raise ValueError(
         f"{path}: no transformer ({_STEM}*.safetensors) in this folder; check the path or download it"
     )
+
+
+def _ambiguous(folder: Path, files: list[Path]) -> ValueError:
+    names = ", ".join(file.name for file in files[:4]) + (" and more" if len(files) > 4 else "")
+    return ValueError(f"{folder}: {len(files)} files may be the transformer ({names}); name the one to read")
 
 
 def _files(source: Path) -> list[Path]:

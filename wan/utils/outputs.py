@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "av")
+_PACKAGES = ("diffusers", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "av")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,10 @@ def write_outputs(
 
 def describe_versions() -> dict[str, str]:
     """Versions of Python, the system and the packages that results depend on."""
+    import torch
+
     versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["torch"] = str(torch.__version__)  # names the build, which the package's metadata may leave out
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
