@@ -22,9 +22,11 @@ from refalign_ext.backbone import (
     file_sha256,
     load_dit,
     read_dit_checkpoint,
+    read_state_dict,
     require_files,
     required_files,
 )
+from refalign_ext.checkpoint import PROJECTORS_FILE
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
 from refalign_ext.data.manifest import ManifestSource, read_manifest
@@ -134,12 +136,12 @@ def _trained_parts(
     else:
         path = Path(config.dit_ckpt) if config.dit_ckpt else folder
         model = load_dit(path, task, device="cpu", dtype=torch.float32)
-        saved_projectors = read_dit_checkpoint(path).projectors
+        saved_projectors = _saved_projectors(path)
     depth = config.alignment.depth
     if teacher is not None and depth > len(model.blocks):
         raise ValueError(f"--alignment.depth {depth}: {config.task} has {len(model.blocks)} blocks")
     projectors = None
-    if teacher is not None and saved_projectors:
+    if teacher is not None and saved_projectors and not config.alignment.new_projectors:
         projectors = projectors_from_tensors(
             saved_projectors, student_dim=model.dim, teacher_dim=teacher.dim, depth=depth, source="--dit_ckpt"
         )
@@ -148,6 +150,12 @@ def _trained_parts(
             torch.manual_seed(config.seed + 1)
             projectors = ReferenceProjectors(model.dim, teacher.dim, depth)
     return model.to(device), None if projectors is None else projectors.to(device, torch.float32)
+
+
+def _saved_projectors(path: Path) -> dict[str, Tensor]:
+    """Projectors inside a release's file, or beside the DiT in a training checkpoint; empty if there are none."""
+    beside = path / PROJECTORS_FILE
+    return read_state_dict(beside) if beside.is_file() else read_dit_checkpoint(path).projectors
 
 
 def _compile_blocks(model: torch.nn.Module) -> None:

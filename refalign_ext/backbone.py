@@ -35,6 +35,7 @@ _FROM_WAN = {
     "t5_state_dict_from_transformers": "wan.modules.t5",
     "HuggingfaceTokenizer": "wan.modules.tokenizers",
     "load_dit": "wan.utils.dit_checkpoint",
+    "checkpoint_files": "wan.utils.dit_checkpoint",
     "read_dit_checkpoint": "wan.utils.dit_checkpoint",
     "read_state_dict": "wan.utils.weights",
     "load_strict": "wan.utils.weights",

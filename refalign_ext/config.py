@@ -41,6 +41,8 @@ class AlignmentConfig:
     """Name in `refalign_ext.teachers`. Paper: DINOv3-L."""
     teacher_path: str | None = None
     """Local folder with the teacher's weights; None uses the hub's name (or the embedded teacher for r2v-tiny)."""
+    new_projectors: bool = False
+    """Start with new projectors even where the DiT's checkpoint has some (another teacher or depth)."""
 
 
 @dataclass(frozen=True)

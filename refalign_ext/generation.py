@@ -23,6 +23,7 @@ from refalign_ext.backbone import (
     WanT2V,
     check_frame_num,
     check_size,
+    checkpoint_files,
     choose_seed,
     describe_versions,
     file_sha256,
@@ -139,14 +140,7 @@ def _load_references(args: argparse.Namespace) -> list[Image.Image]:
 
 def _weight_files(args: argparse.Namespace, config: EasyDict) -> list[Path]:
     """The files that hold the weights of a run."""
-    dit = args.dit_ckpt or args.ckpt_dir
-    if dit.is_dir():
-        dit_files = sorted(dit.glob("diffusion_pytorch_model*.safetensors")) or sorted(
-            dit.glob("*.safetensors")
-        )
-    else:
-        shards = sorted(dit.parent.glob("*.safetensors")) if dit.name.endswith(".index.json") else []
-        dit_files = [dit, *shards]
+    dit_files = checkpoint_files(args.dit_ckpt or args.ckpt_dir)
     return [*dit_files, args.ckpt_dir / config.t5_checkpoint, args.ckpt_dir / config.vae_checkpoint]
 
 

@@ -131,7 +131,7 @@ def projectors_from_tensors(
     for name, has, wants, remedy in zip(names, sizes, wanted, remedies, strict=True):
         if wants is not None and wants != has:
             raise ValueError(
-                f"{source}: projectors have {name} {has}, this run needs {wants}; {remedy} or train new ones"
+                f"{source}: projectors have {name} {has}, this run needs {wants}; {remedy} or set --alignment.new_projectors"
             )
     with torch.device("meta"):
         module = ReferenceProjectors(*sizes)
@@ -166,7 +166,9 @@ def load_projectors(
     from safetensors.torch import load_file
 
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; give the projectors' safetensors file or train new ones")
+        raise ValueError(
+            f"{path}: no such file; give the projectors' safetensors file or set --alignment.new_projectors"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:

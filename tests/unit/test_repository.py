@@ -158,3 +158,12 @@ def test_ci_runs_the_two_commands() -> None:
     commands = script.read_text(encoding="utf-8")
     assert re.search(r"\bmake test\b", commands)
     assert re.search(r"\bmake demo\b", commands)
+
+
+def test_links_and_pictures_of_the_documents_exist():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = document.read_text(encoding="utf-8")
+        assert "@@" not in text, f"{document.name} has an unfilled place"
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if not target.startswith(("http://", "https://")):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"

@@ -183,6 +183,15 @@ def _ambiguous(folder: Path, files: list[Path]) -> ValueError:
     return ValueError(f"{folder}: {len(files)} files may be the transformer ({names}); name the one to read")
 
 
+def checkpoint_files(path: str | Path) -> list[Path]:
+    """The files that `read_dit_checkpoint` would read, for naming and hashing them; empty if it would refuse."""
+    try:
+        source = _resolve(Path(path))
+        return _files(source) if source.is_file() else []
+    except (ValueError, KeyError, OSError):
+        return []
+
+
 def _files(source: Path) -> list[Path]:
     if not source.name.endswith(INDEX_SUFFIX):
         return [source]
