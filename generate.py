@@ -154,8 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         default="off",
         help="auto cuts subjects and faces out (needs rembg)",
     )
-    add("--ref_guide_scale", type=parse_finite, help="pull of the references (5.0, r2v-tiny 3.0)")
-    add("--text_guide_scale", type=parse_finite, help="pull of the prompt (7.5, r2v-tiny 3.0)")
+    add("--ref_guide_scale", type=parse_finite, help="pull of the references (5.0, r2v-tiny 7.0)")
+    add("--text_guide_scale", type=parse_finite, help="pull of the prompt (7.5, r2v-tiny 7.0)")
     add(
         "--dit_ckpt",
         type=Path,
