@@ -1,7 +1,7 @@
 """Train the embedded VAE on sprites: `python -m refalign_ext.sprites.train_vae`. Resumes by itself.
 
-Single images first (a Wan VAE encodes a reference as one frame), then nine-frame clips mixed with images. The recipe's
-figures were measured: with the library's own initialisation or a usual learning rate, subjects stay ten decibels worse.
+Single images first (a Wan VAE encodes a reference as one frame), then nine-frame clips mixed with images. In an
+earlier trial the library's own initialisation with a usual learning rate left subjects about ten decibels worse.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def test_result_and_settings(pipeline: R2VPipeline, references: list[Image.Image
     assert [image.size for image in result.references] == [(48, 48)] * 2
     assert result.settings["seed"] == 1
     assert result.settings["sample_solver"] == "euler"
-    assert (result.settings["ref_guide_scale"], result.settings["text_guide_scale"]) == (3.0, 3.0)
+    task = pipeline.config
+    for name in ("ref_guide_scale", "text_guide_scale"):
+        assert result.settings[name] == task[name] > 1
     assert set(result.timings) == {"prepare", "denoise", "decode"}
     assert result.peak_memory > 0
 
