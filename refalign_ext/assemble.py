@@ -186,15 +186,12 @@ def _on_grid(teacher: Teacher | None, task: EasyDict) -> Callable[[Tensor], Tens
 def _sprites(
     config: TrainConfig, task: EasyDict, folder: Path, vae: WanVAE, teacher: Teacher | None
 ) -> Source:
-    from refalign_ext.sprites.vae_onepass import encode_one_pass, lay_channels_last
+    from refalign_ext.sprites.vae_onepass import encode_latents, lay_channels_last
 
     lay_channels_last(vae.model)
 
     def encode(videos: Tensor) -> Tensor:
-        with torch.no_grad():
-            mean, _ = encode_one_pass(vae.model, videos.to(vae.device))
-        shape = (1, -1, 1, 1, 1)
-        return ((mean - vae.mean.view(shape)) / vae.std.view(shape)).cpu()
+        return encode_latents(vae, videos).cpu()
 
     settings = SpriteSettings(
         clips=config.cache_clips,

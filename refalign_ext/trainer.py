@@ -23,7 +23,7 @@ from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.checkpoint import read_checkpoint, save_checkpoint
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import EncodedSample, Source, stack_features
-from refalign_ext.losses import flow_matching_errors, flow_matching_target, reference_alignment_over_blocks
+from refalign_ext.losses import flow_matching_loss, flow_matching_target, reference_alignment_over_blocks
 from refalign_ext.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.timesteps import add_noise, timestep_recipe
@@ -120,8 +120,8 @@ class Trainer:
             )
             students = self.projectors(output.reference_tokens) if aligned else []
         weight = self.recipe.flow_weight(timestep).to(self.device)
-        errors = flow_matching_errors(output.prediction, flow_matching_target(latents, noise))  # [B]
-        flow = (errors * weight).mean()
+        targets = flow_matching_target(latents, noise)
+        flow = flow_matching_loss(output.prediction, targets, sample_weight=weight)
         if not aligned:
             zero = flow.new_zeros(())
             return StepLosses(flow, flow.detach(), zero, zero)

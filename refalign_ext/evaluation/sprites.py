@@ -24,7 +24,7 @@ from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor
 from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
-from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
+from refalign_ext.sprites.vae_onepass import decode_latents, encode_latents, lay_channels_last
 from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
 
 if TYPE_CHECKING:
@@ -140,10 +140,8 @@ class SpriteEvaluator:
                 for _, references in drawn
             ]
         ).to(device)  # [B, M, 3, 1, H, W]
-        mean, _ = encode_one_pass(self.vae.model, images.flatten(0, 1))
-        shape = (1, -1, 1, 1, 1)
-        normalised = (mean - self.vae.mean.view(shape)) / self.vae.std.view(shape)
-        references = normalised[:, :, 0].unflatten(0, images.shape[:2]).transpose(1, 2)  # [B, C, M, h, w]
+        encoded = encode_latents(self.vae, images.flatten(0, 1))  # [B * M, C, 1, h, w]
+        references = encoded[:, :, 0].unflatten(0, images.shape[:2]).transpose(1, 2)  # [B, C, M, h, w]
         noise = torch.stack(
             [
                 torch.randn(
@@ -177,8 +175,7 @@ class SpriteEvaluator:
             device,
         )
         latents = denoise(predict, noise, solver, progress=False)
-        latents = latents * self.vae.std.view(shape) + self.vae.mean.view(shape)
-        return decode_one_pass(self.vae.model, latents).clamp(-1, 1)
+        return decode_latents(self.vae, latents)
 
 
 def judge_folder(

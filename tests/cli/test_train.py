@@ -289,7 +289,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 ) -> None:
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     monkeypatch.setattr(
-        "refalign_ext.trainer.flow_matching_errors", lambda *given: torch.full((2,), float("nan"))
+        "refalign_ext.trainer.flow_matching_loss", lambda *given, **weights: torch.tensor(float("nan"))
     )
     shutil.copytree(sprite_run / "checkpoints", tmp_path / "run" / "checkpoints")
     before = entries(tmp_path / "run" / "checkpoints")

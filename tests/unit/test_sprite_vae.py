@@ -11,7 +11,13 @@ from diffusers import AutoencoderKLWan
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
 from refalign_ext.evaluation.sprites import Job, SpriteEvaluator
 from refalign_ext.sprites.train_vae import CONFIG, Sprites, fold_normalization, initialize
-from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
+from refalign_ext.sprites.vae_onepass import (
+    decode_latents,
+    decode_one_pass,
+    encode_latents,
+    encode_one_pass,
+    lay_channels_last,
+)
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "assets" / "r2v-tiny"
 
@@ -60,3 +66,14 @@ def test_embedded_vae_keeps_both_colors():
     evaluator = SpriteEvaluator(task, vae, lambda prompts: [])
     table = evaluator.reconstruct(Job(clips=24)).table()
     assert table["colors"]["share"] >= 0.95 and table["motion"]["share"] >= 0.95
+
+
+def test_batched_latents_equal_the_adapters():
+    task = WAN_CONFIGS["r2v-tiny"]
+    vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
+    vae.mean, vae.std = torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16)
+    videos = torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    latents = encode_latents(vae, videos)
+    torch.testing.assert_close(latents, torch.stack(vae.encode(list(videos))), atol=1e-4, rtol=1e-4)
+    decoded = torch.stack(vae.decode(list(latents)))
+    torch.testing.assert_close(decode_latents(vae, latents), decoded, atol=1e-4, rtol=1e-4)
