@@ -1,6 +1,7 @@
 """Generates a video or an image from a prompt, and from reference images with the r2v tasks.
 
 python generate.py --task r2v-tiny --ref a.png b.png --prompt "..."
+torchrun --nproc_per_node=8 generate.py --task r2v-14B --dit_fsdp --t5_fsdp ...
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 import re
 import sys
+import time
 import traceback
 from datetime import datetime
 from pathlib import Path
@@ -40,12 +42,8 @@ EXAMPLE_PROMPTS = {
 ROLES = ("subject", "face", "background")
 MAX_REFERENCES = 8
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# Flags whose feature needs several processes or another task: accepted with their defaults, refused otherwise.
+# Flags whose feature is not here yet: accepted with their defaults, refused otherwise.
 LATER_FLAGS: dict[str, tuple[Any, str]] = {
-    "ulysses_size": (1, "sequence parallelism is not available yet: leave it at 1"),
-    "ring_size": (1, "sequence parallelism is not available yet: leave it at 1"),
-    "t5_fsdp": (False, "sharding is not available yet: use --t5_cpu or --offload_model True to save memory"),
-    "dit_fsdp": (False, "sharding is not available yet: use --offload_model True to save memory"),
     "use_prompt_extend": (False, "prompt extension is not available yet: write the full prompt yourself"),
     "src_video": (None, "the vace tasks are not available yet: leave it out"),
     "src_mask": (None, "the vace tasks are not available yet: leave it out"),
@@ -57,6 +55,8 @@ LATER_FLAGS: dict[str, tuple[Any, str]] = {
 
 logger = logging.getLogger("generate")
 
+_ranks_have_met = False
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong argument in one line."""
@@ -66,9 +66,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the program with exit code 2 and one line on standard error."""
-    print(f"generate.py: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    """Ends the program with exit code 2 and one line on standard error, of rank 0 before the ranks have met."""
+    if _environment("RANK", 0) == 0 or _ranks_have_met:
+        print(f"generate.py: error: {' '.join(message.split())}", file=sys.stderr)
+    leave(2)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program; of several ranks at once, because communication that others left could hold up a tidy exit."""
+    if _ranks_have_met:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _environment("RANK", 0) == 0:
+            time.sleep(1)  # it may hold the store that tells the others that someone has spoken
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    return int(os.environ.get(name) or default)
 
 
 def parse_boolean(text: str) -> bool:
@@ -199,12 +216,48 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--magnify", type=int, help="enlarge every pixel this many times in the file; default: 1, r2v-tiny 8")
 
+    several = parser.add_argument_group(
+        "several devices (torchrun --nproc_per_node=N generate.py ...); cfg x Ulysses x ring = N"
+    )
+    add = several.add_argument
+    add(
+        "--cfg_size",
+        type=int,
+        default=1,
+        metavar="1..3",
+        help="groups of ranks that the branches of the guidance are dealt to (r2v has 3, or 2 with equal scales; t2v 2)",
+    )
+    add(
+        "--ulysses_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that divide the attention heads; default: as many as the heads allow",
+    )
+    add(
+        "--ring_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that gather keys and values; default: the remaining ones",
+    )
+    add("--dit_fsdp", action="store_true", help="shard the DiT's weights over all ranks")
+    add("--t5_fsdp", action="store_true", help="shard the text encoder's weights over all ranks")
+    add(
+        "--sp_backend",
+        choices=("auto", "torch", "xfuser"),
+        default="auto",
+        help="what exchanges tokens: auto is torch; xfuser is tried first and gives way to torch with a warning",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print who would hold what, and stop; needs no weights and no GPU",
+    )
+    add("--world_size", type=int, metavar="N", help="devices to plan for, with --dry-run")
+
     later = parser.add_argument_group("upstream's flags for what is not available yet")
     add = later.add_argument
-    add("--ulysses_size", type=int, default=1)
-    add("--ring_size", type=int, default=1)
-    add("--t5_fsdp", action="store_true")
-    add("--dit_fsdp", action="store_true")
     add("--use_prompt_extend", action="store_true")
     add("--prompt_extend_method", choices=("dashscope", "local_qwen"), default="local_qwen")
     add("--prompt_extend_model")
@@ -223,11 +276,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, (default, remedy) in LATER_FLAGS.items():
         if getattr(args, name) != default:
             raise ValueError(f"--{name}: {remedy}")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError("several processes (torchrun) are not available yet: run python generate.py")
+    _check_parallel_arguments(args)
     takes_references = args.task.startswith("r2v")
     if takes_references:
-        _check_reference_arguments(args)
+        if args.ref or not args.dry_run:
+            _check_reference_arguments(args)
     else:
         for name in ("ref", "ref_role", "ref_guide_scale", "text_guide_scale", "save_references"):
             if getattr(args, name) is not None:
@@ -237,7 +290,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.sample_guide_scale = 5.0 if args.sample_guide_scale is None else args.sample_guide_scale
         if args.prompt is None:
             args.prompt = EXAMPLE_PROMPTS[args.task[:3]]
-    if not args.prompt or not args.prompt.strip():
+    if not args.dry_run and (not args.prompt or not args.prompt.strip()):
         raise ValueError(f"task {args.task} needs a prompt: pass --prompt 'what happens'")
     for name, least in (("sample_steps", 1), ("magnify", 1), ("frame_num", 1)):
         value = getattr(args, name)
@@ -247,6 +300,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--sample_shift is {args.sample_shift}: give a number above 0 (5.0 is usual)")
     if args.base_seed >= 2**63:
         raise ValueError(f"--base_seed is {args.base_seed}: give a number below 2**63")
+    if not args.dry_run:
+        _check_checkpoint_arguments(args)
+
+
+def _check_checkpoint_arguments(args: argparse.Namespace) -> None:
     if args.ckpt_dir is None and args.task not in BUNDLED_CHECKPOINTS:
         source = DOWNLOADS[args.task]
         raise ValueError(
@@ -260,6 +318,31 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if args.dit_ckpt is not None and not args.dit_ckpt.exists():
         raise ValueError(f"--dit_ckpt {args.dit_ckpt} does not exist: download it or correct the path")
+
+
+def _check_parallel_arguments(args: argparse.Namespace) -> None:
+    if args.world_size is not None and (args.world_size < 1 or not args.dry_run):
+        raise ValueError(
+            f"--world_size {args.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
+        )
+    for name, least in (("cfg_size", 1), ("ulysses_size", 0), ("ring_size", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}: give {least} or more")
+    if args.offload_model and (args.dit_fsdp or args.t5_fsdp):
+        raise ValueError(
+            "--offload_model True does not go with --dit_fsdp or --t5_fsdp, whose weights stay where they are divided: "
+            "leave one out"
+        )
+    if args.t5_cpu and args.t5_fsdp:
+        raise ValueError("--t5_cpu and --t5_fsdp keep the text encoder in different places: leave one out")
+    if (args.world_size or _environment("WORLD_SIZE", 1)) > 1:
+        return
+    for name in ("cfg_size", "ulysses_size", "ring_size", "dit_fsdp", "t5_fsdp"):
+        if getattr(args, name) > 1 or getattr(args, name) is True:
+            raise ValueError(
+                f"--{name} needs several processes: run torchrun --nproc_per_node=N generate.py ..."
+            )
+    args.ulysses_size = args.ring_size = 1
 
 
 def _check_reference_arguments(args: argparse.Namespace) -> None:
@@ -295,7 +378,7 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
     if args.save_file is None:
         prompt = re.sub(r"[^\w.,-]+", "_", args.prompt)[:50]
         moment = datetime.now().strftime("%Y%m%d_%H%M%S")
-        parallel = f"{args.ulysses_size}_{args.ring_size}"
+        parallel = f"{args.ulysses_size}_{args.ring_size}"  # of several ranks as they were divided
         size = f"{args.size[0]}x{args.size[1]}_" if args.size else ""
         args.save_file = Path(f"{args.task}_{size}{parallel}_{prompt}_{moment}{suffixes[0]}")
     if args.save_file.suffix.lower() not in suffixes:
@@ -318,31 +401,75 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; gives its exit code."""
     args = build_parser().parse_args(arguments)
+    rank = _environment("RANK", 0)
     # The log goes to standard output, as upstream's; standard error carries the progress bar and the one error line.
     logging.basicConfig(
-        level=logging.INFO, format="[%(asctime)s] %(levelname)s: %(message)s", stream=sys.stdout, force=True
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="[%(asctime)s] %(levelname)s: %(message)s",
+        stream=sys.stdout,
+        force=True,
     )
     try:
-        try:
-            check_arguments(args)
-            paths = output_paths(args)
-            # Importing this takes seconds, which the mistakes found above are spared.
-            from refalign_ext.generation import explain, generate
-        except (ValueError, OSError) as error:
-            if os.environ.get("REFALIGN_TRACEBACK") == "1":
-                traceback.print_exc()
-            fail(str(error))
-        try:
-            generate(args, paths)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            message = explain(error, args)
-            if message is None:
-                raise
-            fail(message)
+        if _environment("WORLD_SIZE", 1) > 1 and not args.dry_run:
+            _run_with_others(args, rank)
+        else:
+            _run_alone(args)
     except KeyboardInterrupt:
-        print("generate.py: interrupted, nothing written", file=sys.stderr)
+        if rank == 0:
+            print("generate.py: interrupted, nothing written", file=sys.stderr)
+        if _ranks_have_met:
+            leave(130)
         return 130
     return 0
+
+
+def _run_alone(args: argparse.Namespace) -> None:
+    try:
+        check_arguments(args)
+        paths = None if args.dry_run else output_paths(args)
+        # Importing this takes seconds, which the mistakes found above are spared.
+        from refalign_ext.generation import describe_plan, explain, generate
+
+        if args.dry_run:
+            if _environment("RANK", 0) == 0:
+                print(describe_plan(args))
+            return
+    except (ValueError, OSError) as error:
+        if os.environ.get("REFALIGN_TRACEBACK") == "1":
+            traceback.print_exc()
+        fail(str(error))
+    try:
+        generate(args, paths)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = explain(error, args)
+        if message is None:
+            raise
+        fail(message)
+
+
+def _run_with_others(args: argparse.Namespace, rank: int) -> None:
+    """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
+    global _ranks_have_met
+    from refalign_ext.distributed.inference import is_lost_contact
+    from refalign_ext.distributed.mesh import is_first_to_fail
+    from refalign_ext.generation import divide_ranks, explain, generate, leave_ranks, meet_ranks
+
+    try:
+        meet_ranks(args)
+        _ranks_have_met = True
+        check_arguments(args)
+        divide_ranks(args)
+        generate(args, output_paths(args) if rank == 0 else None)
+        leave_ranks()
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if (rank and is_lost_contact(error)) or not is_first_to_fail():
+            leave(2)
+        message = explain(error, args)
+        if message is None:
+            traceback.print_exc()
+            leave(1)
+        fail(message)
+    _ranks_have_met = False
 
 
 if __name__ == "__main__":

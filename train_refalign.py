@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +17,8 @@ CONFIG_SOURCE = Path(__file__).resolve().parent / "refalign_ext" / "config.py"
 DESCRIPTION = """Train reference-to-video with reference alignment (RefAlign).
 
 Without arguments it trains the embedded r2v-tiny model on the sprite world: no downloads, no GPU, and a stopped run
-goes on where it was. Real weights: --recipe paper --task r2v-1.3B --ckpt_dir Wan2.1-T2V-1.3B --data manifest.jsonl"""
+goes on where it was. Real weights: --task r2v-1.3B --ckpt_dir Wan2.1-T2V-1.3B --data manifest.jsonl
+On many devices: torchrun --nproc_per_node=8 train_refalign.py ...; --dry-run shows how it would be divided."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,8 +30,16 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """Ends the program with exit code 2 and one line on standard error."""
-    print(f"train_refalign.py: error: {' '.join(message.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # rank 0 fails alike and tells, and then torchrun ends this one
+    say(f"train_refalign.py: error: {' '.join(message.split())}")
     raise SystemExit(2)
+
+
+def say(line: str) -> None:
+    """Writes a line to standard error, where rank 0 may have left a progress bar."""
+    is_other_rank = os.environ.get("RANK", "0") != "0"
+    print(f"\n{line}" if is_other_rank else line, file=sys.stderr, flush=True)
 
 
 def fields_of(class_name: str) -> list[tuple[str, str, str]]:
@@ -87,12 +99,20 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default=None, help="tiny (default), paper or release")
+    parser.add_argument(
+        "--recipe", default=None, help="tiny (default), paper_stage1, paper_stage2 or release"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (default)")
     parser.add_argument(
         "--resume", default="auto", help="auto (default: newest checkpoint in --out), off, or a folder"
     )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan (who holds what, memory) and stop"
+    )
+    parser.add_argument(
+        "--world_size", type=int, default=None, metavar="N", help="devices to plan for, with --dry-run"
+    )
     for prefix, class_name in (("", "TrainConfig"), ("alignment.", "AlignmentConfig")):
         for name, annotation, text in fields_of(class_name):
             if f"{prefix}{name}" in ("recipe", "alignment"):
@@ -126,22 +146,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = read_overrides(options)
     if options.threads is not None and options.threads < 1:
         fail(f"--threads {options.threads}: it must be at least 1")
+    if options.world_size is not None and (options.world_size < 1 or not options.dry_run):
+        fail(
+            f"--world_size {options.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
+        )
     try:
+        from refalign_ext.distributed.mesh import tell_once
         from refalign_ext.launch import explain, train
-
-        try:
-            train(
-                options.recipe,
-                overrides,
-                device=options.device,
-                resume=options.resume,
-                threads=options.threads,
-            )
-        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-            fail(explain(error))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+    try:
+        train(
+            options.recipe,
+            overrides,
+            device=options.device,
+            resume=options.resume,
+            threads=options.threads,
+            dry_run=options.dry_run,
+            world_size=options.world_size,
+        )
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
+        line = explain(error)
+        tell_once(lambda: say(f"train_refalign.py: error: {' '.join(line.split())}"))
+        return 2
+    except KeyboardInterrupt as stop:
+        with suppress(KeyboardInterrupt):
+            tell_once(lambda: say("stopped; the same command goes on from the last checkpoint"))
+        return stop.args[0] if stop.args else 130
     return 0
 
 

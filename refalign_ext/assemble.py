@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,18 +18,20 @@ from refalign_ext.backbone import (
     T5EncoderModel,
     WanModel,
     WanVAE,
+    build_dit,
     dit_arguments,
     file_sha256,
-    load_dit,
-    read_dit_checkpoint,
-    read_state_dict,
     require_files,
     required_files,
 )
-from refalign_ext.checkpoint import PROJECTORS_FILE
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
-from refalign_ext.data.manifest import ManifestSource, read_manifest
+from refalign_ext.data.manifest import ManifestSource, Row, read_manifest
+from refalign_ext.distributed.adapted import EMBEDDED
+from refalign_ext.distributed.checkpoint import read_any_dit
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.lora import TARGETS, add_lora
 from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
 from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
 from refalign_ext.teachers import Teacher, load_teacher
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
 # Shares of cached sprite clips with one, two and three subjects; which ones a step draws is a setting.
 CACHED_COUNTS = (0.7, 0.25, 0.05)
-EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "r2v-tiny"
 
 
 def task_config(config: TrainConfig) -> EasyDict:
@@ -73,41 +74,57 @@ def checkpoint_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def assemble(config: TrainConfig, device: torch.device) -> Trainer:
-    """Everything a run needs, on `device`. Nothing is written: that begins with `Source.prepare`.
+def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
+    """Everything a run needs, on this rank. Nothing is written: that begins with `Source.prepare`.
 
     Raises:
         ValueError: for missing or unfitting files and settings, named one by one.
     """
-    task, folder = task_config(config), checkpoint_folder(config)
+    task, folder, device = task_config(config), checkpoint_folder(config), parallel.device
     if config.data is None and config.task != "r2v-tiny":
         raise ValueError(f"--task {config.task} needs --data MANIFEST.jsonl (docs/training.md shows a line)")
+    if config.recipe == "paper_stage2" and config.dit_ckpt is None:
+        raise ValueError(
+            "--recipe paper_stage2 goes on from the first stage: name its result with --dit_ckpt"
+        )
+    if config.lora_rank and config.from_scratch:
+        raise ValueError("--lora_rank adapts weights that exist: leave --from_scratch out")
     rows = None if config.data is None else read_manifest(Path(config.data))
+    validation_rows = None if config.validation_data is None else read_manifest(Path(config.validation_data))
     teacher = None
     if config.alignment.weight:
         path = _teacher_folder(config, task, folder)
         teacher = load_teacher(config.alignment.teacher, path, device=device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
-    model, projectors = _trained_parts(config, task, folder, teacher, device)
-    model.train()
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.compile:
-        _compile_blocks(model)
-    source: Source
-    if rows is None:
-        source = _sprites(config, task, folder, vae, teacher)
-    else:
+    model, projectors = _trained_parts(config, task, folder, teacher, parallel)
+    if config.lora_rank:
+        alpha = config.lora_alpha or float(config.lora_rank)
+        add_lora(model, config.lora_rank, alpha, config.lora_targets or TARGETS, seed=config.seed)
+    backbone = ReferenceBackbone(model.train())
+    trained = parallelize(backbone, projectors, parallel, config)
+
+    def from_manifest(rows: list[Row]) -> Source:
         features = _on_grid(teacher, task)
-        source = ManifestSource(rows, task.size, task.frame_num, vae.encode, features, config.seed)
-    encode_text = text_encoder(folder, task, device)
-    return Trainer(config, ReferenceBackbone(model), projectors, source, encode_text, device)
+        return ManifestSource(rows, task.size, task.frame_num, vae.encode, features, config.seed)
+
+    source, validation = None, None
+    if rows is None:
+        source, validation = _sprites(config, task, folder, vae, teacher)
+    else:
+        source = from_manifest(rows)
+        validation = None if validation_rows is None else from_manifest(validation_rows)
+    encode_text = text_encoder(folder, task, torch.device("cpu") if config.t5_cpu else device, device)
+    return Trainer(config, backbone, trained, source, encode_text, parallel, validation)
 
 
 def text_encoder(
-    folder: Path, task: EasyDict, device: torch.device
+    folder: Path, task: EasyDict, device: torch.device, target: torch.device
 ) -> Callable[[Sequence[str]], list[Tensor]]:
-    """Prompts to features, remembering the prompts it has seen: captions repeat, and the encoder is frozen."""
+    """Prompts to features on `target`, remembering the prompts it has seen: captions repeat, and the encoder is frozen.
+
+    Args:
+        device: where the encoder works.
+    """
     encoder = T5EncoderModel(
         text_len=task.text_len,
         dtype=task.t5_dtype,
@@ -122,11 +139,11 @@ def text_encoder(
         with torch.autocast(device.type, enabled=False):
             return encoder([prompt], device)[0].float().cpu()
 
-    return lambda prompts: [encode_one(prompt).to(device) for prompt in prompts]
+    return lambda prompts: [encode_one(prompt).to(target) for prompt in prompts]
 
 
 def _trained_parts(
-    config: TrainConfig, task: EasyDict, folder: Path, teacher: Teacher | None, device: torch.device
+    config: TrainConfig, task: EasyDict, folder: Path, teacher: Teacher | None, parallel: Parallel
 ) -> tuple[torch.nn.Module, ReferenceProjectors | None]:
     saved_projectors = {}
     if config.from_scratch:
@@ -134,9 +151,14 @@ def _trained_parts(
             torch.manual_seed(config.seed)
             model = WanModel(**dit_arguments(task))
     else:
-        path = Path(config.dit_ckpt) if config.dit_ckpt else folder
-        model = load_dit(path, task, device="cpu", dtype=torch.float32)
-        saved_projectors = _saved_projectors(path)
+        checkpoint = read_any_dit(Path(config.dit_ckpt) if config.dit_ckpt else folder)
+        saved_projectors = checkpoint.projectors
+        # Several ranks leave the weights in the file: sharding reads each rank's part and makes float32 of it.
+        dtype = None
+        if parallel.is_alone:
+            frozen_half = config.lora_rank and config.precision == "bf16"
+            dtype = torch.bfloat16 if frozen_half else torch.float32
+        model = build_dit(checkpoint, task, source=str(config.dit_ckpt or folder), device="cpu", dtype=dtype)
     depth = config.alignment.depth
     if teacher is not None and depth > len(model.blocks):
         raise ValueError(f"--alignment.depth {depth}: {config.task} has {len(model.blocks)} blocks")
@@ -149,22 +171,9 @@ def _trained_parts(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + 1)
             projectors = ReferenceProjectors(model.dim, teacher.dim, depth)
-    return model.to(device), None if projectors is None else projectors.to(device, torch.float32)
-
-
-def _saved_projectors(path: Path) -> dict[str, Tensor]:
-    """Projectors inside a release's file, or beside the DiT in a training checkpoint; empty if there are none."""
-    beside = path / PROJECTORS_FILE
-    return read_state_dict(beside) if beside.is_file() else read_dit_checkpoint(path).projectors
-
-
-def _compile_blocks(model: torch.nn.Module) -> None:
-    # Every block and every number of references is a shape of its own; the default limit of eight would fall back.
-    settings = torch._dynamo.config
-    is_renamed = hasattr(settings, "recompile_limit")  # since torch 2.7
-    setattr(settings, "recompile_limit" if is_renamed else "cache_size_limit", 8 * len(model.blocks))
-    for block in model.blocks:
-        block.compile(dynamic=False)
+    if parallel.is_alone:
+        model.to(parallel.device)
+    return model, None if projectors is None else projectors.to(parallel.device, torch.float32)
 
 
 def _teacher_folder(config: TrainConfig, task: EasyDict, folder: Path) -> Path | None:
@@ -185,7 +194,8 @@ def _on_grid(teacher: Teacher | None, task: EasyDict) -> Callable[[Tensor], Tens
 
 def _sprites(
     config: TrainConfig, task: EasyDict, folder: Path, vae: WanVAE, teacher: Teacher | None
-) -> Source:
+) -> tuple[Source, Source | None]:
+    """Training clips, and validation clips of subjects that training never shows."""
     from refalign_ext.sprites.vae_onepass import encode_latents, lay_channels_last
 
     lay_channels_last(vae.model)
@@ -210,9 +220,18 @@ def _sprites(
         parts += [file_sha256(file) for file in names] or [config.alignment.teacher]
     fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
     cache, shares = Path(config.out) / "cache", tuple(config.subject_counts)
-    palette = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint, shares)
-    if not config.free_colors:
-        return palette
-    settings = replace(settings, clips=config.cache_free_clips, views=2, free_colors=True)
-    free = SpriteSource(settings, encode, _on_grid(teacher, task), cache, fingerprint, shares)
-    return MixedSprites(palette, free, config.free_colors)
+    features = _on_grid(teacher, task)
+
+    def sprites(split: str, **changes: Any) -> SpriteSource:
+        return SpriteSource(
+            replace(settings, **changes), encode, features, cache, fingerprint, shares, split=split
+        )
+
+    source: Source = sprites("train")
+    if config.free_colors:
+        free = sprites("train", clips=config.cache_free_clips, views=2, free_colors=True)
+        source = MixedSprites(source, free, config.free_colors)
+    validation = None
+    if config.validate_every:
+        validation = sprites("held_out", clips=config.validation_clips, views=2)
+    return source, validation

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refalign_ext.layout import TokenLayout
+from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 
@@ -42,6 +42,10 @@ _FROM_WAN = {
     "file_sha256": "wan.utils.weights",
     "require_files": "wan.utils.weights",
     "dit_arguments": "wan.utils.dit_checkpoint",
+    "DiTCheckpoint": "wan.utils.dit_checkpoint",
+    "build_dit": "wan.utils.dit_checkpoint",
+    "diffusers_config": "wan.utils.dit_checkpoint",
+    "diffusers_key": "wan.utils.dit_checkpoint",
     "check_frame_num": "wan.sampling",
     "check_size": "wan.sampling",
     "choose_seed": "wan.sampling",
@@ -83,13 +87,16 @@ class BackboneOutput:
     Attributes:
         prediction: velocity of the video frames, one [C, F, H, W] per sample.
         reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block; M is the largest number
-            of references in the batch and missing ones are zeros (`layout.reference_mask` tells which).
+            of references in the batch and missing ones are zeros (`layout.reference_mask` tells which). Under sequence
+            parallelism those that this rank holds, one [S, dim] per block, as `reference_spans` says.
         layout: where the tokens lay.
+        reference_spans: None, or per sample the (first, count) of the held tokens among its M*N.
     """
 
     prediction: list[Tensor]
     reference_tokens: list[Tensor]
     layout: TokenLayout
+    reference_spans: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(eq=False)
@@ -98,7 +105,9 @@ class _Pass:
 
     owner: ReferenceBackbone
     layout: TokenLayout
-    video_mask: Tensor | None  # [B, longest video, 1]; None if the video ends at the same token everywhere
+    held: TokenRange  # the tokens that blocks see here
+    queries: int  # how many of them, from the first, ask the text
+    video_mask: Tensor | None  # [B, queries, 1], True on video; None if all queries are video
     tap_depth: int
     tap: str
     with_gradients: bool
@@ -126,6 +135,8 @@ class ReferenceBackbone(nn.Module):
             )
         self.model = model
         self.seq_len_multiple = 1
+        # Blocks see part `sequence_rank` of `sequence_size` equal parts of the tokens; who cuts and joins them sets all three.
+        self.sequence_rank, self.sequence_size = 0, 1
         self._pass: _Pass | None = None  # while the model runs
         self._active: _Pass | None = None  # from a block's self-attention to the end of its cross-attention
         self._handles = []
@@ -159,7 +170,7 @@ class ReferenceBackbone(nn.Module):
         """One pass of the model over video and references.
 
         Args:
-            latents: noisy video latents, one [C, F, H, W] per sample; sizes may differ.
+            latents: noisy video latents, one [C, F, H, W] per sample, on the device that computes; sizes may differ.
             timestep: [B] in [0, 1000], floating; never rounded.
             context: text features, one [L, text_dim] per sample.
             references: clean reference latents, one [C, M, H, W] per sample; M may differ and may be 0. A null
@@ -178,28 +189,37 @@ class ReferenceBackbone(nn.Module):
         if not 0 <= tap_depth <= len(self.model.blocks):
             raise ValueError(f"tap depth {tap_depth} does not fit {len(self.model.blocks)} blocks")
         layout = TokenLayout.of(latents, references, tuple(self.model.patch_size), self.seq_len_multiple)
-        device = self.model.patch_embedding.weight.device
         if tap_depth:
             layout.require_one_grid()
-        mask = None
-        if not layout.is_uniform:
-            # Queries end at the longest video; shorter samples' references before that end are silenced by this.
-            mask = layout.video_token_mask(device)[:, : layout.most_video_tokens, None]
         extended = [
             torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
         ]
-        current = _Pass(self, layout, mask, tap_depth, tap, torch.is_grad_enabled())
+        current = self._begin(layout, tap_depth, tap, latents[0].device)
         self._pass = current
         try:
             outputs = self.model(extended, t=timestep, context=list(context), seq_len=layout.seq_len)
-            tapped = [layout.gather_references(current.taps[index]) for index in range(tap_depth)]
+            taps = [current.taps[index] for index in range(tap_depth)]
         finally:
             self._pass, self._active = None, None
             current.taps.clear()
         prediction = [
             output[:, : video.shape[1]] for output, video in zip(outputs, latents, strict=True)
         ]  # each [C, F + M, H, W] -> [C, F, H, W]
-        return BackboneOutput(prediction, tapped, layout)
+        if self.sequence_size == 1:
+            return BackboneOutput(prediction, [layout.gather_references(tokens) for tokens in taps], layout)
+        held = current.held
+        tapped = [layout.cut_references(tokens, held) for tokens in taps]
+        return BackboneOutput(prediction, tapped, layout, layout.reference_spans(held))
+
+    def _begin(self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device) -> _Pass:
+        held = layout.tokens_of_rank(self.sequence_rank, self.sequence_size)
+        # Queries end at the longest video. One is kept where a rank holds none, because not all kernels take none.
+        queries = max(1, min(layout.most_video_tokens - held.start, len(held)))
+        mask = None
+        if not layout.is_uniform or held.start + queries > layout.most_video_tokens:
+            # Shorter samples' references before that end, and a query kept for its own sake, are silenced by this.
+            mask = layout.video_token_mask(device)[:, held.start : held.start + queries, None]
+        return _Pass(self, layout, held, queries, mask, tap_depth, tap, torch.is_grad_enabled())
 
     def _find_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Learn which pass a block runs for.
@@ -226,19 +246,19 @@ class ReferenceBackbone(nn.Module):
         """Let only video tokens ask the text: what reference tokens would get is thrown away anyway."""
         if self._active is None:
             return None
-        end = self._active.layout.most_video_tokens
+        end = self._active.queries
         if args:
             return (args[0][:, :end], *args[1:]), kwargs
         return args, {**kwargs, "x": kwargs["x"][:, :end]}
 
     def _skip_text(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Reference tokens get no residual from the text: [B, V, d] -> [B, seq_len, d] with zeros on references."""
+        """Reference tokens get no residual from the text: [B, queries, d] -> [B, held, d] with zeros on references."""
         current, self._active = self._active, None
         if current is None:
             return None
         if current.video_mask is not None:
             output = output.masked_fill(~current.video_mask, 0.0)
-        return F.pad(output, (0, 0, 0, current.layout.seq_len - output.shape[1]))
+        return F.pad(output, (0, 0, 0, len(current.held) - output.shape[1]))
 
     def _take(self, index: int, place: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         # Only while the model runs: what checkpointing repeats must change nothing.

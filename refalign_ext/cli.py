@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from refalign_ext.export import export
+
 
 class OneLineErrors(click.Group):
     """Turns our ValueErrors into click's one-line usage errors with exit code 2."""
@@ -23,6 +25,9 @@ class OneLineErrors(click.Group):
 @click.group(cls=OneLineErrors)
 def main() -> None:
     """RefAlign on Wan2.1."""
+
+
+main.add_command(export)
 
 
 @main.group()

@@ -13,13 +13,22 @@ from typing import Any
 TIMESTEPS = ("paper", "release", "logit_normal", "logit_normal_shift2")
 TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "linear")
+SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 _LEAST = {
-    1: ("batch_size", "accumulation", "steps", "save_every", "keep_last", "log_every", "cache_clips")
-    + ("cache_free_clips", "cache_views", "preview_clips"),
+    1: ("batch_size", "steps", "save_every", "keep_last", "log_every", "cache_clips", "max_skipped_steps")
+    + ("cache_free_clips", "cache_views", "preview_clips", "validation_clips"),
     0: ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm", "preview_every")
-    + ("seed", "alignment.weight", "alignment.negative_weight"),
+    + (
+        "seed",
+        "alignment.weight",
+        "alignment.negative_weight",
+        "global_batch_size",
+        "ulysses_size",
+        "ring_size",
+    )
+    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor"),
 }
 
 
@@ -47,9 +56,9 @@ class AlignmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run on one device."""
+    """One training run, on one device or many."""
 
-    recipe: str = "paper"
+    recipe: str = "paper_stage1"
     """Name of the recipe that this configuration started from."""
     task: str = "r2v-tiny"
     """A reference-to-video task of WAN_CONFIGS."""
@@ -61,6 +70,8 @@ class TrainConfig:
     """Start the DiT from random weights."""
     data: str | None = None
     """Manifest (JSON lines) of clips; None: the sprite world, for r2v-tiny only."""
+    validation_data: str | None = None
+    """Manifest of clips for validation; None: clips of the sprite world that training does not see, or none."""
     out: str = "outputs/train"
     """Folder for logs, previews and checkpoints."""
     alignment: AlignmentConfig = AlignmentConfig()
@@ -73,9 +84,10 @@ class TrainConfig:
     drop_both: float = 0.1
     """Share of samples that lose both. Paper: 0.1."""
     batch_size: int = 1
-    """Samples in one forward pass."""
-    accumulation: int = 1
-    """Forward passes in one optimizer step. Paper: a global batch of 128."""
+    """Samples in one forward pass of one data-parallel group."""
+    global_batch_size: int = 0
+    """Samples in one optimizer step over all devices; what does not run at once is accumulated. 0: what runs at once.
+    Paper: 128."""
     steps: int = 3000
     """Optimizer steps. Paper: 3000 (1800 in ablations)."""
     optimizer: str = "adamw"
@@ -91,7 +103,8 @@ class TrainConfig:
     warmup_steps: int = 0
     """Linear warm-up of the learning rate."""
     schedule: str = "constant"
-    """`constant`, or `linear` decay to zero over the last `decay_share` of the run."""
+    """After the warm-up: `constant`; `linear` decay to zero over the last `decay_share` of the run; or `cosine` from the
+    warm-up to the end."""
     decay_share: float = 0.4
     """See `schedule`."""
     clip_norm: float = 1.0
@@ -100,20 +113,49 @@ class TrainConfig:
     """Decay of an exponential moving average of the DiT, kept in float32; 0: none."""
     precision: str = "bf16"
     """`bf16` (autocast over float32 weights) or `fp32`."""
-    gradient_checkpointing: bool = False
-    """Recompute block activations in the backward pass."""
+    activation_checkpointing: str = "none"
+    """What the backward pass computes again instead of keeping it: `none`, `full` (every block) or `selective` (all but
+    attention and every second matmul of a block)."""
     compile: bool = False
     """torch.compile every block."""
+    ulysses_size: int = 0
+    """Ranks among which a sample's attention heads are divided; 0: chosen from the ranks and their memory."""
+    ring_size: int = 0
+    """Ranks among which a sample's keys and values are gathered (for heads that Ulysses cannot divide further);
+    0: chosen."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer state in host memory (several ranks only)."""
+    t5_cpu: bool = False
+    """Keep the text encoder on the CPU."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank instead of all weights; 0: all weights."""
+    lora_alpha: float = 0.0
+    """Adapters are scaled by this over the rank; 0: the rank itself."""
+    lora_targets: str = ""
+    """Which layers get adapters, as in `refalign_ext.lora`; empty: attention and feed-forward of every block."""
     seed: int = 0
     """All randomness of step n depends on this and n alone, so a resumed run equals an uninterrupted one."""
     save_every: int = 500
     """Optimizer steps between checkpoints."""
     keep_last: int = 2
     """Checkpoints kept."""
+    max_skipped_steps: int = 5
+    """A step whose loss or gradient is not finite is skipped and written down; this many in a row end the run."""
+    spike_factor: float = 6.0
+    """Log the samples of a step whose loss lies this many deviations above the mean of late ones; 0: never."""
+    validate_every: int = 500
+    """Optimizer steps between validation losses, where there are clips for it; 0: none."""
+    validation_clips: int = 32
+    """Clips of a validation loss: always the same, with the same noise and timesteps."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project."""
+    timeout_minutes: float = 30.0
+    """A rank that the others wait for longer than this ends the run."""
     preview_every: int = 500
-    """Sprite world: optimizer steps between preview pictures; 0: none."""
+    """Optimizer steps between previews (sprite world: a judged picture; else videos of validation clips); 0: none."""
     preview_clips: int = 48
-    """Sprite world: clips that a preview generates and judges with one subject; with two subjects half as many."""
+    """Sprite world: clips that a preview generates and judges with one subject, and half as many with two. Else: at
+    most this many videos."""
     log_every: int = 10
     """Optimizer steps between log entries."""
     cache_clips: int = 10000
@@ -137,6 +179,7 @@ class TrainConfig:
             "optimizer": (self.optimizer, OPTIMIZERS),
             "schedule": (self.schedule, SCHEDULES),
             "precision": (self.precision, PRECISIONS),
+            "activation_checkpointing": (self.activation_checkpointing, ACTIVATION_CHECKPOINTING),
         }
         for name, (value, allowed) in choices.items():
             if value not in allowed:
@@ -175,24 +218,59 @@ class TrainConfig:
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
+        if not self.timeout_minutes > 0:
+            raise ValueError(f"timeout_minutes is {self.timeout_minutes}: it must be more than 0")
+        if self.lora_rank and self.ema_decay:
+            raise ValueError("lora_rank and ema_decay exclude each other: adapters have no moving average")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}: it must lie in (0, 1]")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}: give a number below 2**63")
+
+    def accumulation(self, data_size: int) -> int:
+        """Forward passes of each of `data_size` data-parallel groups in one optimizer step.
+
+        Raises:
+            ValueError: if the global batch does not divide, with the nearest ones that do.
+        """
+        at_once = self.batch_size * data_size
+        if self.global_batch_size % at_once:
+            below = self.global_batch_size // at_once * at_once
+            near = " or ".join(str(n) for n in (below, below + at_once) if n)
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size}: {data_size} data-parallel groups run {at_once} samples at "
+                f"once (batch_size {self.batch_size}); give a multiple of it, such as {near}"
+            )
+        return max(1, self.global_batch_size // at_once)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for the file beside a checkpoint."""
         return dataclasses.asdict(self)
 
 
-def paper() -> TrainConfig:
-    """The paper's training section, for real weights."""
-    return TrainConfig(recipe="paper", task="r2v-1.3B", accumulation=128, gradient_checkpointing=True)
+def paper_stage1() -> TrainConfig:
+    """The paper's first stage, for real weights and regular pairs: 1800 of the 3000 iterations.
+
+    The paper gives 3000 iterations over both stages in a ratio of 6 to 4, and 1800 for its ablations.
+    """
+    return TrainConfig(
+        recipe="paper_stage1",
+        task="r2v-1.3B",
+        global_batch_size=128,
+        steps=1800,
+        activation_checkpointing="full",
+        preview_clips=4,
+    )
+
+
+def paper_stage2() -> TrainConfig:
+    """The paper's second stage, on cross pairs, from the weights of the first: the other 1200 iterations."""
+    return dataclasses.replace(paper_stage1(), recipe="paper_stage2", steps=1200)
 
 
 def release() -> TrainConfig:
     """What the official release does where it differs from the paper: timestep grid, weights and alignment gate."""
-    return dataclasses.replace(paper(), recipe="release", timesteps="release")
+    return dataclasses.replace(paper_stage1(), recipe="release", timesteps="release")
 
 
 def tiny() -> TrainConfig:
@@ -204,21 +282,27 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
         timesteps="logit_normal_shift2",
         batch_size=8,
-        steps=23500,
+        steps=44000,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
         warmup_steps=100,
         schedule="linear",
-        decay_share=0.38,
+        decay_share=0.72,
         ema_decay=0.998,
         save_every=500,
         preview_every=2000,
+        validate_every=2000,
         log_every=20,
     )
 
 
-RECIPES = {"paper": paper, "release": release, "tiny": tiny}
+RECIPES = {
+    "paper_stage1": paper_stage1,
+    "paper_stage2": paper_stage2,
+    "release": release,
+    "tiny": tiny,
+}
 
 
 def recipe(name: str) -> TrainConfig:
@@ -246,6 +330,9 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
     plain = {key: value for key, value in overrides.items() if not key.startswith("alignment.")}
     if plain.get("dit_ckpt") is not None:
         plain.setdefault("from_scratch", False)  # naming weights means starting from them
+    if plain.get("lora_rank"):
+        plain.setdefault("from_scratch", False)  # so does adapting them
+        plain.setdefault("ema_decay", 0.0)
     for keys, owner in ((nested, AlignmentConfig), (plain, TrainConfig)):
         known = {field.name for field in dataclasses.fields(owner)}
         unknown = sorted(set(keys) - known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import torch
 
 from refalign_ext.backbone import (
     WAN_CONFIGS,
-    load_dit,
+    build_dit,
     t5_state_dict_from_transformers,
     vae_state_dict_from_diffusers,
 )
-from refalign_ext.checkpoint import DIT_FILE
+from refalign_ext.distributed.checkpoint import read_any_dit
 from refalign_ext.sprites.text import random_encoder, write_tokenizer
 
 TASK = "r2v-tiny"
+DIT_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def write_text_encoder(folder: Path, seed: int = 0) -> None:
@@ -54,12 +56,18 @@ def write_teacher(folder: Path, trained: Path) -> None:
 
 def write_dit(folder: Path, checkpoint: Path) -> None:
     """The DiT and its configuration, from a checkpoint of `train_refalign.py`; checked by loading it strictly."""
-    load_dit(checkpoint / DIT_FILE, WAN_CONFIGS[TASK])
+    from safetensors.torch import save_file
+
+    found = read_any_dit(checkpoint)
+    model = build_dit(found, WAN_CONFIGS[TASK], checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (DIT_FILE, "config.json"):
-        aside = folder / f"{name}.part"
-        shutil.copyfile(checkpoint / name, aside)
-        aside.replace(folder / name)
+    aside = folder / f"{DIT_FILE}.part"
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, aside, metadata={"format": "pt"})
+    aside.replace(folder / DIT_FILE)
+    aside = folder / "config.json.part"
+    aside.write_text(json.dumps(found.config, indent=2) + "\n")
+    aside.replace(folder / "config.json")
 
 
 def _save_pth(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -15,12 +15,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from refalign_ext.backbone import (
     SUPPORTED_SIZES,
     WAN_CONFIGS,
     OutputPaths,
-    PeakMemory,
-    WanT2V,
     check_frame_num,
     check_size,
     checkpoint_files,
@@ -32,8 +32,24 @@ from refalign_ext.backbone import (
     resolve_device,
     write_outputs,
 )
+from refalign_ext.distributed.checkpoint import is_checkpoint, read_any_dit
+from refalign_ext.distributed.inference import (
+    VideoRanks,
+    generation_sizes,
+    is_lost_contact,
+    leave_process_group,
+)
+from refalign_ext.distributed.mesh import (
+    Parallel,
+    ParallelSizes,
+    environment_world_size,
+    rank_device,
+    start_process_group,
+)
+from refalign_ext.distributed.plan import Plan, describe, make_generation_plan
 from refalign_ext.errors import describe_error
-from refalign_ext.pipeline import R2VPipeline, prepare_references
+from refalign_ext.guidance import required_branches
+from refalign_ext.pipeline import OneRank, R2VPipeline, prepare_references
 from refalign_ext.references import check_matte_available, load_image
 from refalign_ext.sheet import make_sheet
 
@@ -43,16 +59,69 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Rank 0 decodes and writes while the others wait for it.
+_TIMEOUT_SECONDS = 2 * 3600.0
+_ASSUMED_REFERENCES = 3
 
-def generate(args: argparse.Namespace, paths: OutputPaths) -> Path:
+
+def meet_ranks(args: argparse.Namespace) -> None:
+    """Joins the ranks that torchrun started, before anything is checked; fills in this rank's device.
+
+    Raises:
+        ValueError: for a device that ranks cannot share a video on, or if they do not find each other.
+    """
+    if args.device.startswith("cuda:"):
+        raise ValueError(
+            f"--device {args.device} is one GPU for all ranks: use --device cuda, a GPU for each"
+        )
+    device = resolve_device(rank_device(args.device))
+    if device.type == "mps":
+        raise ValueError("ranks cannot share a video on mps: use --device cpu")
+    args.device = str(device)
+    start_process_group(device, _TIMEOUT_SECONDS)
+
+
+def divide_ranks(args: argparse.Namespace) -> ParallelSizes:
+    """How the ranks (those of --world_size in a dry run) divide the work; fills in the sizes left to be chosen.
+
+    Raises:
+        ValueError: listing the combinations that are possible.
+    """
+    sizes = generation_sizes(
+        args.world_size or environment_world_size(),
+        WAN_CONFIGS[args.task].num_heads,
+        cfg=args.cfg_size,
+        ulysses=args.ulysses_size,
+        ring=args.ring_size,
+    )
+    args.cfg_size, args.ulysses_size, args.ring_size = sizes.data, sizes.ulysses, sizes.ring
+    return sizes
+
+
+def leave_ranks() -> None:
+    """Waits until rank 0 has written the files."""
+    leave_process_group()
+
+
+def describe_plan(args: argparse.Namespace) -> str:
+    """Who would hold what, for a dry run: needs no weights, no references and no GPU.
+
+    Raises:
+        ValueError: for sizes that do not fit the ranks, the model or the task.
+    """
+    _check_request(args, WAN_CONFIGS[args.task], SUPPORTED_SIZES[args.task])
+    return describe(_plan(args, divide_ranks(args), None))
+
+
+def generate(args: argparse.Namespace, paths: OutputPaths | None) -> Path | None:
     """Checks a request, runs it and writes its files; nothing is written when a check or the run fails.
 
     Args:
         args: the flags; defaults that depend on the task, the seed and the machine are filled in.
-        paths: where the files go.
+        paths: where the files go; None on all but the first of several ranks, which write nothing.
 
     Returns:
-        The video or image written.
+        The video or image written, None where there is nothing to write.
 
     Raises:
         ValueError: for every mistake of the user, in one line with the remedy.
@@ -62,15 +131,18 @@ def generate(args: argparse.Namespace, paths: OutputPaths) -> Path:
     _check_request(args, config, SUPPORTED_SIZES[args.task])
     require_files(args.ckpt_dir, required_files(args.ckpt_dir, config, dit=args.dit_ckpt is None))
     device = resolve_device(args.device)
-    args.base_seed = choose_seed(args.base_seed)
+    ranks = _join(args, device)
+    args.base_seed = ranks.same_seed(choose_seed(args.base_seed))
     if args.offload_model is None:
-        args.offload_model = device.type == "cuda"
+        args.offload_model = device.type == "cuda" and ranks.is_alone
     if args.task in ("r2v-1.3B", "r2v-14B") and args.dit_ckpt is None:
         logger.warning("no --dit_ckpt: the DiT in %s must be one trained with references", args.ckpt_dir)
 
     logger.info("task %s on %s, seed %d", args.task, device, args.base_seed)
-    with _hashed_aside(_weight_files(args, config)) as digests:
-        result = _run_r2v(args, images) if args.task.startswith("r2v") else _run_t2v(args, config)
+    with _hashed_aside([] if paths is None else _weight_files(args, config)) as digests:
+        result = _run(args, config, images, ranks)
+        if paths is None:
+            return None
         _write_result(args, config, paths, result, digests())
     for path in paths.files(len(result["references"])):
         logger.info("wrote %s", path)
@@ -79,7 +151,60 @@ def generate(args: argparse.Namespace, paths: OutputPaths) -> Path:
 
 def explain(error: BaseException, args: argparse.Namespace) -> str | None:
     """One line for the user, or None for an error that is not the user's to mend; see `describe_error`."""
-    return describe_error(error, _out_of_memory_advice(args))
+    line = describe_error(error, _out_of_memory_advice(args))
+    if line is None and is_lost_contact(error):
+        return "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
+    return line
+
+
+def _join(args: argparse.Namespace, device: torch.device) -> OneRank:
+    """This rank among those that make the video together; the plan is shown before anything is loaded."""
+    if environment_world_size() == 1:
+        return OneRank()
+    sizes = divide_ranks(args)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    plan = _plan(args, sizes, memory)
+    logger.info("%s", describe(plan))
+    if memory is not None and not plan.fits and not args.offload_model:
+        logger.warning("this may run out of memory: try %s", ", ".join(plan.suggestions))
+    needed = _branches(args)
+    if sizes.data > needed:
+        logger.warning(
+            "--cfg_size %d: these scales need %d branches, the other ranks repeat one", sizes.data, needed
+        )
+    return VideoRanks(
+        Parallel.create(sizes, device),
+        dit_fsdp=args.dit_fsdp,
+        t5_fsdp=args.t5_fsdp,
+        sequence_backend=args.sp_backend,
+    )
+
+
+def _plan(args: argparse.Namespace, sizes: ParallelSizes, device_memory: int | None) -> Plan:
+    config = WAN_CONFIGS[args.task]
+    takes_references = args.task.startswith("r2v")
+    half = args.dtype == "bf16" or (args.dtype == "auto" and config.param_dtype == torch.bfloat16)
+    return make_generation_plan(
+        args.task,
+        sizes.world,
+        sizes=sizes,
+        branches=_branches(args),
+        dit_fsdp=args.dit_fsdp,
+        t5_fsdp=args.t5_fsdp,
+        t5_cpu=args.t5_cpu,
+        size=args.size,
+        frame_num=args.frame_num,
+        references=len(args.ref or ()) or (_ASSUMED_REFERENCES if takes_references else 0),
+        precision="bf16" if half else "fp32",
+        device_memory=device_memory,
+    )
+
+
+def _branches(args: argparse.Namespace) -> int:
+    """How many branches of the guidance these scales need."""
+    if args.task.startswith("r2v"):
+        return len(required_branches(args.ref_guide_scale, args.text_guide_scale))
+    return len(required_branches(args.sample_guide_scale, args.sample_guide_scale))
 
 
 def _check_request(args: argparse.Namespace, config: EasyDict, supported: tuple[str, ...]) -> None:
@@ -140,24 +265,34 @@ def _load_references(args: argparse.Namespace) -> list[Image.Image]:
 
 def _weight_files(args: argparse.Namespace, config: EasyDict) -> list[Path]:
     """The files that hold the weights of a run."""
-    dit_files = checkpoint_files(args.dit_ckpt or args.ckpt_dir)
+    source = Path(args.dit_ckpt or args.ckpt_dir)
+    dit_files = sorted(source.glob("*.distcp")) if is_checkpoint(source) else checkpoint_files(source)
     return [*dit_files, args.ckpt_dir / config.t5_checkpoint, args.ckpt_dir / config.vae_checkpoint]
 
 
-def _run_r2v(args: argparse.Namespace, images: list[Image.Image]) -> dict[str, Any]:
-    """Runs a reference-to-video task; gives video, references, settings, timings and peak memory."""
+def _run(
+    args: argparse.Namespace, config: EasyDict, images: list[Image.Image], ranks: OneRank
+) -> dict[str, Any]:
+    """Runs a task; gives video (None where another rank decodes), references, settings, timings and peak memory.
+
+    Text-to-video and text-to-image are videos without references, for which eq. 5 is ordinary guidance.
+    """
+    takes_references = args.task.startswith("r2v")
     prepared = prepare_references(images, args.size, roles=args.ref_role, matte=args.matte)
     start = time.perf_counter()
-    pipeline = R2VPipeline.from_pretrained(
+    pipeline = R2VPipeline.load(
+        config,
         args.ckpt_dir,
-        task=args.task,
         device=args.device,
         dtype=args.dtype,
         dit_ckpt=args.dit_ckpt,
         t5_cpu=args.t5_cpu,
         offload_model=args.offload_model,
+        ranks=ranks,
+        read_dit=read_any_dit,
     )
     loading = round(time.perf_counter() - start, 3)
+    text_scale = args.text_guide_scale if takes_references else args.sample_guide_scale
     result = pipeline.generate(
         args.prompt,
         prepared,
@@ -166,65 +301,22 @@ def _run_r2v(args: argparse.Namespace, images: list[Image.Image]) -> dict[str, A
         sample_solver=args.sample_solver,
         sample_steps=args.sample_steps,
         sample_shift=args.sample_shift,
-        ref_guide_scale=args.ref_guide_scale,
-        text_guide_scale=args.text_guide_scale,
+        ref_guide_scale=args.ref_guide_scale if takes_references else text_scale,
+        text_guide_scale=text_scale,
         seed=args.base_seed,
     )
+    settings = dict(result.settings)
+    if not takes_references:
+        del settings["ref_guide_scale"]
+        settings["sample_guide_scale"] = settings.pop("text_guide_scale")
+    if isinstance(ranks, VideoRanks):
+        settings["ranks"] = str(ranks)
     return {
         "video": result.video,
         "references": result.references,
-        "settings": result.settings,
+        "settings": settings,
         "timings": {"load": loading, **result.timings},
         "peak_memory": result.peak_memory,
-    }
-
-
-def _run_t2v(args: argparse.Namespace, config: EasyDict) -> dict[str, Any]:
-    """Runs a text-to-video or text-to-image task; gives what `_run_r2v` gives."""
-    start = time.perf_counter()
-    pipeline = WanT2V(
-        config,
-        args.ckpt_dir,
-        t5_cpu=args.t5_cpu,
-        device=None if args.device == "auto" else args.device,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        dit_ckpt=args.dit_ckpt,
-    )
-    loaded = time.perf_counter()
-    memory = PeakMemory(pipeline.device)
-    video = pipeline.generate(
-        args.prompt,
-        size=args.size,
-        frame_num=args.frame_num,
-        shift=args.sample_shift,
-        sample_solver=args.sample_solver,
-        sampling_steps=args.sample_steps,
-        guide_scale=args.sample_guide_scale,
-        seed=args.base_seed,
-        offload_model=args.offload_model,
-    )
-    if args.offload_model or args.t5_cpu:
-        logger.info(memory.describe())
-    settings = {
-        "prompt": args.prompt,
-        "negative_prompt": config.sample_neg_prompt,
-        "size": list(args.size),
-        "frame_num": args.frame_num,
-        "sample_solver": args.sample_solver,
-        "sample_steps": args.sample_steps,
-        "sample_shift": args.sample_shift,
-        "sample_guide_scale": args.sample_guide_scale,
-        "seed": args.base_seed,
-        "device": str(pipeline.device),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-    }
-    timings = {"load": round(loaded - start, 3), "generate": round(time.perf_counter() - loaded, 3)}
-    return {
-        "video": video,
-        "references": [],
-        "settings": settings,
-        "timings": timings,
-        "peak_memory": memory.bytes(),
     }
 
 
@@ -295,9 +387,12 @@ def _write_result(
 def _out_of_memory_advice(args: argparse.Namespace) -> str:
     """One line that names the flags which are still left to save memory."""
     flags = []
-    if not args.offload_model:
+    if environment_world_size() > 1:
+        flags += [f"--{name}" for name in ("dit_fsdp", "t5_fsdp") if not getattr(args, name)]
+        flags.append("more ranks with a larger --ulysses_size or --ring_size")
+    if not (args.offload_model or args.dit_fsdp or args.t5_fsdp):
         flags.append("--offload_model True")
-    if not args.t5_cpu:
+    if not (args.t5_cpu or args.t5_fsdp):
         flags.append("--t5_cpu")
     if args.dtype != "bf16":
         flags.append("--dtype bf16")

@@ -1,4 +1,4 @@
-"""One training run from the command line: configuration, device, logs, previews, resume."""
+"""One training run from the command line: configuration, plan, ranks, logs, previews, resume."""
 
 from __future__ import annotations
 
@@ -8,19 +8,31 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from refalign_ext.assemble import assemble, task_config
-from refalign_ext.backbone import WanModel, dit_arguments, resolve_device
-from refalign_ext.checkpoint import resolve_resume, set_aside_after
+from refalign_ext.backbone import resolve_device
 from refalign_ext.config import TrainConfig, recipe, with_overrides
+from refalign_ext.distributed.checkpoint import resolve_resume, set_aside_after
+from refalign_ext.distributed.mesh import (
+    Parallel,
+    environment_rank,
+    environment_world_size,
+    lost_rank,
+    rank_device,
+    start_process_group,
+    stop_process_group,
+)
+from refalign_ext.distributed.plan import Plan, describe, make_training_plan
 from refalign_ext.errors import describe_error
+from refalign_ext.loop import run
+from refalign_ext.previews import make_preview
+from refalign_ext.telemetry import RunLog
 from refalign_ext.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -33,57 +45,118 @@ def train(
     device: str = "auto",
     resume: str = "auto",
     threads: int | None = None,
-) -> Trainer:
-    """Train as the command line asks; returns the trainer at its last step.
+    dry_run: bool = False,
+    world_size: int | None = None,
+) -> Trainer | None:
+    """Train as the command line asks; returns the trainer at its last step, or None after a dry run.
+
+    Under torchrun every rank calls it.
+
+    Args:
+        dry_run: print the plan and stop; nothing is loaded, written or needed.
+        world_size: ranks to plan for in a dry run; None: those that there are.
 
     Raises:
         ValueError: for settings or files that do not fit, before anything is written.
-        FloatingPointError: if a loss is not finite.
+        FloatingPointError: if too many steps in a row are not finite.
         KeyboardInterrupt: after a stop that was asked for; the checkpoint is written by then.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    is_main = environment_rank() == 0
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
-    name = recipe_name or ("tiny" if overrides.get("task", "r2v-tiny") == "r2v-tiny" else "paper")
+    name = recipe_name or ("tiny" if overrides.get("task", "r2v-tiny") == "r2v-tiny" else "paper_stage1")
     config = with_overrides(recipe(name), overrides)
+    place = None if dry_run else resolve_device(rank_device(device))
+    plan = _plan(config, place, world_size if dry_run else environment_world_size())
+    if is_main and (dry_run or not plan.fits or plan.sizes.world > 1 or config.task != "r2v-tiny"):
+        print(describe(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
+    plan.require_fit()
+    if dry_run:
+        return None
+    assert place is not None
+    with _ranks(plan, place, config) as parallel:
+        return _train(config, parallel, resume)
+
+
+def _plan(config: TrainConfig, device: torch.device | None, world_size: int | None) -> Plan:
+    memory = None
+    if device is not None and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    size = world_size or environment_world_size()
+    return make_training_plan(config, task_config(config), size, device_memory=memory)
+
+
+@contextmanager
+def _ranks(plan: Plan, device: torch.device, config: TrainConfig) -> Iterator[Parallel]:
+    """This rank's place in the plan, as long as the block lasts.
+
+    Raises:
+        ConnectionError: if another rank is gone or does not answer.
+    """
+    if plan.sizes.world == 1:
+        yield Parallel.single(device)
+        return
+    timeout = 60 * config.timeout_minutes
+    start_process_group(device, timeout)
+    try:
+        yield Parallel.create(plan.sizes, device, timeout)
+    except (OSError, RuntimeError) as error:
+        reason = lost_rank(error, timeout)
+        if reason is None:
+            raise
+        raise ConnectionError(reason) from error
+    # After a failure the process ends anyway, and leaving the group could wait for ranks that are gone.
+    stop_process_group()
+
+
+def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     out = Path(config.out)
-    checkpoint = resolve_resume(out / "checkpoints", resume)
-    _check_writable(out)
-    trainer = assemble(config, resolve_device(device))
+    # Rank 0 decides, so that all go on from the same place even if one looks a moment later.
+    checkpoint = parallel.from_main(lambda: resolve_resume(out / "checkpoints", resume))
+    parallel.from_main(lambda: _check_writable(out))
+    trainer = assemble(config, parallel)
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    trainer.source.prepare()
-    for moved in set_aside_after(out / "checkpoints", trainer.step):
-        logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
-    (out / "settings.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    _forget_metrics_after(out / "metrics.jsonl", trainer.step)
-    from torch.utils.tensorboard import SummaryWriter
-
-    # purge_step hides what an interrupted run logged beyond its last checkpoint
-    tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=trainer.step + 1)
-    with tensorboard as writer, _stop_on_interrupt() as should_stop:
-
-        def log(step: int, values: dict[str, float]) -> None:
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-            with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-
-        has_preview = config.data is None and config.preview_every > 0
-        preview = _sprite_preview(trainer, config, writer) if has_preview else None
-        trainer.run(log=log, preview=preview, should_stop=should_stop)
+    log = RunLog(
+        out,
+        first_step=trainer.step,
+        wandb_project=config.wandb,
+        settings=config.to_dict(),
+        is_main=parallel.is_main,
+    )
+    _prepare_data(trainer)
+    if parallel.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        for moved in set_aside_after(out / "checkpoints", trainer.step):
+            logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
+        (out / "settings.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    parallel.barrier()
+    with log, _stop_on_signal(parallel.is_main) as received:
+        trainer.stop_requested = lambda: bool(received)
+        run(trainer, log, preview=make_preview(trainer, log))
     if trainer.step < config.steps:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(128 + (received[0] if received else signal.SIGINT))
     logger.info("done: %s", out / "checkpoints")
     return trainer
+
+
+def _prepare_data(trainer: Trainer) -> None:
+    """Fill caches on rank 0, which may take long; the others then find them."""
+    sources = [source for source in (trainer.source, trainer.validation) if source is not None]
+    for turn in (True, False):
+        if trainer.parallel.is_main == turn:
+            for source in sources:
+                source.prepare()
+        trainer.parallel.wait_for_main()
 
 
 def explain(error: BaseException) -> str:
     """One line for the user; REFALIGN_TRACEBACK=1 prints the traceback first."""
     line = describe_error(
-        error, "out of memory: lower --batch_size (raise --accumulation), or use --gradient_checkpointing"
+        error,
+        "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full",
     )
     if line is None:
         return f"{' '.join(str(error).split())[:300]} (REFALIGN_TRACEBACK=1 shows where)"
@@ -104,75 +177,34 @@ def _check_writable(out: Path) -> None:
         ) from error
 
 
-def _forget_metrics_after(path: Path, step: int) -> None:
-    """Drop what an interrupted run logged beyond the checkpoint that the run goes on from."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
-
-
 @contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the running step finish and be saved; the second stops at once."""
-    asked = False
+def _stop_on_signal(says_so: bool) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM lets the running step finish and be saved; a second Ctrl-C stops at once.
+
+    Yields the list to which received signals are added.
+    """
+    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, signal.default_int_handler)
-        print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr)
+        received.append(int(number))
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        if (
+            says_so and len(received) == 1
+        ):  # a scheduler may repeat itself, and torchrun passes on what it got
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            print(f"\nstopping after this step{again}", file=sys.stderr)
 
-    previous = signal.getsignal(signal.SIGINT)
     # Handlers belong to the main thread, and a job in the background ignores the terminal's Ctrl-C.
-    if threading.current_thread() is not threading.main_thread() or previous is signal.SIG_IGN:
-        yield lambda: False
+    if threading.current_thread() is not threading.main_thread():
+        yield received
         return
-    signal.signal(signal.SIGINT, handle)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
     try:
-        yield lambda: asked
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _sprite_preview(trainer: Trainer, config: TrainConfig, writer: Any) -> Callable[[int], dict[str, float]]:
-    """Pictures and the judge's figures on subjects that training never shows, made with the averaged weights."""
-    from PIL import Image
-
-    from refalign_ext.assemble import checkpoint_folder
-    from refalign_ext.backbone import WanVAE
-    from refalign_ext.evaluation.sprites import Job, SpriteEvaluator, contact_sheet
-    from refalign_ext.sprites.vae_onepass import lay_channels_last
-
-    task = task_config(config)
-    vae = WanVAE(
-        vae_pth=checkpoint_folder(config) / task.vae_checkpoint, device=trainer.device, config=task.vae
-    )
-    lay_channels_last(vae.model)
-    evaluator = SpriteEvaluator(task, vae, trainer.encode_text)
-    folder = Path(config.out) / "previews"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def preview(step: int) -> dict[str, float]:
-        # A model of its own: the one in training may be compiled, and sampling must not disturb it.
-        model = WanModel(**dit_arguments(task)).to(trainer.device)
-        model.load_state_dict(trainer.averaged_state())
-        values, sheets = {}, []
-        for subjects, clips in ((1, config.preview_clips), (2, max(1, config.preview_clips // 2))):
-            evaluation = evaluator.generate(model, Job(clips=clips, subjects=subjects))
-            for key, row in evaluation.table().items():
-                if not np.isnan(row["share"]):
-                    values[f"judge_{subjects}/{key}"] = row["share"]
-            sheets.append(contact_sheet(evaluation, rows=6))
-        width = max(sheet.shape[1] for sheet in sheets)
-        padded = [np.pad(s, ((0, 6), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in sheets]
-        picture = np.concatenate(padded)
-        aside = folder / f"step-{step:08d}.part"
-        Image.fromarray(picture).save(aside, format="PNG")
-        aside.replace(folder / f"step-{step:08d}.png")
-        writer.add_image("preview", picture, step, dataformats="HWC")
-        return values
-
-    return preview
+        for number, handler in before.items():
+            signal.signal(number, handler)

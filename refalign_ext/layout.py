@@ -44,6 +44,17 @@ class SampleLayout:
 
 
 @dataclass(frozen=True)
+class TokenRange:
+    """The tokens [start, stop) of every sample that one rank holds."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
 class TokenLayout:
     """All samples of a batch, padded to `seq_len` tokens."""
 
@@ -130,6 +141,33 @@ class TokenLayout:
         """[B, seq_len] boolean: True on video tokens; False on references and padding."""
         ends = torch.tensor([sample.video_tokens for sample in self.samples], device=device)
         return torch.arange(self.seq_len, device=device) < ends[:, None]
+
+    def tokens_of_rank(self, rank: int, ranks: int) -> TokenRange:
+        """What rank `rank` of `ranks` holds when every sample is cut into equal parts."""
+        assert self.seq_len % ranks == 0
+        share = self.seq_len // ranks
+        return TokenRange(rank * share, (rank + 1) * share)
+
+    def reference_spans(self, held: TokenRange) -> tuple[tuple[int, int], ...]:
+        """Per sample (first, count): which of its reference tokens, flat over references, lie in `held`.
+
+        `first` is 0 where there are none.
+        """
+        spans = []
+        for sample in self.samples:
+            start = min(max(held.start, sample.video_tokens), sample.tokens)
+            stop = min(max(held.stop, sample.video_tokens), sample.tokens)
+            count = max(stop - start, 0)
+            spans.append((start - sample.video_tokens if count else 0, count))
+        return tuple(spans)
+
+    def cut_references(self, tokens: Tensor, held: TokenRange) -> Tensor:
+        """The reference tokens of a rank's tokens [B, len(held), d], sample after sample: [S, d]; S may be 0."""
+        rows = []
+        for row, sample, (first, count) in zip(tokens, self.samples, self.reference_spans(held), strict=True):
+            begin = sample.video_tokens + first - held.start if count else 0
+            rows.append(row[begin : begin + count])
+        return torch.cat(rows)
 
     def require_one_grid(self) -> None:
         """Raise ValueError unless the references of all samples have the same grid, as `gather_references` needs."""

@@ -172,11 +172,85 @@ def real_references(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     A dropped reference has all-zero teacher features in the release and then has no alignment loss.
     """
     present = (
-        _row_norm(teacher.detach()).amax(-1) > 0
+        _row_norm(teacher.detach()).amax(-1) != 0  # features that are not finite count, and show
         if teacher.shape[2]
         else teacher.new_zeros(teacher.shape[:2]).bool()
     )
     return present if mask is None else present & mask.to(present.device)
+
+
+def alignment_by_block(
+    students: Sequence[Tensor],
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    margin: float = 1.0,
+    sample_weight: Tensor | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positive (eq. 8) and negative (eq. 9) terms of every block, weighted and averaged over the samples.
+
+    Args:
+        students: K projected student features, each [B, M, N, D], or [S, D] with `spans`.
+        teacher, mask, margin, sample_weight: see `reference_alignment_over_blocks`.
+        spans: per sample (first, count): `students` hold only these of its M*N reference tokens, sample after sample.
+            The result is then this share of the terms: shares whose spans cover all tokens once add up to the whole.
+
+    Returns:
+        positive [K] and negative [K].
+    """
+    _check(students, teacher, mask, sample_weight, spans)
+    batch, references, tokens, _ = teacher.shape
+    dtype = _compute_dtype(students[0])
+    device = students[0].device
+    real = real_references(teacher, mask).tolist()
+    weights = (
+        torch.ones(batch, dtype=dtype, device=device)
+        if sample_weight is None
+        else sample_weight.to(device, dtype)
+    )
+    if spans is None:
+        spans = [(0, references * tokens)] * batch
+        students = [student.flatten(0, 2) for student in students]  # each [B*M*N, D]
+    # Adding a sum over nothing keeps the projectors in the graph of a rank or batch that holds no reference.
+    positive = [student.sum().to(dtype) * 0.0 if not len(student) else 0.0 for student in students]
+    negative = [0.0] * len(students)
+    offset = 0
+    for sample, (first, count) in enumerate(spans):
+        kept = [index for index, flag in enumerate(real[sample]) if flag]
+        features = unit_features((teacher[sample, kept]).to(device), dtype)  # [kept, N, D]
+        rows, start = _rows_of(kept, tokens, first, count)
+        positive_count, negative_count = alignment_counts(len(kept), tokens)
+        scale = weights[sample] / batch
+        for block, student in enumerate(students):
+            held = student[offset : offset + count]
+            held = (
+                torch.cat([held[a:b] for a, b in rows]) if len(rows) != 1 else held[rows[0][0] : rows[0][1]]
+            )
+            positive_sum, negative_sum = alignment_sums(held, features, start=start, margin=margin)
+            positive[block] = positive[block] + scale * positive_sum / max(positive_count, 1)
+            negative[block] = negative[block] + scale * negative_sum / max(negative_count, 1)
+        offset += count
+    return torch.stack(positive), torch.stack(negative)
+
+
+def _rows_of(kept: list[int], tokens: int, first: int, count: int) -> tuple[list[tuple[int, int]], int]:
+    """Which of the held tokens [first, first + count) belong to kept references.
+
+    Returns:
+        ranges of rows relative to `first` (at least one, perhaps empty), and the position of the first such token among
+        the tokens of the kept references: leaving references out keeps the rest in one piece there.
+    """
+    rows, start = [], None
+    for place, reference in enumerate(kept):
+        begin, end = max(first, reference * tokens), min(first + count, (reference + 1) * tokens)
+        if begin < end:
+            start = place * tokens + begin - reference * tokens if start is None else start
+            if rows and rows[-1][1] == begin - first:
+                rows[-1] = (rows[-1][0], end - first)
+            else:
+                rows.append((begin - first, end - first))
+    return rows or [(0, 0)], start or 0
 
 
 def reference_alignment_over_blocks(
@@ -187,6 +261,7 @@ def reference_alignment_over_blocks(
     margin: float = 1.0,
     negative_weight: float = 1.0,
     sample_weight: Tensor | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> RALoss:
     """Reference-alignment loss averaged over the first K blocks (eq. 10); the teacher is normalised only once.
 
@@ -198,6 +273,7 @@ def reference_alignment_over_blocks(
         negative_weight: lambda of eq. 10.
         sample_weight: [B], multiplies each sample's terms, for example the release's gate (t/1000)^3. It is not
             normalised: the batch is divided by B.
+        spans: see `alignment_by_block`.
 
     Returns:
         `RALoss`, each term already weighted and averaged over blocks and samples.
@@ -205,29 +281,12 @@ def reference_alignment_over_blocks(
     Raises:
         ValueError: shapes that do not fit, a mask that is not boolean, or no student at all.
     """
-    _check(students, teacher, mask, sample_weight)
-    batch, _, tokens, _ = teacher.shape
-    dtype = _compute_dtype(students[0])
-    device = students[0].device
-    real = real_references(teacher, mask).tolist()
-    weights = (
-        torch.ones(batch, dtype=dtype, device=device)
-        if sample_weight is None
-        else sample_weight.to(device, dtype)
+    positive, negative = (
+        terms.mean()
+        for terms in alignment_by_block(
+            students, teacher, mask=mask, margin=margin, sample_weight=sample_weight, spans=spans
+        )
     )
-    positive = torch.zeros((), dtype=dtype, device=device)
-    negative = torch.zeros((), dtype=dtype, device=device)
-    for sample in range(batch):
-        kept = [index for index, flag in enumerate(real[sample]) if flag]
-        whole = len(kept) == len(real[sample])
-        features = unit_features((teacher[sample] if whole else teacher[sample, kept]).to(device), dtype)
-        positive_count, negative_count = alignment_counts(len(kept), tokens)
-        scale = weights[sample] / (batch * len(students))
-        for student in students:
-            chosen = student[sample] if whole else student[sample, kept]  # [M, N, D]
-            positive_sum, negative_sum = alignment_sums(chosen.flatten(0, 1), features, margin=margin)
-            positive = positive + scale * positive_sum / max(positive_count, 1)
-            negative = negative + scale * negative_sum / max(negative_count, 1)
     return RALoss(positive + negative_weight * negative, positive, negative)
 
 
@@ -257,13 +316,28 @@ def reference_alignment_loss(
 
 
 def _check(
-    students: Sequence[Tensor], teacher: Tensor, mask: Tensor | None, sample_weight: Tensor | None
+    students: Sequence[Tensor],
+    teacher: Tensor,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> None:
     if not students:
         raise ValueError(
             "reference alignment needs the features of at least one block; set the depth K to 1 or more"
         )
-    for student in students:
+    if spans is not None and (
+        len(spans) != len(teacher)
+        or any(
+            student.ndim != 2 or student.shape != (sum(count for _, count in spans), teacher.shape[-1])
+            for student in students
+        )
+    ):
+        raise ValueError(
+            f"students {[tuple(student.shape) for student in students]} do not hold what the spans {list(spans)} say: "
+            "expected [S, D] with S the sum of the counts"
+        )
+    for student in students if spans is None else ():
         if student.ndim != 4 or student.shape != teacher.shape:
             raise ValueError(
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [B, M, N, D]; "

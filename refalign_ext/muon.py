@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for parameters of two or more dimensions; the rest belongs to AdamW.
 
     The update is scaled by sqrt(max(1, rows / columns)), as in the original publication. Matrices of one shape are
-    orthogonalised together.
+    orthogonalised together. Of sharded ones (DTensor) every rank gathers the update whole and keeps its own rows.
     """
 
     def __init__(
@@ -56,11 +56,26 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"]).flatten(1)
-                by_shape.setdefault(tuple(update.shape), []).append((parameter, update))
+                by_shape.setdefault(tuple(update.shape), []).append((parameter, _whole(update)))
             for (rows, columns), members in by_shape.items():
                 updates = orthogonalize(torch.stack([update for _, update in members]))
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for (parameter, _), update in zip(members, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update.view_as(parameter), alpha=-scale)
+                    parameter.add_(_like(update.view(parameter.shape), parameter), alpha=-scale)
         return loss
+
+
+def _whole(update: Tensor) -> Tensor:
+    return update.full_tensor() if hasattr(update, "full_tensor") else update
+
+
+def _like(update: Tensor, parameter: Tensor) -> Tensor:
+    """The whole `update`, which all ranks have, placed as `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return update
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(update.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, parameter.placements)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -38,10 +40,18 @@ def build_optimizers(
 
 
 def learning_rate_scale(step: int, config: TrainConfig) -> float:
-    """Factor on the base learning rates at optimizer step `step` (from 0): warm-up, then constant or linear decay."""
+    """Factor on the base learning rates at optimizer step `step` (from 0).
+
+    A linear warm-up over `warmup_steps`, then by `config.schedule`: `constant`; `linear`, to zero over the last
+    `decay_share` of the run; or `cosine`, half a period from one at the end of the warm-up to zero at the end of the run,
+    as in `get_cosine_schedule_with_warmup` of transformers. The last step's factor is the one before zero.
+    """
     scale = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "linear":
         scale *= min(1.0, max(0.0, (1 - step / config.steps) / config.decay_share))
+    elif config.schedule == "cosine" and step >= config.warmup_steps:
+        share = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        scale *= 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return scale
 
 

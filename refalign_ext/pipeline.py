@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from refalign_ext.backbone import (
     WAN_CONFIGS,
+    DiTCheckpoint,
     PeakMemory,
     ReferenceBackbone,
     T5EncoderModel,
     WanVAE,
+    build_dit,
     choose_seed,
     encode_prompts,
     initial_noise,
     is_out_of_memory,
     latent_shape,
-    load_dit,
     make_solver,
     placed,
+    read_dit_checkpoint,
     release_cached_memory,
     require_files,
     required_files,
@@ -64,18 +66,58 @@ class R2VResult:
     """A generated video and how it came about.
 
     Attributes:
-        video: [3, F, H, W] float32 in [-1, 1] on the CPU.
+        video: [3, F, H, W] float32 in [-1, 1] on the CPU; None on all but the first of several ranks.
         references: the prepared references, as the VAE saw them.
         settings: every setting that took effect, ready for json.
         timings: seconds per stage.
         peak_memory: bytes (see `PeakMemory`), or None when the system does not tell.
     """
 
-    video: Tensor
+    video: Tensor | None
     references: list[Image.Image]
     settings: dict[str, Any]
     timings: dict[str, float] = field(default_factory=dict)
     peak_memory: int | None = None
+
+
+class OneRank:
+    """Makes a video alone: what `R2VPipeline` asks of the ranks that make one together.
+
+    `refalign_ext.distributed.inference.VideoRanks` divides the work; every method is then called on all ranks together.
+
+    Attributes:
+        is_alone: False if other ranks take part.
+        is_main: True on the rank that decodes.
+        shards_model, shards_text_encoder: whether each rank keeps a part of those weights only.
+    """
+
+    is_alone = True
+    is_main = True
+    shards_model = False
+    shards_text_encoder = False
+
+    def divide_model(self, backbone: ReferenceBackbone, dtype: torch.dtype) -> None:
+        """Prepares a freshly loaded transformer; one that is sharded comes in its file's dtype and gets `dtype` here."""
+
+    def divide_text_encoder(self, model: nn.Module, *, sync_module_states: bool = False) -> nn.Module:
+        """Shards a freshly loaded text encoder and gives it back (`shard_fn` of `T5EncoderModel`)."""
+        return model
+
+    def same_seed(self, seed: int) -> int:
+        """The first rank's seed."""
+        return seed
+
+    def same(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The first rank's tensors, of the same shapes and dtypes."""
+        return list(tensors)
+
+    def share(self, branches: Sequence[str]) -> list[str]:
+        """Which branches of the guidance this rank evaluates, in which order."""
+        return list(branches)
+
+    def exchange(self, branches: Sequence[str], own: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Predictions [C, F, H, W] of all branches by name, from this rank's in the order of its `share`."""
+        return dict(zip(branches, own, strict=True))
 
 
 class R2VPipeline:
@@ -97,11 +139,12 @@ class R2VPipeline:
         dtype: torch.dtype = torch.float32,
         t5_cpu: bool = False,
         offload_model: bool = False,
+        ranks: OneRank | None = None,
     ) -> None:
         """Puts loaded parts together; `from_pretrained` loads them.
 
         Args:
-            config: an r2v entry of `WAN_CONFIGS`.
+            config: an entry of `WAN_CONFIGS`.
             backbone: the DiT with references attached.
             vae: the video autoencoder.
             text_encoder: the T5 encoder.
@@ -109,7 +152,9 @@ class R2VPipeline:
             dtype: the number format of the DiT's matrix products.
             t5_cpu: keeps the text encoder on the CPU.
             offload_model: keeps only the part at work on the device and runs the guidance branches one by one.
+            ranks: the ranks that have divided these parts; None: this process works alone.
         """
+        self.ranks = ranks or OneRank()
         self.config = config
         self.backbone = backbone
         self.vae = vae
@@ -130,6 +175,8 @@ class R2VPipeline:
         dit_ckpt: str | os.PathLike[str] | None = None,
         t5_cpu: bool = False,
         offload_model: bool = False,
+        ranks: OneRank | None = None,
+        read_dit: Callable[[Path], DiTCheckpoint] = read_dit_checkpoint,
     ) -> R2VPipeline:
         """Loads a checkpoint folder in upstream's layout.
 
@@ -142,12 +189,53 @@ class R2VPipeline:
             dit_ckpt: DiT weights instead of the folder's: a file, a sharded index or a folder, under upstream's,
                 RefAlign's or diffusers' names.
             t5_cpu, offload_model: see the class.
+            ranks: the ranks to divide the work among; None: this process works alone.
+            read_dit: what reads the DiT's weights; `refalign_ext.distributed.checkpoint.read_any_dit` also takes the
+                step-* folders of training.
 
         Raises:
             ValueError: for an unknown task, missing files (all are listed), weights that do not fit or an absent
                 device.
         """
-        config = r2v_config(task)
+        return cls.load(
+            r2v_config(task),
+            ckpt_dir,
+            device=device,
+            dtype=dtype,
+            dit_ckpt=dit_ckpt,
+            t5_cpu=t5_cpu,
+            offload_model=offload_model,
+            ranks=ranks,
+            read_dit=read_dit,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        config: EasyDict,
+        ckpt_dir: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
+        dit_ckpt: str | os.PathLike[str] | None = None,
+        t5_cpu: bool = False,
+        offload_model: bool = False,
+        ranks: OneRank | None = None,
+        read_dit: Callable[[Path], DiTCheckpoint] = read_dit_checkpoint,
+    ) -> R2VPipeline:
+        """What `from_pretrained` does, for any entry of `WAN_CONFIGS`: text-to-video is a video without references.
+
+        Raises:
+            ValueError: as there, and if offloading and sharding are asked for together.
+        """
+        ranks = ranks or OneRank()
+        if offload_model and (ranks.shards_model or ranks.shards_text_encoder):
+            raise ValueError(
+                "--offload_model True does not go with --dit_fsdp or --t5_fsdp, whose weights stay where they are divided: "
+                "leave one out"
+            )
+        if t5_cpu and ranks.shards_text_encoder:
+            raise ValueError("--t5_cpu does not go with --t5_fsdp: leave one out")
         device = resolve_device(device)
         if dtype == "auto" and device.type == "cuda":
             dtype = config.param_dtype
@@ -155,9 +243,14 @@ class R2VPipeline:
         folder = Path(ckpt_dir)
         require_files(folder, required_files(folder, config, dit=dit_ckpt is None))
 
-        logger.info("loading the DiT from %s", dit_ckpt or folder)
-        model = load_dit(dit_ckpt or folder, config, device=torch.device("cpu"), dtype=dtype)
+        source = Path(dit_ckpt or folder)
+        logger.info("loading the DiT from %s", source)
+        # Sharding casts block by block: weights that stay in their memory-mapped file until then need no memory of the host.
+        stored = None if ranks.shards_model else dtype
+        model = build_dit(read_dit(source), config, source, device="cpu", dtype=stored)
         model.eval().requires_grad_(False)
+        backbone = ReferenceBackbone(model)
+        ranks.divide_model(backbone, dtype)
         vae = WanVAE(vae_pth=folder / config.vae_checkpoint, device=torch.device("cpu"), config=config.vae)
         text_encoder = T5EncoderModel(
             text_len=config.text_len,
@@ -165,17 +258,19 @@ class R2VPipeline:
             device=torch.device("cpu"),
             checkpoint_path=folder / config.t5_checkpoint,
             tokenizer_path=folder / config.t5_tokenizer,
+            shard_fn=ranks.divide_text_encoder if ranks.shards_text_encoder else None,
             config=config.t5,
         )
         return cls(
             config,
-            backbone=ReferenceBackbone(model),
+            backbone=backbone,
             vae=vae,
             text_encoder=text_encoder,
             device=device,
             dtype=dtype,
             t5_cpu=t5_cpu,
             offload_model=offload_model,
+            ranks=ranks,
         )
 
     def generate(
@@ -229,7 +324,7 @@ class R2VPipeline:
             "sample_shift": config.sample_shift if sample_shift is None else sample_shift,
             "ref_guide_scale": config.ref_guide_scale if ref_guide_scale is None else ref_guide_scale,
             "text_guide_scale": config.text_guide_scale if text_guide_scale is None else text_guide_scale,
-            "seed": choose_seed(seed),
+            "seed": self.ranks.same_seed(choose_seed(seed)),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
@@ -255,10 +350,12 @@ class R2VPipeline:
                 solver,
                 ref_guide_scale=settings["ref_guide_scale"],
                 text_guide_scale=settings["text_guide_scale"],
-                progress=progress,
+                progress=progress and self.ranks.is_main,
             )
-        with _timed(timings, "decode"):
-            video = self.decode(latents)
+        video = None
+        if self.ranks.is_main:
+            with _timed(timings, "decode"):
+                video = self.decode(latents)
         if self.offload_model or self.t5_cpu:
             logger.info(memory.describe())
         return R2VResult(video, images, settings, timings, memory.bytes())
@@ -295,7 +392,7 @@ class R2VPipeline:
         else:
             channels, _, height, width = latent_shape(size, 1, self.config)
             latents = torch.zeros(channels, 0, height, width, device=self.device)
-        return Conditions(texts[0], texts[1], latents.float())
+        return Conditions(*self.ranks.same([*texts, latents.float()]))
 
     @torch.no_grad()
     def denoise(
@@ -344,7 +441,10 @@ class R2VPipeline:
             IMAGE: (conditions.negative_prompt, references),
             TEXT_IMAGE: (conditions.prompt, references),
         }
-        batches = [[name] for name in names] if self.offload_model else [list(names)]
+        own = self.ranks.share(names)
+        # Ranks that wait for each other inside a pass cannot fall back together when one of them runs out of memory.
+        one_by_one = self.offload_model or not self.ranks.is_alone
+        batches = [[name] for name in own] if one_by_one else [own]
 
         def evaluate(latents: Tensor, timestep: Tensor, batch: list[str]) -> list[Tensor]:
             texts, clean = zip(*(inputs[name] for name in batch), strict=True)
@@ -356,16 +456,16 @@ class R2VPipeline:
             try:
                 outputs = [evaluate(latents, timestep, batch) for batch in batches]
             except RuntimeError as error:
-                if len(batches) == len(names) or not is_out_of_memory(error):
+                if len(batches) == len(own) or not is_out_of_memory(error):
                     raise
                 outputs = None
             if outputs is None:
                 # Outside the handler, so that the failed batch's tensors are free before the next attempt.
                 logger.info("the guidance branches do not fit into memory together: running them one by one")
                 release_cached_memory(self.device)
-                batches = [[name] for name in names]
+                batches = [[name] for name in own]
                 outputs = [evaluate(latents, timestep, batch) for batch in batches]
-            predictions = dict(zip(names, (tensor for batch in outputs for tensor in batch), strict=True))
+            predictions = self.ranks.exchange(names, [tensor for batch in outputs for tensor in batch])
             return combine_branches(predictions, image_scale, text_guide_scale)
 
         return predict

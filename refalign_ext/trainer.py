@@ -2,30 +2,35 @@
 
 The trainer sees modules, a source of samples and a configuration; what shards or wraps the modules does so before they
 get here. All randomness of a sample depends on the seed and its global position, so a batch of two equals two
-accumulated batches of one, and a resumed run equals one that was never interrupted.
+accumulated batches of one or two ranks with one each, a resumed run equals one that was never interrupted, and there is
+no state of a random generator to save.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone
-from refalign_ext.checkpoint import read_checkpoint, save_checkpoint
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import EncodedSample, Source, stack_features
-from refalign_ext.losses import flow_matching_loss, flow_matching_target, reference_alignment_over_blocks
+from refalign_ext.distributed.checkpoint import Checkpointer, build_state, read_meta, restore_state
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.parallelize import TrainedModules, free_gathered, local_part, whole_tensors
+from refalign_ext.layout import SampleLayout
+from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
+from refalign_ext.losses import alignment_by_block, flow_matching_errors, flow_matching_target
 from refalign_ext.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
-from refalign_ext.projectors import ReferenceProjectors
+from refalign_ext.telemetry import SkipGuard, TimestepBins, write_skipped
 from refalign_ext.timesteps import add_noise, timestep_recipe
 
 logger = logging.getLogger(__name__)
@@ -44,18 +49,50 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class StepLosses:
-    """Losses of one batch; `total` carries the gradient, all are averages over the samples."""
+class BatchLosses:
+    """Losses of one batch on one rank.
+
+    Attributes:
+        total: eq. 11, with the gradient. Averaged over all ranks it is the loss of all their samples.
+        flow: flow matching, weighted, averaged over the samples.
+        positive, negative: [K], alignment terms of each block, averaged over the samples; of this rank's reference tokens
+            times the number of ranks that share them.
+        errors: [B], unweighted flow-matching error of each sample.
+    """
 
     total: Tensor
     flow: Tensor
     positive: Tensor
     negative: Tensor
+    errors: Tensor
 
 
-def draw(sample: EncodedSample, index: int, config: TrainConfig) -> Draw:
-    """Everything random about the sample at global position `index`, from the seed and the position alone."""
-    digest = hashlib.sha256(f"{config.seed}/{index}".encode()).digest()
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did.
+
+    Attributes:
+        values: averages over all ranks, by the name that logs give them.
+        skipped: True if something was not finite and the weights are as they were.
+        stopping: True if a rank asked to stop.
+        samples: what this rank's samples are called.
+        layouts: where their tokens lie.
+    """
+
+    values: dict[str, float]
+    skipped: bool
+    stopping: bool
+    samples: list[str]
+    layouts: list[SampleLayout]
+
+
+def draw(sample: EncodedSample, index: int, config: TrainConfig, *, purpose: str = "") -> Draw:
+    """Everything random about the sample at global position `index`, from the seed and the position alone.
+
+    Args:
+        purpose: sets draws apart that share positions, such as those of validation.
+    """
+    digest = hashlib.sha256(f"{config.seed}/{purpose}{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     timestep = timestep_recipe(config.timesteps).sample(1, generator)[0]
     noise = torch.randn(sample.latents.shape, generator=generator)
@@ -68,36 +105,52 @@ def draw(sample: EncodedSample, index: int, config: TrainConfig) -> Draw:
 
 
 class Trainer:
-    """Trains a backbone and its projectors.
+    """Trains a backbone and its projectors, alone or as one of many ranks.
 
     Args:
         config: every setting.
         backbone: the DiT with references attached, on the training device.
-        projectors: one per aligned block, or None for training without alignment.
+        trained: the DiT and the projectors (None: training without alignment), parallelized.
         source: where samples come from.
         encode_text: prompts to text features.
-        device: where losses are computed.
+        parallel: this rank's place.
+        validation: clips that training does not see.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         backbone: ReferenceBackbone,
-        projectors: ReferenceProjectors | None,
+        trained: TrainedModules,
         source: Source,
         encode_text: EncodeText,
-        device: torch.device,
+        parallel: Parallel,
+        validation: Source | None = None,
     ) -> None:
-        self.config, self.backbone, self.projectors = config, backbone, projectors
-        self.source, self.encode_text, self.device = source, encode_text, device
+        self.config, self.backbone, self.trained = config, backbone, trained
+        self.source, self.encode_text, self.validation = source, encode_text, validation
+        self.parallel, self.device = parallel, parallel.device
         self.recipe = timestep_recipe(config.timesteps)
-        self.optimizers = build_optimizers(backbone.model, projectors, config)
-        self.average = copy.deepcopy(backbone.model.state_dict()) if config.ema_decay else None
-        self.step = 0
+        self.accumulation = config.accumulation(parallel.sizes.data)
+        self.optimizers = build_optimizers(trained.dit, trained.projectors, config)
+        self.average = None
+        if config.ema_decay:
+            self.average = {key: value.detach().clone() for key, value in trained.dit.state_dict().items()}
+        self.step, self.samples_seen = 0, 0
+        self.timestep_bins = TimestepBins(device=self.device)
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self.waiting: Callable[[], AbstractContextManager] = nullcontext  # entered while samples are awaited
+        self._guard = SkipGuard(config.max_skipped_steps, Path(config.out))
+        self._checkpointer: Checkpointer | None = None
 
-    def losses(self, samples: list[EncodedSample], draws: list[Draw]) -> StepLosses:
+    @property
+    def clips_per_step(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.config.batch_size * self.parallel.sizes.data * self.accumulation
+
+    def losses(self, samples: list[EncodedSample], draws: list[Draw]) -> BatchLosses:
         """Eq. 11 for one batch: flow matching plus gated, weighted reference alignment."""
-        config, alignment = self.config, self.config.alignment
+        alignment, projectors = self.config.alignment, self.trained.projectors
         timestep = torch.stack([chance.timestep for chance in draws])  # [B]
         latents = [sample.latents.to(self.device) for sample in samples]
         noise = [chance.noise.to(self.device) for chance in draws]
@@ -108,204 +161,241 @@ class Trainer:
         prompts = [
             sample.prompt if chance.keep_text else "" for sample, chance in zip(samples, draws, strict=True)
         ]
-        aligned = self.projectors is not None and any(sample.references.shape[1] for sample in samples)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        texts = self.encode_text(prompts)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.backbone(
                 add_noise(latents, noise, timestep),
                 timestep.to(self.device),
-                self.encode_text(prompts),
+                texts,
                 references,
-                tap_depth=alignment.depth if aligned else 0,
+                tap_depth=alignment.depth if projectors is not None else 0,
                 tap=alignment.tap,
             )
-            students = self.projectors(output.reference_tokens) if aligned else []
-        weight = self.recipe.flow_weight(timestep).to(self.device)
-        targets = flow_matching_target(latents, noise)
-        flow = flow_matching_loss(output.prediction, targets, sample_weight=weight)
-        if not aligned:
-            zero = flow.new_zeros(())
-            return StepLosses(flow, flow.detach(), zero, zero)
+            students = [] if projectors is None else projectors(output.reference_tokens)
+        errors = flow_matching_errors(output.prediction, flow_matching_target(latents, noise))  # [B]
+        flow = (errors * self.recipe.flow_weight(timestep).to(errors)).mean()
+        if projectors is None:
+            none = flow.new_zeros(0)
+            return BatchLosses(flow, flow.detach(), none, none, errors.detach())
         teacher, mask = stack_features(samples, self.device)  # [B, M, N, D], [B, M]
         kept = torch.tensor([chance.keep_references for chance in draws], device=self.device)
-        alignment_loss = reference_alignment_over_blocks(
+        positive, negative = alignment_by_block(
             students,
             teacher,
             mask=mask & kept[:, None],
             margin=alignment.margin,
-            negative_weight=alignment.negative_weight,
             sample_weight=self.recipe.alignment_gate(timestep),
+            spans=output.reference_spans,
         )
-        total = flow + alignment.weight * alignment_loss.total
-        return StepLosses(
-            total, flow.detach(), alignment_loss.positive.detach(), alignment_loss.negative.detach()
+        # Ranks that share a sample hold parts of its references: their average, times how many they are, is the sum.
+        share = self.parallel.sizes.sequence
+        total = flow + alignment.weight * share * (positive + alignment.negative_weight * negative).mean()
+        return BatchLosses(
+            total, flow.detach(), share * positive.detach(), share * negative.detach(), errors.detach()
         )
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step over `accumulation` batches; returns what to log.
+    def train_step(self) -> StepReport:
+        """One optimizer step over all ranks.
+
+        A step whose loss or gradient is not finite leaves the weights as they were; what it saw is written down.
 
         Raises:
-            FloatingPointError: if a loss or the gradient is not finite; the weights are left as they were.
+            FloatingPointError: after `max_skipped_steps` such steps in a row.
         """
-        config = self.config
-        set_learning_rates(self.optimizers, learning_rate_scale(self.step, config))
-        first = self.step * config.accumulation * config.batch_size
-        sums: dict[str, float] = {}
-        seen: list[str] = []
-        for micro in range(config.accumulation):
-            start = first + micro * config.batch_size
-            indices = range(start, start + config.batch_size)
-            samples = self.source.samples(self.step, indices)
-            draws = [draw(sample, index, config) for sample, index in zip(samples, indices, strict=True)]
+        set_learning_rates(self.optimizers, learning_rate_scale(self.step, self.config))
+        batches: list[tuple[list[EncodedSample], list[Draw], BatchLosses]] = []
+        for micro in range(self.accumulation):
+            indices = self._indices(micro)
+            with self.waiting():
+                samples = self.source.samples(self.step, indices)
+            draws = [draw(sample, index, self.config) for sample, index in zip(samples, indices, strict=True)]
             losses = self.losses(samples, draws)
-            (losses.total / config.accumulation).backward()
-            for name in ("total", "flow", "positive", "negative"):
-                sums[name] = sums.get(name, 0.0) + getattr(losses, name).item() / config.accumulation
-            seen += [sample.name for sample in samples]
-            self._require_finite("loss", sums["total"], seen[-len(samples) :])
+            (losses.total / self.accumulation).backward()
+            batches.append((samples, draws, losses))
+        norm = self._clip_gradients()
+        values, stopping = self._average_over_ranks([losses for _, _, losses in batches])
+        values["gradient_norm"] = norm
+        values["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        self.step += 1
+        self.samples_seen += self.clips_per_step
+        skipped = not (math.isfinite(values["loss/total"]) and math.isfinite(norm))
+        if skipped:
+            self._skip(batches, values)
+        else:
+            self._guard.fine()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self._update_average()
+            for _, draws, losses in batches:
+                timesteps = torch.stack([chance.timestep for chance in draws])
+                self.timestep_bins.add(timesteps, losses.errors)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        seen = [sample for samples, _, _ in batches for sample in samples]
+        layouts = [self._layout(sample) for sample in seen]
+        return StepReport(values, skipped, stopping, [sample.name for sample in seen], layouts)
+
+    def _indices(self, micro: int) -> range:
+        """Global positions of this rank's samples: data ranks take turns, ranks that share a sample get the same."""
+        size, data = self.config.batch_size, self.parallel.sizes.data
+        start = self.samples_seen + (micro * data + self.parallel.data_rank) * size
+        return range(start, start + size)
+
+    def _layout(self, sample: EncodedSample) -> SampleLayout:
+        _, height, width = self.backbone.model.patch_size
+        frames, rows, columns = sample.latents.shape[1:]
+        return SampleLayout(frames, sample.references.shape[1], rows // height, columns // width)
+
+    def _clip_gradients(self) -> float:
         parameters = [
             p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
         ]
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf"))
-        self._require_finite("gradient", norm.item(), seen)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self._update_average()
-        self.step += 1
-        return {
-            "loss/total": sums["total"],
-            "loss/flow": sums["flow"],
-            "alignment/positive": sums["positive"],
-            "alignment/negative": sums["negative"],
-            "gradient_norm": norm.item(),
-            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
-        }
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or float("inf"))
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
-    def _require_finite(self, what: str, value: float, names: list[str]) -> None:
-        if not math.isfinite(value):
-            listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise FloatingPointError(
-                f"the {what} of step {self.step + 1} is {value} (samples {listed}): lower --learning_rate or look at "
-                "these samples; the last checkpoint is untouched"
+    def _average_over_ranks(self, batches: list[BatchLosses]) -> tuple[dict[str, float], bool]:
+        """Logged values and whether any rank wants to stop, in one exchange."""
+        parts = [
+            torch.cat([losses.total.detach()[None], losses.flow[None], losses.positive, losses.negative])
+            for losses in batches
+        ]
+        stop = torch.tensor([float(self.stop_requested())], device=self.device)
+        # [2 + 2 K + 1]
+        mean = self.parallel.mean(torch.cat([torch.stack(parts).mean(0).float(), stop])).tolist()
+        depth = len(batches[0].positive)
+        values = {"loss/total": mean[0], "loss/flow": mean[1]}
+        for name, terms in (("positive", mean[2 : 2 + depth]), ("negative", mean[2 + depth : -1])):
+            values[f"alignment/{name}"] = sum(terms) / max(depth, 1)
+            values |= {f"alignment_by_block/{name}_{block}": term for block, term in enumerate(terms)}
+        return values, mean[-1] > 0
+
+    def _skip(
+        self, batches: list[tuple[list[EncodedSample], list[Draw], BatchLosses]], values: dict[str, float]
+    ) -> None:
+        mine = [
+            {
+                "sample": sample.name,
+                "timestep": chance.timestep.item(),
+                "keep_text": chance.keep_text,
+                "keep_references": chance.keep_references,
+                "flow_error": losses.errors[place].item(),
+                "batch_total": losses.total.item(),
+                "batch_positive": losses.positive.tolist(),
+                "batch_negative": losses.negative.tolist(),
+            }
+            for samples, draws, losses in batches
+            for place, (sample, chance) in enumerate(zip(samples, draws, strict=True))
+        ]
+        by_rank = self.parallel.gather_objects(mine)
+        folder = Path(self.config.out)
+        if self.parallel.is_main:
+            path = write_skipped(folder, self.step, {"values": values, "samples_by_rank": by_rank})
+            logger.warning(
+                "step %d skipped, it is not finite: %s tells its samples and losses", self.step, path
             )
+        self._guard.skipped()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses of the validation clips, the same clips with the same noise and timesteps at every step."""
+        assert self.validation is not None
+        names = (
+            ("loss", "flow") if self.trained.projectors is None else ("loss", "flow", "positive", "negative")
+        )
+        data, count = self.parallel.sizes.data, self.config.validation_clips
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        # One clip at a time, so that any number of ranks sees the same ones. All ranks pass through the model equally
+        # often; what lies beyond the last clip does not count.
+        for first in range(0, count, data):
+            place = first + self.parallel.data_rank
+            samples = self.validation.samples(place, range(place, place + 1))
+            losses = self.losses(samples, [draw(samples[0], place, self.config, purpose="validation/")])
+            if place < count:
+                terms = [losses.total, losses.flow, losses.positive.mean(), losses.negative.mean()]
+                sums += torch.stack(terms[: len(names)]).double()
+        free_gathered(self.trained)
+        mean = (self.parallel.sum(sums) / self.parallel.sizes.sequence / count).tolist()
+        return {f"validation/{name}": value for name, value in zip(names, mean, strict=True)}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         # A short memory at first: otherwise the random start would linger for a thousand steps.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        weights = self.backbone.model.state_dict()
-        torch._foreach_lerp_(list(self.average.values()), [weights[key] for key in self.average], 1 - decay)
+        weights = self.trained.dit.state_dict()
+        mine = [local_part(value) for value in self.average.values()]
+        torch._foreach_lerp_(mine, [local_part(weights[key]) for key in self.average], 1 - decay)
 
     def averaged_state(self) -> dict[str, Tensor]:
-        """The weights to generate with: the moving average if there is one."""
-        return dict(self.average if self.average is not None else self.backbone.model.state_dict())
+        """The weights to generate with: the moving average if there is one. Sharded as the model is."""
+        return dict(self.average if self.average is not None else self.trained.dit.state_dict())
 
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
-        return save_checkpoint(
-            Path(self.config.out) / "checkpoints",
+    def generation_weights(self) -> dict[str, Tensor]:
+        """The same, whole and under upstream's names, with adapters merged; all ranks call it together."""
+        state = whole_tensors(self.averaged_state())
+        if not self.config.lora_rank:
+            return state
+        rank, alpha = adapter_scale(self.trained.dit)
+        return merge_tensors(*split_state_dict(state), rank=rank, alpha=alpha)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with the moving average's weights, for as long as the block lasts."""
+        weights = self.trained.dit.state_dict()
+        before = {key: local_part(value).clone() for key, value in weights.items()} if self.average else {}
+        try:
+            for key in before:
+                local_part(weights[key]).copy_(local_part(self.average[key]))
+            yield
+        finally:
+            free_gathered(self.trained)
+            for key, value in before.items():
+                local_part(weights[key]).copy_(value)
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the present step; it is whole when `finish_saving` returns.
+
+        Raises:
+            OSError: if the one before could not be written.
+        """
+        if self._checkpointer is None:
+            folder = Path(self.config.out) / "checkpoints"
+            timeout = 60 * self.config.timeout_minutes
+            self._checkpointer = Checkpointer(folder, self.parallel, self.config.keep_last, timeout)
+        only_adapters = self.config.lora_rank > 0
+        self._checkpointer.save(
             self.step,
-            dit=self.backbone.model.state_dict(),
-            dit_config=_plain_config(self.backbone.model),
-            average=self.average,
-            projectors=None if self.projectors is None else self.projectors.state_dict(),
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
-            settings=self.config.to_dict(),
-            keep_last=self.config.keep_last,
+            build_state(self.trained, self.optimizers, self.average, trainable_only=only_adapters),
+            {"samples_seen": self.samples_seen, "settings": self.config.to_dict()},
+            _plain_config(self.trained.dit),
         )
 
+    def finish_saving(self) -> Path | None:
+        """Wait for the last checkpoint and return its folder (None: none since the last call).
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        return None if self._checkpointer is None else self._checkpointer.finish()
+
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; says which settings differ from the run that wrote it.
+        """Continue from a checkpoint, whatever number of ranks wrote it; says which settings differ.
 
         Raises:
             ValueError: if it does not fit this model or its optimizers.
         """
-        state = read_checkpoint(path)
-        then, now = _flatten(state["settings"]), _flatten(self.config.to_dict())
-        for name in sorted(name for name in now if name in then and str(then[name]) != str(now[name])):
-            logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name])
-        try:
-            self.backbone.model.load_state_dict(state["dit"])
-            if self.projectors is not None:
-                self.projectors.load_state_dict(state["projectors"] or {})
-            if len(state["optimizers"]) != len(self.optimizers):
-                raise ValueError(
-                    f"it has {len(state['optimizers'])} optimizers, this run {len(self.optimizers)}"
-                )
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                # Rates, betas and weight decay are this run's, as the warnings above say.
-                options = [
-                    {key: value for key, value in group.items() if key != "params"}
-                    for group in optimizer.param_groups
-                ]
-                optimizer.load_state_dict(saved)
-                for group, values in zip(optimizer.param_groups, options, strict=True):
-                    group.update(values)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"checkpoint {path} does not fit this run ({reason[:200]}): use the settings it was trained with, "
-                "--resume off or another --out"
-            ) from error
-        if self.average is not None:
-            self.average = {k: v.to(self.device) for k, v in (state["average"] or state["dit"]).items()}
-        self.step = state["step"]
-
-    def run(
-        self,
-        *,
-        log: Callable[[int, dict[str, float]], None],
-        preview: Callable[[int], dict[str, float]] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-        progress: bool = True,
-    ) -> None:
-        """Train to `config.steps` with a progress bar, logs, previews and checkpoints.
-
-        Args:
-            log: takes the step and its values.
-            preview: makes a picture at a step and returns values to log.
-            should_stop: asked after every step; True saves a checkpoint and ends the run.
-        """
-        from tqdm import tqdm
-
-        config = self.config
-        clips = config.batch_size * config.accumulation
-        began, logged_at = time.monotonic(), self.step
-        with tqdm(
-            total=config.steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not progress,
-            mininterval=0.5,
-        ) as bar:
-            while self.step < config.steps:
-                values = self.train_step()
-                seconds = max(time.monotonic() - began, 1e-9)
-                values["clips_per_second"] = (self.step - logged_at) * clips / seconds
-                bar.set_postfix_str(
-                    f"loss {values['loss/total']:.3f} RA+ {values['alignment/positive']:.3f} "
-                    f"RA- {values['alignment/negative']:.3f} {values['clips_per_second']:.1f} clips/s",
-                    refresh=False,
-                )
-                bar.update()
-                if self.step % config.log_every == 0 or self.step == config.steps:
-                    log(self.step, values)
-                    began, logged_at = time.monotonic(), self.step
-                stopping = should_stop is not None and should_stop()
-                if self.step % config.save_every == 0 or self.step == config.steps or stopping:
-                    self.save()
-                if stopping:
-                    break
-                if preview is not None and config.preview_every and self.step % config.preview_every == 0:
-                    log(self.step, preview(self.step))
-                    began, logged_at = time.monotonic(), self.step
+        meta = read_meta(path)
+        then, now = _flatten(meta["settings"]), _flatten(self.config.to_dict())
+        if self.parallel.is_main:
+            for name in sorted(name for name in now if name in then and str(then[name]) != str(now[name])):
+                logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name])
+        restore_state(path, self.trained, self.optimizers, self.average)
+        self.step, self.samples_seen = meta["step"], meta["samples_seen"]
 
 
-def _plain_config(model: nn.Module) -> dict:
+def _plain_config(model: nn.Module) -> dict[str, Any]:
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    return {"_class_name": type(model).__name__, **config}
+    return {"_class_name": "WanModel", **config}
 
 
 def _flatten(settings: dict, prefix: str = "") -> dict[str, object]:

@@ -63,7 +63,7 @@ class WanT2V:
             checkpoint_dir: folder with the DiT, T5 and VAE weights and the tokenizer.
             device_id: CUDA device number, used when `device` is not given and CUDA is there.
             rank: this process's number; only rank 0 decodes.
-            t5_fsdp, dit_fsdp, use_usp: multi-process modes of upstream; not available here yet.
+            t5_fsdp, dit_fsdp, use_usp: upstream's modes for several processes, which `generate.py` has instead.
             t5_cpu: keeps the text encoder on the CPU.
             device: where to sample; None takes CUDA `device_id`, else MPS, else the CPU.
             dtype: the DiT's number format, a dtype or "auto", "bf16", "fp32"; None takes `config.param_dtype` on
@@ -72,7 +72,7 @@ class WanT2V:
 
         Raises:
             ValueError: for missing files (all are listed), weights that do not fit, an absent device, or a mode
-                that is not available.
+                for several processes.
         """
         from wan.modules.t5 import T5EncoderModel
         from wan.modules.vae import WanVAE
@@ -82,7 +82,7 @@ class WanT2V:
         if any(asked.values()):
             names = ", ".join(name for name, value in asked.items() if value)
             raise ValueError(
-                f"{names} need several processes, which is not available yet: run one process without"
+                f"{names} need several processes, and this class works in one: run torchrun ... generate.py"
             )
         if device is None and torch.cuda.is_available():
             device = f"cuda:{device_id}"

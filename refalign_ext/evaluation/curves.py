@@ -40,7 +40,8 @@ def draw_curves(metrics: Path, out: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
-            known = [step for step in steps if name in entries[step]]
+            # A skipped step's loss is logged as text, because JSON knows no nan.
+            known = [step for step in steps if isinstance(entries[step].get(name), (int, float))]
             values = [entries[step][name] for step in known]
             if name.startswith("judge"):
                 axes.plot(known, values, marker="o", markersize=3, label=name.split("/")[1])

@@ -16,10 +16,11 @@ from refalign_ext.backbone import (
     WAN_CONFIGS,
     ReferenceBackbone,
     WanVAE,
-    load_dit,
+    build_dit,
     make_solver,
     resolve_device,
 )
+from refalign_ext.distributed.checkpoint import read_any_dit
 from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor
@@ -191,11 +192,13 @@ def judge_folder(
     task = WAN_CONFIGS["r2v-tiny"]
     place = resolve_device(device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=place, config=task.vae)
-    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place))
+    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place, place))
     if what != "generation":
         return evaluator.reconstruct(job, through_vae=what == "reconstruction", progress=progress)
     lay_channels_last(vae.model)
-    model = load_dit(dit_ckpt or folder, task, device=place, dtype=torch.float32).requires_grad_(False)
+    source = dit_ckpt or folder
+    model = build_dit(read_any_dit(source), task, source, device=place, dtype=torch.float32)
+    model.requires_grad_(False)
     return evaluator.generate(model, job, progress=progress)
 
 

@@ -87,6 +87,7 @@ class SpriteSource:
         fingerprint: str,
         draw_shares: tuple[float, float, float] | None = None,
         progress: bool = True,
+        split: str = "train",
     ) -> None:
         """Plan the clips; nothing is rendered or written before `prepare`.
 
@@ -97,9 +98,10 @@ class SpriteSource:
             fingerprint: identifies VAE and teacher weights; another one means another cache file.
             draw_shares: shares of steps with one, two and three subjects; None: as in the cache.
             progress: show a bar while the cache is built.
+            split: whose subjects, `train` or `held_out`.
         """
         self.settings = settings
-        self.subjects = subjects_of("train")
+        self.subjects = subjects_of(split)
         rng = np.random.default_rng([settings.seed, 10])
         shares = np.array(settings.counts) / sum(settings.counts)
         self.clips = [
@@ -123,7 +125,8 @@ class SpriteSource:
         rows = [len(c.performances) * views for c, views in zip(self.clips, self._own_views, strict=True)]
         self._first_own = np.cumsum([0, *rows])
         self._subject_index = {subject: index for index, subject in enumerate(self.subjects)}
-        key = json.dumps([settings.__dict__, fingerprint, features is not None], sort_keys=True)
+        identity = [settings.__dict__, fingerprint, features is not None]
+        key = json.dumps(identity if split == "train" else [*identity, split], sort_keys=True)
         self._path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         self._encode, self._features, self._progress = encode, features, progress
         self._loaded: dict[str, Tensor] | None = None

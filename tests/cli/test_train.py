@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -24,10 +25,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from refalign_ext.backbone import WAN_CONFIGS, load_dit, save_video
+from refalign_ext.backbone import WAN_CONFIGS, build_dit, save_video
 from refalign_ext.config import AlignmentConfig, TrainConfig
+from refalign_ext.distributed.checkpoint import (
+    checkpoints_in,
+    read_any_dit,
+    read_dit,
+    read_meta,
+    read_projectors,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"
@@ -51,6 +59,8 @@ TINY = (
     "1",
     "--batch_size",
     "2",
+    "--validation_clips",
+    "2",
 )
 EXACT = (
     "--precision",
@@ -64,16 +74,36 @@ EXACT = (
     "--warmup_steps",
     "0",
 )
-EXACT += ("--schedule", "constant")
-WEIGHTS = "raw_weights.safetensors"
+EXACT += ("--schedule", "constant", "--validate_every", "0")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "train_refalign.py"), *map(str, arguments)]
+
+
+def variables() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train_refalign.py"), *map(str, arguments)]
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=170, check=False
+        command(*arguments),
+        cwd=folder,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
     )
+
+
+def names(checkpoints: Path) -> list[str]:
+    return [path.name for path in checkpoints_in(checkpoints)]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What this project logged; torch's checkpoints log every call for themselves."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("refalign_ext")]
 
 
 def entries(folder: Path) -> list[str]:
@@ -136,7 +166,7 @@ def fails(
         capfd.readouterr()
         assert start(*arguments) == 2
         assert entries(tmp_path) == before
-        assert not caplog.messages
+        assert not said(caplog)
         lines = capfd.readouterr().err.strip().splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("train_refalign.py: error: ")
@@ -173,15 +203,15 @@ def test_help_is_quick_imports_nothing_and_lists_every_field(tmp_path: Path) -> 
     imported, seconds = result.stderr.rsplit(" ", 1)
     assert imported == "[]"
     assert float(seconds) < 0.5
-    shown = set(re.findall(r"^  --([\w.]+)", result.stdout, flags=re.MULTILINE))
+    shown = set(re.findall(r"^  --([\w.-]+)", result.stdout, flags=re.MULTILINE))
     wanted = {field.name for field in fields(TrainConfig)} - {"alignment"}
     wanted |= {f"alignment.{field.name}" for field in fields(AlignmentConfig)}
-    assert shown == wanted | {"device", "resume", "threads"}
+    assert shown == wanted | {"device", "resume", "threads", "dry-run", "world_size"}
 
 
 @needs_parts
 def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
-    said = (sprite_run / "stderr.txt").read_text()
+    shown = (sprite_run / "stderr.txt").read_text()
     for part in (
         "encoding clips: 100%",
         "training: 100%",
@@ -189,11 +219,14 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
         "loss ",
         "RA+ ",
         "RA- ",
-        "clips/s",
+        "step/s",
         "INFO done: ",
     ):
-        assert part in said
-    assert [path.name for path in (sprite_run / "checkpoints").iterdir()] == ["step-00000002"]
+        assert part in shown
+    assert sorted(path.name for path in (sprite_run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    meta = read_meta(sprite_run / "checkpoints" / "step-00000002")
+    assert (meta["step"], meta["samples_seen"]) == (2, 4)
+    assert meta["settings"] == json.loads((sprite_run / "settings.json").read_text())
     assert json.loads((sprite_run / "settings.json").read_text())["steps"] == 2
 
     with Image.open(sprite_run / "previews" / "step-00000002.png") as picture:
@@ -203,6 +236,10 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     assert [step for step, _ in curve(sprite_run)] == [1, 2]
     assert any("judge_1/colors" in row for row in rows) and any("judge_2/colors" in row for row in rows)
     assert all(row["gradient_norm"] > 0 for row in rows if "loss/total" in row)
+    for name in ("speed/clips_per_second", "speed/tokens_per_second", "memory/peak_gib"):
+        assert all(row[name] > 0 for row in rows if "loss/total" in row)
+    assert [row["step"] for row in rows if "validation/loss" in row] == [2]
+    assert any(key.startswith("loss_by_timestep/") for key in rows[0])
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -227,22 +264,26 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     assert start(*TINY, *EXACT, "--out", "run", "--steps", 4) == 0
     assert "encoding" not in capfd.readouterr().err  # the cache is there
     assert f"resuming from {Path('run') / 'checkpoints' / 'step-00000002'}" in caplog.messages
+    assert not any("resuming with seed" in message for message in caplog.messages)
     assert "resuming with steps = 4 (the checkpoint has 2)" in caplog.messages
 
     shutil.copytree(sprite_run / "cache", tmp_path / "whole" / "cache")
     assert start(*TINY, *EXACT, "--out", "whole", "--steps", 4) == 0
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     assert [step for step, _ in curve(tmp_path / "run")] == [1, 2, 3, 4]
-    state = [
-        load_file(tmp_path / out / "checkpoints" / "step-00000004" / WEIGHTS) for out in ("run", "whole")
-    ]
-    assert all(torch.equal(value, state[1][key]) for key, value in state[0].items())
+    for raw in (True, False):
+        run_state, whole_state = (
+            read_dit(tmp_path / out / "checkpoints" / "step-00000004", raw=raw) for out in ("run", "whole")
+        )
+        assert run_state.keys() == whole_state.keys()
+        assert all(torch.equal(value, whole_state[key]) for key, value in run_state.items())
 
     old = curve(sprite_run)
     folder = tmp_path / "run" / "checkpoints"
     assert start(*TINY, *EXACT, "--out", "run", "--steps", 1, "--resume", "off") == 0
-    names = ["abandoned-step-00000002", "abandoned-step-00000004", "step-00000001"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    left = ["abandoned-step-00000002", "abandoned-step-00000004", "latest", "step-00000001"]
+    assert sorted(path.name for path in folder.iterdir()) == left
+    assert (folder / "latest").read_text().strip() == "step-00000001"
     assert sum("its checkpoint is now" in message for message in caplog.messages) == 2
     assert curve(tmp_path / "run") == old[:1]
 
@@ -255,12 +296,12 @@ def test_ctrl_c_saves_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from refalign_ext.trainer import Trainer
+    from refalign_ext.trainer import StepReport, Trainer
 
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     original = Trainer.train_step
 
-    def interrupted(self: Trainer) -> dict[str, float]:
+    def interrupted(self: Trainer) -> StepReport:
         if self.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
@@ -276,11 +317,121 @@ def test_ctrl_c_saves_where_it_was(
     assert "stopping after this step" in error
     assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert "Traceback" not in error
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert names(tmp_path / "run" / "checkpoints") == ["step-00000002"]
 
 
 @needs_parts
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+def test_a_second_ctrl_c_stops_at_once(
+    sprite_run: Path,
+    start: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from refalign_ext.trainer import StepReport, Trainer
+
+    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
+
+    def impatient(self: Trainer) -> StepReport:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(Trainer, "train_step", impatient)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert start(*TINY, *EXACT, "--out", "run", "--steps", 50) == 130
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    error = capfd.readouterr().err
+    assert error.count("stopping after this step (Ctrl-C again: at once)") == 1 and "Traceback" not in error
+    assert names(tmp_path / "run" / "checkpoints") == []
+
+
+@needs_parts
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(
+    sprite_run: Path,
+    start: Callable[..., int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
+    settings = (*TINY, *EXACT, "--out", "run", "--save_every", 10**6)
+    process = subprocess.Popen(
+        command(*settings, "--steps", 10**6),
+        cwd=tmp_path,
+        env=variables(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run in the background has its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        wait_for_step(tmp_path / "run", 2, process)
+        process.send_signal(number)
+        if number == signal.SIGTERM:  # a scheduler may repeat itself
+            process.send_signal(number)
+        output, error = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == code, error
+    assert output == "" and "Traceback" not in error
+    assert error.count("stopping after this step") == 1
+    assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
+    (checkpoint,) = checkpoints_in(tmp_path / "run" / "checkpoints")
+    step = read_meta(checkpoint)["step"]
+    assert step == curve(tmp_path / "run")[-1][0] >= 2
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["latest", checkpoint.name]
+
+    assert start(*settings, "--steps", step + 1) == 0
+    assert f"resuming from {Path('run') / 'checkpoints' / checkpoint.name}" in caplog.messages
+    assert [found for found, _ in curve(tmp_path / "run")] == list(range(1, step + 2))
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run has logged `step`."""
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    pytest.fail("the run does not get there")
+
+
+@needs_parts
+def test_a_step_that_is_not_finite_is_skipped_and_told(
+    sprite_run: Path,
+    start: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from refalign_ext import trainer
+
+    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
+    calls, original = [], trainer.flow_matching_errors
+
+    def broken(*given: object) -> torch.Tensor:
+        calls.append(given)
+        return original(*given) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(trainer, "flow_matching_errors", broken)
+    assert start(*TINY, *EXACT, "--out", "run", "--steps", 3) == 0
+    told = Path("run") / "skipped" / "step-00000002.json"
+    assert f"step 2 skipped, it is not finite: {told} tells its samples and losses" in caplog.messages
+    assert [value == "nan" for _, value in curve(tmp_path / "run")] == [False, True, False]
+    assert json.loads((tmp_path / told).read_text())["values"]["loss/total"] == "nan"
+    weights = read_dit(tmp_path / "run" / "checkpoints" / "step-00000003", raw=True)
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@needs_parts
+def test_losses_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(
     sprite_run: Path,
     start: Callable[..., int],
     tmp_path: Path,
@@ -289,22 +440,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 ) -> None:
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     monkeypatch.setattr(
-        "refalign_ext.trainer.flow_matching_loss", lambda *given, **weights: torch.tensor(float("nan"))
+        "refalign_ext.trainer.flow_matching_errors",
+        lambda predictions, targets: torch.stack([p.sum() for p in predictions]) * float("nan"),
     )
     shutil.copytree(sprite_run / "checkpoints", tmp_path / "run" / "checkpoints")
     before = entries(tmp_path / "run" / "checkpoints")
-    assert start(*TINY, *EXACT, "--out", "run", "--steps", 6) == 2
+    assert start(*TINY, *EXACT, "--out", "run", "--steps", 60, "--max_skipped_steps", 3) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        r"error: the loss of step 3 is nan \(samples sprite-\d+, sprite-\d+\): lower --learning_rate", last
+        r"error: 3 steps in a row gave a loss or gradient that is not finite: .*skipped, lower --learning_rate",
+        last,
     )
+    files = sorted((tmp_path / "run" / "skipped").iterdir())
+    assert [path.name for path in files] == [f"step-0000000{step}.json" for step in (3, 4, 5)]
+    rows = json.loads(files[0].read_text())["samples_by_rank"][0]
+    assert all(re.fullmatch(r"sprite-\d+", row["sample"]) and row["flow_error"] == "nan" for row in rows)
     assert entries(tmp_path / "run" / "checkpoints") == before
 
 
 @needs_parts
 def test_the_checkpoint_serves_generation(sprite_run: Path, tmp_path: Path) -> None:
     checkpoint = sprite_run / "checkpoints" / "step-00000002"
-    load_dit(checkpoint, WAN_CONFIGS["r2v-tiny"])
     Image.new("RGB", (30, 40), "red").save(tmp_path / "red.png")
     arguments = ["--dit_ckpt", checkpoint, "--ref", tmp_path / "red.png", "--prompt", "a red square"]
     arguments += ["--sample_steps", 1, "--save_file", tmp_path / "a.mp4", "--device", "cpu"]
@@ -373,9 +529,11 @@ def test_other_starts_and_no_alignment(
     assert start(*common, *without, "--out", "a", "--dit_ckpt", checkpoint) == 0
     assert metrics(tmp_path / "a")[0]["alignment/positive"] == 0
     folder = tmp_path / "a" / "checkpoints" / "step-00000001"
-    assert not (folder / "projectors.safetensors").exists()
-    started = load_dit(checkpoint, WAN_CONFIGS["r2v-tiny"]).state_dict()
-    trained = load_dit(folder, WAN_CONFIGS["r2v-tiny"]).state_dict()
+    assert not read_projectors(folder) and read_projectors(checkpoint)
+    started, trained = (
+        build_dit(read_any_dit(path), WAN_CONFIGS["r2v-tiny"], path).state_dict()
+        for path in (checkpoint, folder)
+    )
     key = "blocks.3.ffn.0.weight"
     assert 0 < (trained[key] - started[key]).abs().mean() < 0.1 * started[key].abs().mean()
 
@@ -395,11 +553,26 @@ def test_other_starts_and_no_alignment(
         (["--batch", "2"], "unrecognized arguments: --batch 2"),
         (["--alignment.dept", "2"], "unrecognized arguments: --alignment.dept 2"),
         (["--steps"], "argument --steps: expected one argument"),
-        (["--recipe", "papr"], "unknown recipe 'papr': choose one of paper, release, tiny"),
+        (
+            ["--recipe", "papr"],
+            "unknown recipe 'papr': choose one of paper_stage1, paper_stage2, release, tiny",
+        ),
+        (["--world_size", "4"], "--world_size 4: a number of devices, with --dry-run"),
+        (["--world_size", "0", "--dry-run"], "--world_size 0: a number of devices"),
+        (["--batch_size", "2", "--global_batch_size", "5"], "give a multiple of it, such as 4 or 6"),
+        (["--ulysses_size", "2"], "--ulysses_size 2 x --ring_size 1 is not possible with 1 ranks .*: choose"),
+        (["--max_skipped_steps", "0"], "max_skipped_steps is 0: it must be at least 1"),
+        (["--activation_checkpointing", "some"], "choose one of none, full, selective"),
+        (["--gradient_checkpointing"], "unrecognized arguments: --gradient_checkpointing"),
+        (["--lora_rank", "2", "--ema_decay", "0.9"], "lora_rank and ema_decay exclude each other"),
+        (
+            ["--lora_rank", "2", "--ema_decay", "0", "--lora_targets", "x"],
+            "LoRA target 'x' matches no linear",
+        ),
+        (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
+        (["--validation_data", "none.jsonl"], "none.jsonl: no such manifest"),
         (["--task", "r2v-7B"], "--task r2v-7B: .*r2v-1.3B, r2v-14B, r2v-tiny"),
         (["--task", "t2v-1.3B"], "--task t2v-1.3B: training is for reference-to-video"),
-        (["--task", "r2v-1.3B"], "--task r2v-1.3B needs --ckpt_dir FOLDER"),
-        (["--task", "r2v-1.3B", "--ckpt_dir", "none"], "none: no such checkpoint folder"),
         (["--ckpt_dir", "here"], "lacks .*Wan2.1_VAE_tiny.pth, .*google/umt5-tiny"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--data", "none.jsonl"], "--data none.jsonl: no such manifest"),
@@ -437,16 +610,102 @@ def test_a_mistake_ends_the_process_with_code_2(tmp_path: Path) -> None:
     assert entries(tmp_path) == []
 
 
-def test_missing_data_for_real_weights_is_asked_for(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_the_plan_of_64_devices_takes_seconds_and_no_files(tmp_path: Path) -> None:
+    before = sum(os.times()[2:4])
+    result = run("--task", "r2v-14B", "--world_size", 64, "--dry-run", folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    for part in (
+        "training of r2v-14B on 64 ranks",
+        "14.29 B parameters",
+        "128 samples",
+        " fits: ",
+        "GiB  in all",
+    ):
+        assert part in result.stdout
+    assert entries(tmp_path) == []
+    assert sum(os.times()[2:4]) - before < 15  # seconds of computing, most of them imports
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--world_size", 8], ["training of r2v-tiny on 8 ranks: data parallel 8 x sequence parallel 1"]),
+        (
+            ["--world_size", 4, "--ulysses_size", 2],
+            ["data parallel 2 x sequence parallel 2 (Ulysses 2 x ring 1)"],
+        ),
+        ([], ["training of r2v-tiny on 1 rank"]),
+        (["--task", "r2v-14B", "--world_size", 2], ["DOES NOT FIT", "would fit: "]),
+    ],
+)
+def test_a_dry_run_prints_the_plan_and_stops(
+    start: Callable[..., int],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[object],
+    parts: list[str],
+) -> None:
+    does_not_fit = "DOES NOT FIT" in parts
+    assert start("--dry-run", *arguments) == (2 if does_not_fit else 0)
+    shown = capfd.readouterr()
+    for part in parts:
+        assert part in shown.out
+    assert len(shown.err.splitlines()) == does_not_fit
+    assert entries(tmp_path) == []
+
+
+def test_what_does_not_fit_is_refused_with_the_plan(
+    start: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert start("--task", "r2v-14B", "--device", "cpu", "--ckpt_dir", "none") == 2
+    shown = capfd.readouterr()
+    lines = shown.err.splitlines()
+    assert lines[0].startswith("training of r2v-14B on 1 rank: ")
+    assert any("DOES NOT FIT" in line for line in lines)
+    message = r"train_refalign.py: error: r2v-14B does not fit on 1 device: it needs about \d+ GiB .*; use \d+ devices"
+    assert re.fullmatch(message, lines[-1])
+    assert shown.out == "" and entries(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--task r2v-1.3B needs --ckpt_dir FOLDER"),
+        (["--ckpt_dir", "none"], "none: no such checkpoint folder"),
+        (["--ckpt_dir", "empty"], "--task r2v-1.3B needs --data MANIFEST.jsonl"),
+    ],
+)
+def test_what_real_weights_need_is_asked_for_after_the_plan(
+    start: Callable[..., int],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
     from refalign_ext.backbone import required_files
 
-    for name in required_files(tmp_path, WAN_CONFIGS["r2v-1.3B"], dit=True):
-        path = tmp_path / name
+    for name in required_files(tmp_path / "empty", WAN_CONFIGS["r2v-1.3B"], dit=True):
+        path = tmp_path / "empty" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert "--task r2v-1.3B needs --data MANIFEST.jsonl" in fails(
-        "--task", "r2v-1.3B", "--ckpt_dir", tmp_path
+    before = entries(tmp_path)
+    assert start("--task", "r2v-1.3B", "--device", "cpu", *arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0].startswith("training of r2v-1.3B on 1 rank: ") and message in lines[-1]
+    assert sum(line.startswith("train_refalign.py: error: ") for line in lines) == 1
+    assert entries(tmp_path) == before
+
+
+@needs_parts
+def test_wandb_that_is_not_there_is_said_before_anything_is_written(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *given: None if name == "wandb" else find(name, *given)
     )
+    line = fails(*TINY, *EXACT, "--wandb", "project", "--out", "out")
+    assert line == "Weights & Biases is not installed: pip install wandb or leave --wandb out"
 
 
 @needs_parts
@@ -457,7 +716,7 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_written(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(sprite_run / "checkpoints", tmp_path / "run" / "checkpoints")
-    broken = tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.pt"
+    broken = tmp_path / "run" / "checkpoints" / "step-00000002" / "__0_0.distcp"
     broken.write_bytes(broken.read_bytes()[:1000])
     before = entries(tmp_path)
     assert start(*TINY, "--out", "run") == 2
@@ -477,5 +736,5 @@ def test_running_out_of_memory_names_the_flags() -> None:
     for error in (caught.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ...")):
         text = explain(error)
         assert text.startswith("out of memory: ") and "\n" not in text
-        assert "--batch_size" in text and "--gradient_checkpointing" in text
+        assert "--batch_size" in text and "--activation_checkpointing" in text
     assert "REFALIGN_TRACEBACK" in explain(RuntimeError("something\nelse"))

@@ -8,39 +8,59 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from refalign_ext import config as configuration
 from refalign_ext.backbone import TAPS as BACKBONE_TAPS
 from refalign_ext.backbone import WAN_CONFIGS
-from refalign_ext.config import RECIPES, TAPS, TIMESTEPS, AlignmentConfig, TrainConfig, recipe, with_overrides
+from refalign_ext.config import (
+    ACTIVATION_CHECKPOINTING,
+    OPTIMIZERS,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    TAPS,
+    TIMESTEPS,
+    AlignmentConfig,
+    TrainConfig,
+    recipe,
+    with_overrides,
+)
+from refalign_ext.distributed.parallelize import recompute_activations
+from refalign_ext.optimizers import build_optimizers, learning_rate_scale
 from refalign_ext.teachers import TEACHERS
 from refalign_ext.timesteps import TIMESTEP_RECIPES
 
 
+def differing_fields(one: TrainConfig, other: TrainConfig) -> set[str]:
+    return {
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if getattr(one, field.name) != getattr(other, field.name)
+    }
+
+
 def test_the_papers_numbers() -> None:
-    paper = recipe("paper")
-    assert (paper.optimizer, paper.learning_rate, paper.betas, paper.weight_decay) == (
+    first, second = recipe("paper_stage1"), recipe("paper_stage2")
+    assert (first.optimizer, first.learning_rate, first.betas, first.weight_decay) == (
         "adamw",
         5e-5,
         (0.9, 0.999),
         0.01,
     )
-    assert (paper.batch_size * paper.accumulation, paper.steps) == (128, 3000)
-    assert (paper.drop_text, paper.drop_references, paper.drop_both) == (0.1, 0.1, 0.1)
-    assert paper.alignment == AlignmentConfig(
+    assert first.global_batch_size == 128
+    assert (first.steps, second.steps) == (1800, 1200)  # 3000 in a ratio of 6 to 4
+    assert (first.drop_text, first.drop_references, first.drop_both) == (0.1, 0.1, 0.1)
+    assert first.alignment == AlignmentConfig(
         weight=1.0, negative_weight=1.0, margin=1.0, depth=9, tap="block", teacher="dinov3-l"
     )
-    assert not paper.from_scratch
+    assert first.timesteps == "paper" and first.clip_norm == 1.0 and first.ema_decay == 0
+    assert not first.from_scratch
+    assert differing_fields(first, second) == {"recipe", "steps"}
 
 
 def test_the_release_differs_in_timesteps_and_weighting_only() -> None:
-    paper, release = recipe("paper"), recipe("release")
-    differing = {
-        field.name
-        for field in dataclasses.fields(TrainConfig)
-        if getattr(paper, field.name) != getattr(release, field.name)
-    }
-    assert differing == {"recipe", "timesteps"}
+    assert differing_fields(recipe("paper_stage1"), recipe("release")) == {"recipe", "timesteps"}
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -56,6 +76,37 @@ def test_recipes_name_things_that_exist(name: str) -> None:
 def test_choices_are_those_of_the_parts() -> None:
     assert set(TIMESTEPS) == set(TIMESTEP_RECIPES)
     assert TAPS == BACKBONE_TAPS
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_known(schedule: str) -> None:
+    config = TrainConfig(schedule=schedule, steps=10, decay_share=0.5)
+    last = learning_rate_scale(9, config)
+    assert last == 1 if schedule == "constant" else 0 < last < 0.3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_is_known(optimizer: str) -> None:
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 3)])})
+    kinds = {
+        type(one).__name__.lower() for one in build_optimizers(model, None, TrainConfig(optimizer=optimizer))
+    }
+    assert kinds == {"adamw", optimizer}
+
+
+def test_every_way_of_activation_checkpointing_is_known() -> None:
+    class Model:
+        asked: list[tuple] = []
+
+        def enable_gradient_checkpointing(self, *given: object) -> None:
+            self.asked.append(given)
+
+    assert set(ACTIVATION_CHECKPOINTING) == {"none", "full", "selective"}
+    model = Model()
+    for mode in ACTIVATION_CHECKPOINTING:
+        recompute_activations(model, mode)
+    assert [len(given) for given in model.asked] == [0, 1]
+    assert PRECISIONS == ("fp32", "bf16")
 
 
 def test_every_field_is_documented() -> None:
@@ -82,6 +133,13 @@ def test_naming_weights_means_starting_from_them() -> None:
         with_overrides(tiny, {"dit_ckpt": "weights", "from_scratch": True})
 
 
+def test_adapting_weights_means_starting_from_them_without_an_average() -> None:
+    adapted = with_overrides(recipe("tiny"), {"lora_rank": 4})
+    assert (adapted.lora_rank, adapted.from_scratch, adapted.ema_decay) == (4, False, 0.0)
+    with pytest.raises(ValueError, match="lora_rank and ema_decay exclude each other"):
+        with_overrides(recipe("tiny"), {"lora_rank": 4, "ema_decay": 0.9})
+
+
 @pytest.mark.parametrize("name", ["stepz", "alignment.dept", "alignment", "alignment.alignment"])
 def test_unknown_settings_are_named(name: str) -> None:
     if name == "alignment":
@@ -91,7 +149,9 @@ def test_unknown_settings_are_named(name: str) -> None:
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'papr': choose one of paper, release, tiny"):
+    with pytest.raises(
+        ValueError, match="unknown recipe 'papr': choose one of paper_stage1, paper_stage2, release, tiny"
+    ):
         recipe("papr")
 
 
@@ -105,10 +165,22 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         ),
         ("alignment.tap", "ffn", "alignment.tap is 'ffn': choose one of block, self_attn"),
         ("optimizer", "sgd", "choose one of adamw, muon"),
-        ("schedule", "cosine", "choose one of constant, linear"),
+        ("schedule", "step", "choose one of constant, linear, cosine"),
         ("precision", "fp16", "choose one of fp32, bf16"),
         ("batch_size", 0, "batch_size is 0: it must be at least 1"),
-        ("accumulation", -1, "accumulation is -1"),
+        ("global_batch_size", -1, "global_batch_size is -1: it must be at least 0"),
+        ("activation_checkpointing", "some", "is 'some': choose one of none, full, selective"),
+        ("ulysses_size", -1, "ulysses_size is -1"),
+        ("ring_size", -2, "ring_size is -2"),
+        ("max_skipped_steps", 0, "max_skipped_steps is 0: it must be at least 1"),
+        ("spike_factor", -1.0, "spike_factor is -1.0"),
+        ("spike_factor", float("nan"), "spike_factor is nan"),
+        ("validate_every", -1, "validate_every is -1"),
+        ("validation_clips", 0, "validation_clips is 0"),
+        ("timeout_minutes", 0.0, "timeout_minutes is 0.0: it must be more than 0"),
+        ("timeout_minutes", float("inf"), "timeout_minutes is inf"),
+        ("lora_rank", -1, "lora_rank is -1"),
+        ("lora_alpha", -1.0, "lora_alpha is -1.0"),
         ("steps", 0, "steps is 0"),
         ("save_every", 0, "save_every is 0"),
         ("keep_last", 0, "keep_last is 0"),
@@ -147,6 +219,51 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 def test_bad_values_are_named(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_overrides(recipe("tiny"), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "global_batch_size", "data_size", "passes"),
+    [
+        (1, 0, 1, 1),
+        (3, 0, 8, 1),
+        (1, 128, 1, 128),
+        (2, 128, 8, 8),
+        (4, 128, 32, 1),
+        (5, 35, 7, 1),
+        (1, 6, 2, 3),
+    ],
+)
+def test_accumulation_makes_the_global_batch(
+    batch_size: int, global_batch_size: int, data_size: int, passes: int
+) -> None:
+    config = TrainConfig(batch_size=batch_size, global_batch_size=global_batch_size)
+    assert config.accumulation(data_size) == passes
+    assert passes * batch_size * data_size == (global_batch_size or batch_size * data_size)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "global_batch_size", "data_size", "near"),
+    [
+        (1, 128, 3, "126 or 129"),
+        (8, 128, 5, "120 or 160"),
+        (2, 5, 1, "4 or 6"),
+        (4, 2, 2, "8"),
+        (16, 128, 16, "256"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_names_the_nearest(
+    batch_size: int, global_batch_size: int, data_size: int, near: str
+) -> None:
+    config = TrainConfig(batch_size=batch_size, global_batch_size=global_batch_size)
+    with pytest.raises(ValueError) as caught:
+        config.accumulation(data_size)
+    line = str(caught.value)
+    assert line.startswith(f"global_batch_size is {global_batch_size}: {data_size} data-parallel groups run ")
+    assert f"run {batch_size * data_size} samples at once" in line
+    assert line.endswith(f"give a multiple of it, such as {near}") and "\n" not in line
+    for size in near.split(" or "):
+        other = dataclasses.replace(config, global_batch_size=int(size))
+        assert other.accumulation(data_size) * batch_size * data_size == int(size)
 
 
 def test_without_alignment_the_depth_does_not_matter() -> None:

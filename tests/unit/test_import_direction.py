@@ -27,11 +27,13 @@ ORDER = [
     "guidance",
     "sampler",
     "pipeline sheet",
-    "errors generation",
-    "checkpoint embedded",
+    "flops lora",
     "distributed",
-    "trainer assemble",
+    "export embedded",
+    "errors generation telemetry",
+    "trainer assemble loop",
     "evaluation",
+    "previews",
     "__init__",
     "launch cli",
     "__main__",
@@ -40,6 +42,9 @@ RANK = {part: rank for rank, part in enumerate(" ".join(ORDER).split())}
 
 ENTRY_SCRIPTS = {"generate", "train_refalign"}
 MAY_IMPORT_WAN = "backbone"
+KNOWS_RANKS = "distributed"  # the part of refalign_ext that may use process groups
+# Modules that must recognise sharded tensors where they meet them, inside a function: what they may import.
+MAY_IMPORT_LATE = {"refalign_ext.muon": "torch.distributed.tensor"}
 DEVICE_FREE = ("wan", "refalign_ext")
 NOT_OURS = {"__pycache__", "node_modules", "outputs", "runs", "build", "dist"}
 NUMBERED_DEVICE = re.compile(r"cuda:\d+")
@@ -146,16 +151,20 @@ def device_violations(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, f'names "{text}": the device is the caller\'s choice'
 
 
-def distributed_violations(tree: ast.AST, module: str, known: set[str]) -> Iterator[tuple[int, str]]:
-    """Process groups in code that must run without one: wan and the losses."""
-    if module.split(".")[0] != "wan" and module != "refalign_ext.losses":
+def distributed_violations(tree: ast.Module, module: str, known: set[str]) -> Iterator[tuple[int, str]]:
+    """Process groups anywhere but in the one part that knows of ranks: all else runs without one."""
+    package = module.split(".")[0]
+    if package not in {*DEVICE_FREE, *ENTRY_SCRIPTS} or module.startswith(f"refalign_ext.{KNOWS_RANKS}."):
         return
+    where = f"; only refalign_ext/{KNOWS_RANKS} may"
+    at_once = {node.lineno for node in tree.body}
     for line, target in imported_modules(tree, module, known):
-        if (target + ".").startswith("torch.distributed."):
-            yield line, "imports torch.distributed"
+        is_allowed = target == MAY_IMPORT_LATE.get(module) and line not in at_once
+        if (target + ".").startswith("torch.distributed.") and not is_allowed:
+            yield line, f"imports torch.distributed{where}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and dotted(node) == "torch.distributed":
-            yield node.lineno, "uses torch.distributed"
+            yield node.lineno, f"uses torch.distributed{where}"
 
 
 def keyword_violations(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -229,7 +238,12 @@ def test_every_kind_of_violation_is_found(tmp_path: Path) -> None:
         "refalign_ext/guidance.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from wan import WanT2V\n",
         "refalign_ext/sampler.py": "from refalign_ext import R2VPipeline\n",
         "refalign_ext/data/loader.py": "from ..backbone import ReferenceBackbone\n",
-        "refalign_ext/trainer.py": "",
+        "refalign_ext/trainer.py": "def f():\n    import torch.distributed as dist\n",
+        "refalign_ext/launch.py": "import torch\ntorch.distributed.destroy_process_group()\n",
+        "refalign_ext/muon.py": "from torch.distributed.tensor import DTensor\n",
+        "refalign_ext/optimizers.py": "def f():\n    from torch.distributed.tensor import DTensor\n",
+        "refalign_ext/distributed/mesh.py": "import torch.distributed as dist\nfrom refalign_ext import trainer\n",
+        "train_refalign.py": "import importlib\nimportlib.import_module('torch.distributed')\n",
         "refalign_ext/novelty.py": "",
         "refalign_ext/teachers.py": "load('x', trust_remote_code=True)\nload('y', **{'trust_remote_code': flag})\n",
         "benchmarks/speed.py": "import torchvision.io\nimport torch\ntorch.load('x', weights_only=False)\n",
@@ -240,13 +254,19 @@ def test_every_kind_of_violation_is_found(tmp_path: Path) -> None:
         "benchmarks/speed.py:3: sets weights_only to False",
         "refalign_ext/data/loader.py:1: data imports backbone, which stands below it",
         "refalign_ext/guidance.py:3: imports wan; only refalign_ext/backbone.py may",
+        "refalign_ext/distributed/mesh.py:2: distributed imports trainer, which stands below it",
+        "refalign_ext/launch.py:2: uses torch.distributed; only refalign_ext/distributed may",
         "refalign_ext/layout.py:1: layout imports trainer, which stands below it",
         "refalign_ext/losses.py:1: imports torch.distributed",
+        "refalign_ext/muon.py:1: imports torch.distributed",
         "refalign_ext/novelty.py:1: novelty has no place in ORDER",
+        "refalign_ext/optimizers.py:2: imports torch.distributed",
         "refalign_ext/pipeline.py:2: imports wan; only refalign_ext/backbone.py may",
         "refalign_ext/sampler.py:1: sampler imports __init__, which stands below it",
         "refalign_ext/teachers.py:1: sets trust_remote_code to True",
         "refalign_ext/teachers.py:2: sets trust_remote_code to flag",
+        "refalign_ext/trainer.py:2: imports torch.distributed",
+        "train_refalign.py:2: imports torch.distributed",
         "wan/group.py:1: imports torch.distributed",
         "wan/group_from.py:1: imports torch.distributed",
         "wan/group_used.py:2: uses torch.distributed",
@@ -270,7 +290,11 @@ def test_allowed_arrows_are_not_reported(tmp_path: Path) -> None:
         "refalign_ext/layout.py": "",
         "refalign_ext/backbone.py": "from wan.modules.model import WanModel\nfrom .layout import TokenLayout\n",
         "refalign_ext/pipeline.py": "from refalign_ext import backbone, layout\n",
-        "refalign_ext/trainer.py": "import torch.distributed\nfrom refalign_ext.data import manifest\n",
+        "refalign_ext/trainer.py": "from refalign_ext.data import manifest\nfrom refalign_ext.distributed import mesh\n",
+        "refalign_ext/muon.py": "def f():\n    from torch.distributed.tensor import DTensor\n",
+        "refalign_ext/distributed/__init__.py": "",
+        "refalign_ext/distributed/mesh.py": "import torch\nimport torch.distributed as dist\ntorch.distributed.barrier()\n",
+        "benchmarks/scaling.py": "import torch.distributed as dist\n",
         "refalign_ext/data/__init__.py": "",
         "refalign_ext/data/manifest.py": "from . import helpers\n",
         "refalign_ext/data/helpers.py": "",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refalign_ext.layout import SampleLayout, TokenLayout
+from refalign_ext.layout import SampleLayout, TokenLayout, TokenRange
 
 PATCH = (1, 2, 2)
 
@@ -99,6 +99,72 @@ def test_gradients_reach_exactly_the_reference_tokens(samples: list[SampleLayout
     for row, sample in zip(tokens.grad, samples, strict=True):
         kinds = token_kinds(sample, layout.seq_len)
         assert torch.equal(row, torch.tensor([[float(kind == "reference")] * 3 for kind, _, _ in kinds]))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_rank_holds_an_equal_part_and_all_hold_everything_once(seed: int, ranks: int) -> None:
+    samples = random_samples(seed, one_grid=False)
+    layout = TokenLayout.of(*tensors(samples), PATCH, multiple=ranks)
+    held = [layout.tokens_of_rank(rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in held} == {layout.seq_len // ranks}
+    assert [token for part in held for token in range(part.start, part.stop)] == list(range(layout.seq_len))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_reference_spans_and_cuts_equal_a_loop(seed: int, ranks: int) -> None:
+    samples = random_samples(seed, one_grid=False)
+    layout = TokenLayout.of(*tensors(samples), PATCH, multiple=ranks)
+    tokens = torch.randn(len(samples), layout.seq_len, 3, generator=torch.Generator().manual_seed(seed))
+    pieces: list[list[Tensor]] = [[] for _ in samples]
+    for rank in range(ranks):
+        held = layout.tokens_of_rank(rank, ranks)
+        spans = layout.reference_spans(held)
+        mine = tokens[:, held.start : held.stop]
+        cut = layout.cut_references(mine, held)
+        expected = []
+        for b, (sample, (first, count)) in enumerate(zip(samples, spans, strict=True)):
+            kinds = token_kinds(sample, layout.seq_len)
+            places = [i for i in range(held.start, held.stop) if kinds[i][0] == "reference"]
+            flat = [kinds[i][1] * sample.tokens_per_frame + kinds[i][2] for i in places]
+            assert flat == list(range(first, first + count))
+            assert count or first == 0
+            expected += [tokens[b, i] for i in places]
+            pieces[b] += [tokens[b, i] for i in places]
+        assert cut.shape == (len(expected), 3)
+        assert torch.equal(cut, torch.stack(expected) if expected else torch.zeros(0, 3))
+    for row, sample, piece in zip(tokens, samples, pieces, strict=True):
+        whole = row[sample.video_tokens : sample.tokens]
+        assert torch.equal(torch.stack(piece) if piece else torch.zeros(0, 3), whole)
+
+
+def test_spans_of_ranges_that_miss_touch_and_cover_the_references() -> None:
+    layout = TokenLayout(
+        (SampleLayout(2, 3, 1, 4), SampleLayout(3, 0, 1, 4)), 24
+    )  # references: 8 to 20, none
+    for start, stop, span in (
+        (0, 8, (0, 0)),
+        (7, 9, (0, 1)),
+        (8, 20, (0, 12)),
+        (0, 24, (0, 12)),
+        (13, 15, (5, 2)),
+        (19, 24, (11, 1)),
+        (20, 24, (0, 0)),
+        (10, 10, (0, 0)),
+    ):
+        assert layout.reference_spans(TokenRange(start, stop)) == (span, (0, 0))
+
+
+def test_gradients_of_a_cut_reach_the_ranks_reference_tokens_and_the_graph_without_any() -> None:
+    layout = TokenLayout((SampleLayout(2, 1, 1, 2), SampleLayout(1, 2, 1, 2)), 8)
+    for start, stop, reached in ((0, 4, [[0, 0, 0, 0], [0, 0, 1, 1]]), (4, 8, [[1, 1, 0, 0], [1, 1, 0, 0]])):
+        tokens = torch.randn(2, 4, 3, requires_grad=True)
+        layout.cut_references(tokens, TokenRange(start, stop)).sum().backward()
+        assert torch.equal(tokens.grad[..., 0], torch.tensor(reached, dtype=torch.float32))
+    nothing = torch.randn(2, 2, 3, requires_grad=True)
+    layout.cut_references(nothing, TokenRange(0, 2)).sum().backward()
+    assert not nothing.grad.any()
 
 
 def test_different_grids_cannot_be_gathered() -> None:

@@ -1,6 +1,7 @@
 """Losses against loops over the paper's formulas, their gradients, masks, batches and memory."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refalign_ext import losses
 from refalign_ext.losses import (
+    _rows_of,
+    alignment_by_block,
     alignment_counts,
     alignment_sums,
     flow_matching_errors,
@@ -250,6 +253,137 @@ def test_parts_of_the_tokens_add_up(cuts):
     torch.testing.assert_close(gradient(positive + negative, student), gradient(whole.total, student))
 
 
+def cut_points(total, cuts):
+    """The flat tokens [0, total) of a sample, cut at shares of its length; shares may be empty."""
+    edges = [0, *sorted(round(total * cut) for cut in cuts), total]
+    return [(first, last - first) for first, last in itertools.pairwise(edges)]
+
+
+def share_of(students, spans):
+    """What a rank holds of students [B, M, N, D]: the tokens of its spans, sample after sample, [S, D]."""
+    return [
+        torch.cat(
+            [
+                sample.flatten(0, 1)[first : first + count]
+                for sample, (first, count) in zip(student, spans, strict=True)
+            ]
+        )
+        for student in students
+    ]
+
+
+CASES = {
+    "all real": (None, ()),
+    "padding": ([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], ()),
+    "holes": ([[1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0]], ()),
+    "teachers of zeros": (None, ((0, 1), (2, 0), (2, 3))),
+    "both": ([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]], ((0, 0), (1, 3), (2, 0), (2, 1), (2, 2))),
+}
+
+
+@pytest.mark.parametrize("cuts", [(), (0.5,), (0.0, 0.3, 0.31, 1.0), (0.2, 0.4, 0.6, 0.8), (0.05, 0.95)])
+@pytest.mark.parametrize("case", CASES)
+def test_shares_of_any_cut_add_up_to_the_whole(case, cuts):
+    """What ranks that share a sample compute, values and gradients; every sample is cut elsewhere."""
+    shape = (3, 4, 5, 6)
+    (first, teacher), (second, _) = make(shape, seed=3), make(shape, seed=4)
+    rows, zeros = CASES[case]
+    mask = None if rows is None else torch.tensor(rows, dtype=torch.bool)
+    for place in zeros:
+        teacher[place] = 0
+    settings = {"mask": mask, "margin": 0.8, "sample_weight": torch.tensor([0.3, 1.0, 0.7]).double()}
+    whole = alignment_by_block([first, second], teacher, **settings)
+    assert [terms.shape for terms in whole] == [(2,), (2,)]
+
+    tokens = shape[1] * shape[2]
+    of_sample = [cut_points(tokens, [min(1.0, cut * stretch) for cut in cuts]) for stretch in (1.0, 0.9, 1.2)]
+    ranks = list(zip(*of_sample, strict=True))
+    assert len(ranks) == len(cuts) + 1
+    parts = [
+        alignment_by_block(share_of([first, second], spans), teacher, spans=spans, **settings)
+        for spans in ranks
+    ]
+    for name, terms, shares in zip(("positive", "negative"), whole, zip(*parts, strict=True), strict=True):
+        found = torch.stack(shares).sum(0)
+        torch.testing.assert_close(found, terms, atol=1e-12, rtol=1e-12, msg=name)
+        for student in (first, second):
+            torch.testing.assert_close(
+                gradient(found.sum(), student), gradient(terms.sum(), student), atol=1e-12, rtol=1e-12
+            )
+    reference = [loop_terms(student, teacher, mask, settings) for student in (first, second)]
+    torch.testing.assert_close(whole[0], torch.stack([positive for positive, _ in reference]))
+    torch.testing.assert_close(whole[1], torch.stack([negative for _, negative in reference]))
+
+
+def loop_terms(student, teacher, mask, settings):
+    """Positive and negative of one block by `loop`, a sample at a time, weighted."""
+    real = real_references(teacher, mask)
+    positive = negative = 0.0
+    for index, weight in enumerate(settings["sample_weight"]):
+        one = slice(index, index + 1)
+        _, plus, minus = loop(student[one], teacher[one], real[one], margin=settings["margin"])
+        positive, negative = positive + weight * plus / len(real), negative + weight * minus / len(real)
+    return positive, negative
+
+
+def test_a_share_without_tokens_is_zero_and_reaches_its_projector():
+    teacher = make((2, 2, 3, 4))[1]
+    projector = torch.nn.Linear(4, 4).double()
+    spans = [(0, 0), (0, 0)]
+    held = projector(torch.zeros(0, 4, dtype=torch.float64))
+    positive, negative = alignment_by_block([held, held * 2], teacher, spans=spans)
+    assert positive.tolist() == negative.tolist() == [0.0, 0.0]
+    (positive + negative).sum().backward()
+    assert not projector.weight.grad.any() and not projector.bias.grad.any()
+
+
+def test_a_share_of_masked_tokens_alone_is_zero_whatever_they_hold():
+    student, teacher = make((1, 3, 4, 5))
+    mask = torch.tensor([[True, False, True]])
+    with torch.no_grad():
+        student[~mask] = float("nan")
+        teacher[~mask] = float("nan")
+    spans = [(5, 2)]
+    positive, negative = alignment_by_block(share_of([student], spans), teacher, mask=mask, spans=spans)
+    assert positive.item() == negative.item() == 0
+    assert (gradient((positive + negative).sum(), student) == 0).all()
+
+
+def test_spans_of_everything_are_the_whole_loss():
+    student, teacher = make((2, 3, 4, 5))
+    spans = [(0, 12), (0, 12)]
+    found = reference_alignment_over_blocks(share_of([student], spans), teacher, margin=1.1, spans=spans)
+    torch.testing.assert_close(found, reference_alignment_loss(student, teacher, margin=1.1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_of_equals_a_loop(seed):
+    draw = random.Random(seed)
+    references, tokens = draw.randint(1, 5), draw.randint(1, 4)
+    kept = [index for index in range(references) if draw.random() < 0.6]
+    for first in range(references * tokens + 1):
+        for count in range(references * tokens - first + 1):
+            rows, start = _rows_of(kept, tokens, first, count)
+            expected = [i for i in range(count) if (first + i) // tokens in kept]
+            assert [i for a, b in rows for i in range(a, b)] == expected
+            assert rows and all(0 <= a <= b <= count for a, b in rows)
+            if expected:
+                reference, place = divmod(first + expected[0], tokens)
+                assert start == kept.index(reference) * tokens + place
+                assert all(a < b for a, b in rows)
+                assert all(b < a for (_, b), (a, _) in itertools.pairwise(rows)), "neighbours are one range"
+            else:
+                assert (rows, start) == ([(0, 0)], 0)
+
+
+def test_features_that_are_not_finite_are_not_taken_for_missing_ones():
+    student, teacher = make((1, 2, 3, 4))
+    for value in (float("nan"), float("inf")):
+        teacher[0, 1, 2, 0] = value
+        assert real_references(teacher).all()
+        assert not torch.isfinite(reference_alignment_loss(student, teacher).total)
+
+
 def test_counts():
     assert alignment_counts(4, 1560) == (6240, 12 * 1560 * 1560)
     assert alignment_counts(1, 10) == (10, 0)
@@ -371,6 +505,15 @@ def test_bad_parts():
         alignment_sums(torch.ones(4, 5), unit)
     with pytest.raises(ValueError, match="at least one block"):
         reference_alignment_over_blocks([], torch.ones(1, 2, 3, 4))
+    for student, spans in (
+        (torch.ones(3, 4), [(0, 2)]),  # three tokens held, two said
+        (torch.ones(2, 4), [(0, 1), (0, 1)]),  # one sample too many
+        (torch.ones(2, 5), [(0, 2)]),  # another width
+        (torch.ones(1, 2, 3, 4), [(0, 6)]),  # not flat
+    ):
+        with pytest.raises(ValueError, match="do not hold what the spans") as error:
+            alignment_by_block([student], torch.ones(1, 2, 3, 4), spans=spans)
+        assert "\n" not in str(error.value)
 
 
 def test_flow_matching_target_is_the_velocity():

@@ -69,6 +69,25 @@ def test_learning_rate_over_a_run() -> None:
     assert learning_rate_scale(12, config) == 0  # a run that was made shorter
 
 
+def test_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run() -> None:
+    config = dataclasses.replace(CONFIG, steps=8, warmup_steps=2, schedule="cosine")
+    scales = [learning_rate_scale(step, config) for step in range(8)]
+    assert scales == pytest.approx([0.5, 1, 1, 0.933012701892, 0.75, 0.5, 0.25, 0.066987298108])
+    assert learning_rate_scale(8, config) == learning_rate_scale(100, config) == pytest.approx(0, abs=1e-15)
+    at_once = dataclasses.replace(config, warmup_steps=0)
+    assert [learning_rate_scale(step, at_once) for step in (0, 4)] == pytest.approx([1, 0.5])
+    short = dataclasses.replace(config, steps=2)  # over before the warm-up is
+    assert [learning_rate_scale(step, short) for step in range(3)] == pytest.approx([0.5, 1, 1])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(schedule: str) -> None:
+    config = dataclasses.replace(CONFIG, steps=1000, warmup_steps=10, schedule=schedule)
+    scales = [learning_rate_scale(step, config) for step in range(11)]
+    assert scales[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert scales[10] == pytest.approx(1)
+
+
 def test_scaling_starts_from_the_full_rates() -> None:
     config = dataclasses.replace(CONFIG, optimizer="muon")
     optimizers = build_optimizers(small_model(), ReferenceProjectors(4, 6, 1), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from itertools import pairwise
@@ -222,6 +223,19 @@ def test_no_references_is_plain_text_to_video(
     torch.testing.assert_close(r2v.video, t2v, atol=1e-4, rtol=0)
 
 
+def test_text_to_video_tasks_run_without_references(tiny_checkpoint: Path, text_to_video: WanT2V) -> None:
+    config = copy.deepcopy(WAN_CONFIGS["t2v-1.3B"])
+    sizes = WAN_CONFIGS["r2v-tiny"]
+    config.update({name: sizes[name] for name in sizes if name in config})
+    pipeline = R2VPipeline.load(config, tiny_checkpoint, device="cpu")
+    settings = {"size": (48, 32), "frame_num": 5, "sample_solver": "unipc", "seed": 5, "progress": False}
+    video = pipeline.generate(
+        PROMPT, sample_steps=2, sample_shift=3.0, ref_guide_scale=4.0, text_guide_scale=4.0, **settings
+    ).video
+    expected = text_to_video.generate(PROMPT, shift=3.0, sampling_steps=2, guide_scale=4.0, **settings)
+    torch.testing.assert_close(video, expected, atol=1e-4, rtol=0)
+
+
 def test_text_to_image_and_guidance_of_one(text_to_video: WanT2V, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = text_to_video.model.forward
@@ -298,5 +312,5 @@ def test_other_dit_weights(tiny_checkpoint: Path, tmp_path: Path, references: li
 
 
 def test_modes_for_several_processes_are_refused(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="t5_fsdp, use_usp"):
+    with pytest.raises(ValueError, match="t5_fsdp, use_usp need several processes.*torchrun"):
         WanT2V(WAN_CONFIGS["r2v-tiny"], tiny_checkpoint, t5_fsdp=True, use_usp=True)

@@ -102,6 +102,21 @@ class WanLayerNorm(nn.LayerNorm):
             return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
+class AttentionCore(nn.Module):
+    """Softmax attention of rotated queries and keys; no parameters, a module only so that hooks can reach it.
+
+    What divides a sequence among devices exchanges tokens and heads before and after this and nowhere else.
+    """
+
+    def __init__(self, window_size: tuple[int, int] = (-1, -1)) -> None:
+        super().__init__()
+        self.window_size = tuple(window_size)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_lens: Lengths) -> torch.Tensor:
+        """q [B, Lq, heads, C], k and v [B, Lk, heads, C] -> [B, Lq, heads, C]; see `attention`."""
+        return attention(q, k, v, k_lens=k_lens, window_size=self.window_size)
+
+
 class WanSelfAttention(nn.Module):
     """Self-attention over all tokens, with RMS-normed and rotated queries and keys."""
 
@@ -129,6 +144,7 @@ class WanSelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
         self.norm_k = WanRMSNorm(dim, eps=eps) if qk_norm else nn.Identity()
+        self.core = AttentionCore(window_size)
 
     def forward(
         self, x: torch.Tensor, seq_lens: Lengths, grid_sizes: torch.Tensor | None, freqs: torch.Tensor
@@ -137,8 +153,7 @@ class WanSelfAttention(nn.Module):
         q = self._rotate(self.norm_q, self.q(x), grid_sizes, freqs)  # [B, L, heads, C]
         k = self._rotate(self.norm_k, self.k(x), grid_sizes, freqs)
         v = self.v(x).unflatten(2, (self.num_heads, self.head_dim))
-        x = attention(q, k, v, k_lens=seq_lens, window_size=self.window_size)
-        return self.o(x.flatten(2))
+        return self.o(self.core(q, k, v, seq_lens).flatten(2))  # [B, L, heads, C] -> [B, L, dim]
 
     def _rotate(
         self, norm: nn.Module, x: torch.Tensor, grid_sizes: torch.Tensor | None, freqs: torch.Tensor
@@ -157,8 +172,7 @@ class WanT2VCrossAttention(WanSelfAttention):
         q = self.norm_q(self.q(x)).unflatten(2, heads)
         k = self.norm_k(self.k(context)).unflatten(2, heads)
         v = self.v(context).unflatten(2, heads)
-        x = attention(q, k, v, k_lens=context_lens)
-        return self.o(x.flatten(2))
+        return self.o(self.core(q, k, v, context_lens).flatten(2))  # [B, L, heads, C] -> [B, L, dim]
 
 
 class WanAttentionBlock(nn.Module):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DiTCheckpoint",
+    "build_dit",
+    "diffusers_config",
+    "diffusers_key",
     "dit_arguments",
     "dit_state_dict_from_diffusers",
     "load_dit",
@@ -119,6 +122,48 @@ def dit_state_dict_from_diffusers(state_dict: Mapping[str, torch.Tensor]) -> dic
     return {_upstream_name(key): tensor for key, tensor in state_dict.items()}
 
 
+def diffusers_key(key: str) -> str:
+    """The name that diffusers' WanTransformer3DModel gives to a tensor of upstream's; foreign names are kept."""
+    block = re.match(r"blocks\.\d+\.", key)
+    start = block.group() if block else ""
+    table = _IN_BLOCK if block else _TOP_LEVEL
+    rest = key[len(start) :]
+    if block and rest.split(".")[0] == "norm2":
+        return f"{start}norm3.{rest.partition('.')[2]}"
+    theirs = {ours: name for name, ours in table.items()}
+    owner, _, parameter = rest.rpartition(".")
+    if rest in theirs:
+        return start + theirs[rest]
+    return f"{start}{theirs[owner]}.{parameter}" if owner in theirs else key
+
+
+def diffusers_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of diffusers' WanTransformer3DModel for a text-to-video `WanModel` with these arguments.
+
+    Raises:
+        ValueError: diffusers has no such model.
+    """
+    if tuple(arguments["window_size"]) != (-1, -1) or not arguments["qk_norm"]:
+        raise ValueError(
+            "diffusers' WanTransformer3DModel has full attention with qk_norm only; use the upstream layout"
+        )
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(arguments["patch_size"]),
+        "num_attention_heads": arguments["num_heads"],
+        "attention_head_dim": arguments["dim"] // arguments["num_heads"],
+        "in_channels": arguments["in_dim"],
+        "out_channels": arguments["out_dim"],
+        **{name: arguments[name] for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers")},
+        "cross_attn_norm": arguments["cross_attn_norm"],
+        "qk_norm": "rms_norm_across_heads",
+        "eps": arguments["eps"],
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+    }
+
+
 def load_dit(
     path: str | Path, cfg: EasyDict, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> WanModel:
@@ -138,17 +183,28 @@ def load_dit(
         ValueError: the weights are of another architecture (the message says which known task they fit), or
             tensors are missing, unexpected or misshapen.
     """
+    return build_dit(read_dit_checkpoint(path), cfg, path, device=device, dtype=dtype)
+
+
+def build_dit(
+    checkpoint: DiTCheckpoint,
+    cfg: EasyDict,
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> WanModel:
+    """What `load_dit` does with a checkpoint that is already read; `source` is what its errors name."""
     from wan.modules.model import WanModel
 
-    checkpoint = read_dit_checkpoint(path)
-    _check_architecture(checkpoint, cfg, path)
+    _check_architecture(checkpoint, cfg, source)
     with torch.device("meta"):
         model = WanModel(**dit_arguments(cfg))
     tensors = {
         key: tensor.to(device, _parameter_dtype(key, tensor, dtype, WanModel.float32_modules))
         for key, tensor in checkpoint.state_dict.items()
     }
-    return load_strict(model, tensors, str(path)).eval()
+    return load_strict(model, tensors, str(source)).eval()
 
 
 def dit_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""One video made by many ranks: branches of the guidance on groups of ranks, tokens divided within a group, weights sharded
+over all of them. `VideoRanks` is what `R2VPipeline` asks; the pipeline and the models stay single-device code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from refalign_ext.backbone import ReferenceBackbone
+from refalign_ext.distributed.mesh import DATA, Parallel, ParallelSizes, split_sequence, valid_pairs
+from refalign_ext.distributed.parallelize import can_shard_on_cpu
+from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
+from refalign_ext.distributed.xfuser_backend import attach_xfuser
+from refalign_ext.guidance import BRANCHES
+from refalign_ext.pipeline import OneRank
+
+
+def generation_sizes(
+    world_size: int, num_heads: int, *, cfg: int = 1, ulysses: int = 0, ring: int = 0
+) -> ParallelSizes:
+    """How the ranks divide one video; `data` of the result are the groups that the guidance's branches are dealt to.
+
+    All ranks work: a size that is 0 follows from the others, both from the heads (`split_sequence`).
+
+    Raises:
+        ValueError: listing every combination that is possible.
+    """
+    if 1 <= cfg <= len(BRANCHES) and world_size % cfg == 0:
+        branch = world_size // cfg
+        if ulysses or ring:
+            pair = (ulysses or max(1, branch // ring), ring or max(1, branch // ulysses))
+        else:
+            pair = split_sequence(branch, num_heads)[::-1]
+        if pair[0] * pair[1] == branch and num_heads % pair[0] == 0:
+            return ParallelSizes(cfg, ring=pair[1], ulysses=pair[0])
+    choices = [
+        f"{groups} x {u} x {r}"
+        for groups in range(1, len(BRANCHES) + 1)
+        if world_size % groups == 0
+        for u, r in valid_pairs(world_size // groups, num_heads)
+        if groups * u * r == world_size
+    ]
+    raise ValueError(
+        f"--cfg_size {cfg}, --ulysses_size {ulysses or 'auto'}, --ring_size {ring or 'auto'} do not divide {world_size} "
+        f"ranks and {num_heads} heads: choose cfg x Ulysses x ring from {', '.join(choices)}"
+    )
+
+
+class VideoRanks(OneRank):
+    """The ranks of `parallel` making one video; every method is called on all of them together.
+
+    Args:
+        parallel: sizes as `generation_sizes` gives them, and the groups.
+        dit_fsdp, t5_fsdp: shard the weights of the transformer, of the text encoder.
+        sequence_backend: what exchanges tokens around self-attention: "auto" (torch), "torch", or "xfuser", which is tried
+            first and gives way to torch with a warning.
+
+    Raises:
+        ValueError: where this torch cannot shard.
+    """
+
+    is_alone = False
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        *,
+        dit_fsdp: bool = False,
+        t5_fsdp: bool = False,
+        sequence_backend: str = "auto",
+    ) -> None:
+        if (dit_fsdp or t5_fsdp) and parallel.device.type == "cpu" and not can_shard_on_cpu():
+            raise ValueError(
+                f"torch {torch.__version__} shards weights on GPUs only: leave out --dit_fsdp and --t5_fsdp, or install a "
+                "newer one"
+            )
+        self.parallel = parallel
+        self.shards_model, self.shards_text_encoder = dit_fsdp, t5_fsdp
+        self.sequence_backend = sequence_backend
+        self.is_main = parallel.is_main
+
+    def divide_model(self, backbone: ReferenceBackbone, dtype: torch.dtype) -> None:
+        attach_sequence_parallel(backbone, self.parallel)
+        if self.sequence_backend == "xfuser":
+            attach_xfuser(backbone, self.parallel, dtype)
+        if self.shards_model:
+            shard_frozen_dit(backbone.model, self.parallel, dtype)
+
+    def divide_text_encoder(self, model: nn.Module, *, sync_module_states: bool = False) -> nn.Module:
+        return shard_text_encoder(model, self.parallel)
+
+    def same_seed(self, seed: int) -> int:
+        return self.parallel.from_main(lambda: seed)
+
+    def same(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        tensors = [tensor.contiguous() for tensor in tensors]
+        for tensor in tensors:
+            dist.broadcast(tensor.view(-1).view(torch.uint8), src=0)  # bytes: not every gloo knows bfloat16
+        return tensors
+
+    def share(self, branches: Sequence[str]) -> list[str]:
+        """Round robin. All groups get equally many, so that all ranks gather the same weights the same number of times:
+        a group that would get fewer repeats one in the time that it would wait.
+        """
+        groups, group = self.parallel.sizes.data, self.parallel.data_rank
+        rounds = -(-len(branches) // groups)
+        return [branches[(group + turn * groups) % len(branches)] for turn in range(rounds)]
+
+    def exchange(self, branches: Sequence[str], own: Sequence[Tensor]) -> dict[str, Tensor]:
+        groups = self.parallel.sizes.data
+        mine = torch.stack(list(own))  # [rounds, C, F, H, W]
+        everyone = [mine]
+        if groups > 1:
+            everyone = [torch.empty_like(mine) for _ in range(groups)]
+            dist.all_gather(everyone, mine, group=self.parallel.group(DATA))
+        return {branch: everyone[index % groups][index // groups] for index, branch in enumerate(branches)}
+
+    def __str__(self) -> str:
+        sizes = self.parallel.sizes
+        return f"{sizes.world}: guidance {sizes.data} x Ulysses {sizes.ulysses} x ring {sizes.ring}"
+
+
+def shard_frozen_dit(model: nn.Module, parallel: Parallel, dtype: torch.dtype) -> None:
+    """FSDP2 for a transformer that is only evaluated: no master weights, every weight in the dtype of a single device.
+
+    Parameters may lie in files (memory-mapped) in another dtype: one block at a time is read and cast. All weights of one
+    unit share a dtype, which torch 2.6 requires; hence what stays in float32 in a half model (`WanModel.float32_modules`)
+    is the root's, and the blocks' matrices are units of their own.
+    """
+    units = [[model.patch_embedding], [model.text_embedding]]
+    units += [[block.self_attn, block.cross_attn, block.ffn] for block in model.blocks]
+    for parts in units:
+        for part in parts:
+            part.to(dtype)
+        fully_shard(parts, mesh=parallel.shards, reshard_after_forward=True)
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    fully_shard(model, mesh=parallel.shards)
+
+
+def shard_text_encoder(model: nn.Module, parallel: Parallel) -> nn.Module:
+    """FSDP2 for the UMT5 encoder: every block a unit, the embedding and the last norm the root's; returns `model`."""
+    for block in model.encoder.block:
+        fully_shard(block, mesh=parallel.shards)
+    fully_shard(model, mesh=parallel.shards, reshard_after_forward=True)  # 2 GB that denoising has a use for
+    return model
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error means that another rank went away."""
+    if isinstance(error, dist.DistError):
+        return True
+    message = str(error).lower()
+    signs = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in message for sign in signs)
+
+
+def leave_process_group() -> None:
+    """Waits for all ranks and ends their communication."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""xfuser's long-context attention in place of our exchange, for generation on GPUs. Optional, and tried before it is used.
+
+API: xdit-project/xDiT, xfuser/core/distributed/parallel_state.py and xfuser/core/long_ctx_attention/hybrid/attn_layer.py.
+Its groups are ours: Ulysses ranks are neighbours, ring ranks stride over them, branches of the guidance are its data
+parallelism.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refalign_ext.backbone import ReferenceBackbone
+from refalign_ext.distributed.mesh import Parallel
+
+logger = logging.getLogger(__name__)
+
+# What packages raise that are absent, older or newer than expected, or made for another device.
+_FAILURES = (
+    ImportError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    TypeError,
+    ValueError,
+    LookupError,
+    OSError,
+)
+_TOLERANCE = 2e-2  # of attention over normal values in bf16, whose results are of the order of 1
+_PROBE_TOKENS = 16  # per rank
+
+
+class XfuserCore(nn.Module):
+    """Stands for the attention core of a block whose exchange is attached already.
+
+    xfuser knows no padding: where there is some (`k_lens`), and only there, the core that this one holds answers.
+    """
+
+    def __init__(self, core: nn.Module, attention: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.core = core
+        self.attention = attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, k_lens: Any) -> Tensor:
+        """q, k, v [B, L / size, heads, C] of this rank's tokens -> [B, L / size, heads, C]."""
+        if k_lens is not None:
+            return self.core(q, k, v, k_lens)
+        return self.attention(None, query=q, key=k, value=v, window_size=self.core.window_size)
+
+
+def attach_xfuser(backbone: ReferenceBackbone, parallel: Parallel, dtype: torch.dtype) -> bool:
+    """Let xfuser exchange tokens where `attach_sequence_parallel` has been attached; all ranks call it together.
+
+    It is imported, set up and compared with our exchange on a few tokens. If any of this fails on any rank, a warning on
+    rank 0 says why, nothing is changed and False is returned.
+    """
+    if parallel.sizes.sequence == 1:
+        return False
+    cores = [block.self_attn.core for block in backbone.model.blocks]
+    made: list[Callable[..., Tensor]] = []
+    stages: tuple[Callable[[], None], ...] = (
+        _import,
+        lambda: made.append(_set_up(parallel)),
+        lambda: _compare(backbone.model, cores[0], made[0], parallel, dtype),
+    )
+    for stage in stages:
+        reason = _first_reason(stage, parallel)
+        if reason:
+            logger.warning("xfuser cannot be used (%s): the torch backend exchanges tokens instead", reason)
+            return False
+    for block, core in zip(backbone.model.blocks, cores, strict=True):
+        block.self_attn.core = XfuserCore(core, made[0])
+    logger.info("xfuser exchanges tokens among the sequence ranks")
+    return True
+
+
+def _first_reason(stage: Callable[[], None], parallel: Parallel) -> str | None:
+    """Why a stage failed, on the first rank on which it did; known to all ranks."""
+    reason = None
+    try:
+        stage()
+    except _FAILURES as error:
+        reason = f"on rank {parallel.rank}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return next((text for text in parallel.gather_objects(reason) if text), None)
+
+
+def _import() -> None:
+    importlib.import_module("xfuser.core.distributed")
+    importlib.import_module("xfuser.core.long_ctx_attention")
+
+
+def _set_up(parallel: Parallel) -> Callable[..., Tensor]:
+    groups = importlib.import_module("xfuser.core.distributed")
+    attention = importlib.import_module("xfuser.core.long_ctx_attention")
+    sizes = parallel.sizes
+    groups.init_distributed_environment(rank=parallel.rank, world_size=sizes.world)
+    groups.initialize_model_parallel(
+        data_parallel_degree=sizes.data,
+        sequence_parallel_degree=sizes.sequence,
+        ring_degree=sizes.ring,
+        ulysses_degree=sizes.ulysses,
+    )
+    return attention.xFuserLongContextAttention()
+
+
+@torch.no_grad()
+def _compare(
+    model: nn.Module,
+    core: nn.Module,
+    attention: Callable[..., Tensor],
+    parallel: Parallel,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(parallel.rank)
+    shape = (3, 1, _PROBE_TOKENS, model.num_heads, model.dim // model.num_heads)
+    q, k, v = torch.randn(shape, generator=generator).to(parallel.device, dtype).unbind(0)
+    expected = core(q, k, v, None)
+    found = XfuserCore(core, attention)(q, k, v, None)
+    difference = (found.float() - expected.float()).abs().max().item()
+    if not difference <= _TOLERANCE:
+        raise ValueError(f"its attention differs from ours by {difference:.2g}")

@@ -1,0 +1,415 @@
+"""Checkpoints of LoRA runs: merged or as an adapter, they compute what the trained model does, in our classes and others'."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers import WanTransformer3DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from refalign_ext.backbone import (
+    ReferenceBackbone,
+    WanModel,
+    diffusers_key,
+    dit_arguments,
+    read_dit_checkpoint,
+)
+from refalign_ext.cli import main
+from refalign_ext.config import TrainConfig
+from refalign_ext.distributed import adapted
+from refalign_ext.distributed.adapted import base_named_by, fingerprint
+from refalign_ext.distributed.checkpoint import (
+    Checkpointer,
+    build_state,
+    is_checkpoint,
+    read_any_dit,
+    read_dit,
+    read_projectors,
+)
+from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.distributed.stored import StoredTensors
+from refalign_ext.export import export_adapter, export_checkpoint
+from refalign_ext.lora import TARGETS, add_lora, is_adapter_key, read_adapter
+from refalign_ext.trainer import Trainer
+from tests import tiny_training
+from tests.distributed.ranks import run_ranks
+from tests.tiny_training import CPU, TEXT_DIM, Source, change, encode_text
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+RANK, ALPHA = 3, 6.0
+FILE = "diffusion_pytorch_model.safetensors"
+ADAPTED = {
+    f"blocks.{block}.{layer}.weight"
+    for block in range(3)
+    for layer in (
+        *(f"{kind}.{leaf}" for kind in ("self_attn", "cross_attn") for leaf in "qkvo"),
+        *("ffn.0", "ffn.2"),
+    )
+}
+
+
+def settings(base: Path, out: Path, **changes: object) -> TrainConfig:
+    return change(
+        from_scratch=False,
+        dit_ckpt=str(base),
+        lora_rank=RANK,
+        lora_alpha=ALPHA,
+        ema_decay=0.0,
+        learning_rate=0.05,
+        warmup_steps=0,
+        batch_size=1,
+        drop_text=0.0,
+        drop_references=0.0,
+        drop_both=0.0,
+        out=str(out),
+        **changes,
+    )
+
+
+def adapters_on(config: TrainConfig, parallel: Parallel) -> Trainer:
+    """A trainer of adapters on the model that the configuration names."""
+    plain = tiny_training.build(config)
+    plain.trained.dit.load_state_dict(read_any_dit(Path(config.dit_ckpt)).state_dict)
+    add_lora(plain.trained.dit, RANK, ALPHA, TARGETS, seed=config.seed)
+    trained = parallelize(plain.backbone, plain.trained.projectors, parallel, config)
+    return Trainer(config, plain.backbone, trained, Source(), encode_text, parallel)
+
+
+def predict(backbone: ReferenceBackbone) -> Tensor:
+    """[4, F, H, W] for one sample with references."""
+    sample = Source().sample(3)
+    with torch.no_grad():
+        output = backbone([sample.latents], torch.tensor([500.0]), encode_text(["a"]), [sample.references])
+    return output.prediction[0]
+
+
+def predict_with(weights: dict[str, Tensor], config: dict) -> Tensor:
+    model = WanModel(**dit_arguments(config))
+    model.load_state_dict(weights)
+    return predict(ReferenceBackbone(model.eval()))
+
+
+def train(_rank: int, ranks: int, base: Path, out: Path, steps: int) -> Tensor:
+    """Saves a checkpoint; what the model predicts then."""
+    parallel = Parallel.create(ParallelSizes(ranks), CPU) if ranks > 1 else Parallel.single(CPU)
+    trainer = adapters_on(settings(base, out), parallel)
+    for _ in range(steps):
+        assert not trainer.train_step().skipped
+    trainer.save()
+    trainer.finish_saving()
+    return predict(trainer.backbone)
+
+
+def assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        same = found[name].dtype == value.dtype and torch.equal(found[name], value)
+        assert same and torch.equal(found[name].signbit(), value.signbit()), name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that the adapters are trained on, in upstream's layout."""
+    folder = tmp_path_factory.mktemp("base")
+    model = tiny_training.build(change()).trained.dit
+    weights = model.state_dict()
+    weights["blocks.0.self_attn.q.weight"][0, 0] = -0.0
+    save_file(weights, folder / FILE)
+    config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", **config}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def run(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """(checkpoint after two steps on that many ranks, what the trained model predicts)."""
+    out = tmp_path_factory.mktemp("run")
+    if request.param == 1:
+        prediction = train(0, 1, base, out, 2)
+    else:
+        prediction = run_ranks(train, 2, 2, base, out, 2)[0]
+    return out / "checkpoints" / "step-00000002", prediction
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    train(0, 1, base, out, 2)
+    return out / "checkpoints" / "step-00000002"
+
+
+def test_the_merged_model_computes_what_was_trained(run: tuple, base: Path, tmp_path: Path) -> None:
+    checkpoint, expected = run
+    assert all(is_adapter_key(name) for name in StoredTensors(checkpoint).names("model.dit."))
+    export_checkpoint(checkpoint, tmp_path / "up", layout="upstream", projectors=True, progress=False)
+    found, before = read_dit_checkpoint(tmp_path / "up"), read_dit_checkpoint(base)
+    start = predict_with(before.state_dict, before.config)
+    torch.testing.assert_close(predict_with(found.state_dict, found.config), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - start).abs().max() > 1e-2
+    assert list(found.state_dict) == list(before.state_dict)
+    changed = {
+        name for name, value in found.state_dict.items() if not torch.equal(value, before.state_dict[name])
+    }
+    assert changed == ADAPTED
+    assert_bitwise(found.projectors, read_projectors(checkpoint))
+    assert len(found.projectors) == 4
+    with safe_open(tmp_path / "up" / FILE, "pt") as file:
+        digest = hashlib.sha256((base / FILE).read_bytes()).hexdigest()
+        assert file.metadata() == {"format": "pt", "base_model": str(base), "base_model_sha256": digest}
+
+    files = export_checkpoint(
+        checkpoint,
+        tmp_path / "theirs",
+        layout="diffusers",
+        projectors=False,
+        shard_gigabytes=1e-5,
+        progress=False,
+    )
+    assert len(files) > 1
+    theirs = read_dit_checkpoint(tmp_path / "theirs")
+    assert_bitwise(theirs.state_dict, found.state_dict)
+    assert not theirs.projectors
+    read = read_any_dit(checkpoint)
+    assert_bitwise(read.state_dict, found.state_dict)
+    assert_bitwise(read.projectors, found.projectors)
+    assert read.config["dim"] == 24 and base / FILE in read.files
+
+
+def test_peft_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    checkpoint, expected = run
+    (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="upstream")
+    names = sorted(path.name for path in file.parent.iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert file.stat().st_mode == (file.parent / names[0]).stat().st_mode
+    before = read_dit_checkpoint(base)
+    model = WanModel(**dit_arguments(before.config))
+    model.load_state_dict(before.state_dict)
+    wrapped = PeftModel.from_pretrained(model, str(tmp_path / "adapter"))
+    torch.testing.assert_close(
+        predict(ReferenceBackbone(wrapped.base_model.model)), expected, atol=1e-5, rtol=1e-5
+    )
+    adapter = read_adapter(tmp_path / "adapter")
+    assert (adapter.rank, adapter.alpha, adapter.base) == (RANK, ALPHA, str(base))
+    assert {name.replace("lora_B.", "") for name in adapter.tensors if "lora_B" in name} == ADAPTED
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base_model_sha256"] == fingerprint([base / FILE])
+
+
+def test_diffusers_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
+    checkpoint, _ = run
+    export_checkpoint(checkpoint, tmp_path / "merged", layout="diffusers", projectors=False, progress=False)
+    (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="diffusers")
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base_model"] == str(base)
+    merged, model, plain = (WanTransformer3DModel.from_pretrained(tmp_path / "merged") for _ in range(3))
+    before = read_dit_checkpoint(base).state_dict
+    for one in (model, plain):
+        one.load_state_dict({diffusers_key(name): value for name, value in before.items()})
+    model.load_lora_adapter(str(tmp_path / "adapter"), weight_name=file.name)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([400]),
+        "encoder_hidden_states": torch.randn(1, 16, TEXT_DIM, generator=generator),
+    }
+    with torch.no_grad():
+        found, expected, without = (one.eval()(**inputs).sample for one in (model, merged, plain))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_adapter_gives_the_base_bitwise(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {name: value.to(dtype) for name, value in load_file(base / FILE).items()}
+    save_file(weights, tmp_path / "base.safetensors")
+    train(0, 1, tmp_path / "base.safetensors", tmp_path / "run", 0)
+    path = tmp_path / "run" / "checkpoints" / "step-00000000"
+    assert_bitwise(read_dit(path), weights)
+    export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=False, progress=False)
+    assert_bitwise(load_file(tmp_path / "out" / FILE), weights)
+
+
+def test_the_base_keeps_its_dtype(checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    half = {name: value.to(torch.bfloat16) for name, value in load_file(base / FILE).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    out = tmp_path / "out"
+    export_checkpoint(
+        checkpoint,
+        out,
+        layout="upstream",
+        projectors=False,
+        base=tmp_path / "half.safetensors",
+        progress=False,
+    )
+    found, single = load_file(out / FILE), read_dit(checkpoint)
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    for name in ADAPTED:
+        torch.testing.assert_close(found[name].float(), single[name], atol=5e-3, rtol=1e-2)
+        assert not torch.equal(found[name], half[name])
+
+
+def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """Each run started from the one before, the first of them with a moving average of all weights."""
+    whole = tiny_training.build(change(out=str(tmp_path / "whole"), learning_rate=0.02, warmup_steps=0))
+    whole.train_step()
+    whole.save()
+    start = whole.finish_saving()
+    average = {name: value.clone() for name, value in whole.averaged_state().items()}
+    assert not torch.equal(average["head.head.weight"], whole.trained.dit.state_dict()["head.head.weight"])
+    expected = [average]
+    for number in range(2):
+        config = settings(start, tmp_path / str(number), seed=number)
+        trainer = adapters_on(config, Parallel.single(CPU))
+        trainer.train_step()
+        trainer.save()
+        start = trainer.finish_saving()
+        expected.append(trainer.generation_weights())
+    found = read_dit(start)
+    assert_bitwise(found, expected[-1])
+    name = "blocks.0.ffn.0.weight"
+    assert len({float(weights[name].sum()) for weights in expected}) == 3
+    export_checkpoint(start, tmp_path / "out", layout="upstream", projectors=False, progress=False)
+    assert_bitwise(load_file(tmp_path / "out" / FILE), found)
+
+
+def test_what_the_settings_name(tmp_path: Path) -> None:
+    assert base_named_by({"task": "r2v-tiny", "dit_ckpt": None, "ckpt_dir": None}) == adapted.EMBEDDED
+    assert (adapted.EMBEDDED / FILE).is_file()
+    assert base_named_by({"task": "r2v-1.3B", "dit_ckpt": None, "ckpt_dir": "a"}) == Path("a")
+    assert base_named_by({"task": "r2v-tiny", "dit_ckpt": "b", "ckpt_dir": "a"}) == Path("b")
+    assert base_named_by({"task": "r2v-1.3B"}) is None
+    assert base_named_by({"task": "r2v-tiny", "from_scratch": True}) is None
+    for number in (1, 2):
+        (tmp_path / str(number)).write_bytes(b"x" * number)
+    digests = [hashlib.sha256(b"x" * number).hexdigest() for number in (1, 2)]
+    assert fingerprint([tmp_path / "1"]) == digests[0]
+    both = hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert fingerprint([tmp_path / "2", tmp_path / "1"]) == both
+
+
+def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start where the training ran."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    shutil.copytree(base, there / "model")
+    elsewhere.mkdir()
+    monkeypatch.chdir(there)
+    train(0, 1, Path("model"), there / "run", 1)
+    path = there / "run" / "checkpoints" / "step-00000001"
+    expected = read_dit(path)
+    monkeypatch.chdir(elsewhere)
+    for attempt in (
+        lambda: read_dit(path),
+        lambda: read_any_dit(path),
+        lambda: export_checkpoint(path, Path("out"), layout="upstream", projectors=False, progress=False),
+    ):
+        with pytest.raises(ValueError) as error:
+            attempt()
+        assert str(error.value) == (
+            f"{path} is an adapter of model, which is not here (relative paths start where the training ran): merge it "
+            f"with python -m refalign_ext export {path} --base MODEL --out FOLDER"
+        )
+    assert not list(elsewhere.iterdir())
+    # The adapter itself needs no base, and then has no fingerprint of it.
+    (file,) = export_adapter(path, Path("adapter"), layout="upstream")
+    assert read_adapter(Path("adapter")).base == "model"
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "base_model": "model"}
+    result = CliRunner().invoke(main, ["export", str(path), "--out", "out", "--base", str(there / "model")])
+    assert result.exit_code == 0, result.output
+    assert_bitwise(load_file(elsewhere / "out" / FILE), expected)
+
+
+def test_mistakes_are_said_in_one_line(checkpoint: Path, base: Path, tmp_path: Path) -> None:
+    def attempt(path: Path, *options: str) -> str:
+        result = CliRunner().invoke(main, ["export", str(path), "--out", str(tmp_path / "out"), *options])
+        assert result.exit_code == 2 and result.output.count("\n") == 1, result.output
+        assert not list(tmp_path.glob("out*"))
+        return result.output
+
+    whole = tiny_training.build(change(out=str(tmp_path / "whole")))
+    whole.save()
+    full = whole.finish_saving()
+    assert "holds a whole DiT, no adapter: export it without --adapter" in attempt(full, "--adapter")
+    assert "holds a whole DiT, no adapter: leave --base out" in attempt(full, "--base", str(base))
+    assert "--adapter and --projectors exclude each other" in attempt(checkpoint, "--adapter", "--projectors")
+    assert "--base nowhere does not exist: name the model" in attempt(checkpoint, "--base", "nowhere")
+    assert "--base nowhere does not exist" in attempt(checkpoint, "--base", "nowhere", "--adapter")
+    assert "cannot be its own base" in attempt(checkpoint, "--base", str(checkpoint))
+    weights = load_file(base / FILE)
+    name = "blocks.2.ffn.0.weight"
+    save_file({**weights, name: torch.zeros(40, 24)}, tmp_path / "wider.safetensors")
+    message = "adapter of blocks.2.ffn.0 is for a layer of [32, 24] and this one has [40, 24]"
+    assert message in attempt(checkpoint, "--base", str(tmp_path / "wider.safetensors"))
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "less.safetensors")
+    message = "lacks 1 layers of the adapter, such as blocks.2.ffn.0"
+    assert message in attempt(checkpoint, "--base", str(tmp_path / "less.safetensors"))
+
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    meta = json.loads((copied / "trainer.json").read_text())
+    for changes, message in (
+        ({"from_scratch": True, "dit_ckpt": None}, "is an adapter of random weights: name the model"),
+        ({"lora_rank": 0}, "its settings have no lora_rank and lora_alpha"),
+        ({"lora_rank": RANK + 1}, "which is not of rank 4: the adapter is damaged"),
+    ):
+        changed = meta | {"settings": meta["settings"] | changes}
+        (copied / "trainer.json").write_text(json.dumps(changed))
+        assert message in attempt(copied)
+
+
+def test_alpha_0_means_the_rank(checkpoint: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    meta = json.loads((copied / "trainer.json").read_text())
+    read = {}
+    for alpha in (0, RANK):
+        meta["settings"]["lora_alpha"] = alpha
+        (copied / "trainer.json").write_text(json.dumps(meta))
+        read[alpha] = read_dit(copied)
+    assert_bitwise(read[0], read[RANK])
+    assert not torch.equal(read[0]["blocks.0.ffn.0.weight"], read_dit(checkpoint)["blocks.0.ffn.0.weight"])
+
+
+def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: set[int] = set()
+    most, merged = 0, 0
+    merge = adapted.merged_weight
+
+    def watched(*arguments: object) -> Tensor:
+        nonlocal most, merged
+        tensor = merge(*arguments)
+        merged += 1
+        alive.add(merged)
+        weakref.finalize(tensor, alive.discard, merged)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(adapted, "merged_weight", watched)
+    export_checkpoint(checkpoint, tmp_path / "out", layout="upstream", projectors=True, progress=False)
+    gc.collect()
+    assert merged == len(ADAPTED) and not alive
+    assert most <= 2  # while one is made, the one before may still have a name
+
+
+def test_what_is_neither_whole_nor_an_adapter(base: Path, tmp_path: Path) -> None:
+    trained = tiny_training.build(change()).trained
+    trained.requires_grad_(False).dit.head.head.weight.requires_grad_(True)
+    checkpointer = Checkpointer(tmp_path / "run", Parallel.single(CPU), keep_last=1)
+    state = build_state(trained, [], None, trainable_only=True)
+    checkpointer.save(1, state, {"samples_seen": 0, "settings": {}}, {"_class_name": "WanModel"})
+    path = checkpointer.finish()
+    assert is_checkpoint(path) and not any(map(is_adapter_key, read_dit(path)))
+    with pytest.raises(ValueError, match="holds only what was trained, not a whole DiT"):
+        export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=False, progress=False)

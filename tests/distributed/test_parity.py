@@ -1,0 +1,185 @@
+"""Any division of the work among ranks gives the losses, gradients and weights of one device, to 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from refalign_ext.distributed import collectives
+from refalign_ext.distributed.mesh import DATA, Parallel, ParallelSizes
+from refalign_ext.distributed.parallelize import whole_tensors
+from refalign_ext.trainer import Trainer
+from tests.distributed.ranks import run_ranks
+from tests.tiny_training import CPU, Source, build, change
+
+# 15 tokens a frame and 4 heads: no length here divides by 2, 4 or 8, so every division pads.
+SIZE, SAMPLES = (3, 6, 10), 4
+LAYOUTS = {
+    "1x2 Ulysses": ParallelSizes(1, 1, 2),
+    "1x2 ring": ParallelSizes(1, 2, 1),
+    "2x1": ParallelSizes(2, 1, 1),
+    "2x2 Ulysses": ParallelSizes(2, 1, 2),
+    "2x2 ring": ParallelSizes(2, 2, 1),
+    "1x4 Ulysses": ParallelSizes(1, 1, 4),
+    "1x4 Ulysses 2 x ring 2": ParallelSizes(1, 2, 2),
+    "1x4 ring": ParallelSizes(1, 4, 1),
+    "4x1": ParallelSizes(4, 1, 1),
+    "2x4 Ulysses 2 x ring 2": ParallelSizes(2, 2, 2),
+    "2x4 Ulysses": ParallelSizes(2, 1, 4),
+}
+REFERENCES = {
+    "varying": (1, 3, 0, 2),
+    "first half of the batch only": (2, 1, 0, 0),
+    "last sample only": (0, 0, 0, 3),
+}
+
+
+def make(sizes: ParallelSizes, references: tuple[int, ...], **changes: object) -> Trainer:
+    settings = {
+        "batch_size": SAMPLES // sizes.data,
+        "clip_norm": 0.0,
+        "schedule": "constant",
+        "warmup_steps": 0,
+    }
+    settings |= {"drop_text": 0.0, "drop_references": 0.0, "drop_both": 0.0}
+    config = change(**{**settings, **changes})
+    parallel = Parallel.create(sizes, CPU)
+    trainer = build(config, Source(references=references, size=SIZE), parallel, heads=4)
+    for group in trainer.optimizers[0].param_groups:
+        group["eps"] = 1e-5  # the biases of keys have gradients of rounding noise, which Adam would blow up
+    return trainer
+
+
+class Keeper(torch.optim.SGD):
+    """Keeps the whole gradients that a step would use and changes no weight."""
+
+    def step(self, closure=None):  # noqa: ANN001, ANN201 - torch's own signature
+        self.kept = whole_tensors({str(i): p.grad for i, p in enumerate(self.param_groups[0]["params"])})
+
+
+def gradients(
+    rank: int, sizes: ParallelSizes, references: tuple[int, ...], changes: dict
+) -> tuple[dict, dict]:
+    trainer = make(sizes, references, **changes)
+    named = dict(trainer.trained.named_parameters())
+    keeper = Keeper(named.values(), lr=0.0)
+    keeper.param_groups[0]["base_lr"] = 0.0
+    trainer.optimizers = [keeper]
+    values = trainer.train_step().values
+    return values, dict(zip(named, keeper.kept.values(), strict=True))
+
+
+def gradients_for_all_references(rank: int, sizes: ParallelSizes) -> list[tuple[dict, dict]]:
+    return [gradients(rank, sizes, references, {}) for references in REFERENCES.values()]
+
+
+def three_steps(
+    rank: int, sizes: ParallelSizes, references: tuple[int, ...], changes: dict
+) -> tuple[list, dict]:
+    trainer = make(sizes, references, clip_norm=0.5, learning_rate=0.01, **changes)
+    values = [trainer.train_step().values for _ in range(3)]
+    values.append(trainer.validate())
+    return values, whole_tensors(
+        {**trainer.trained.state_dict(), **{f"average.{k}": v for k, v in trainer.average.items()}}
+    )
+
+
+_alone: dict[tuple, tuple] = {}
+
+
+def alone(function, references: tuple[int, ...], **changes: object) -> tuple:  # noqa: ANN001
+    key = (function.__name__, references, tuple(sorted(changes.items())))
+    if key not in _alone:
+        _alone[key] = function(0, ParallelSizes(), references, changes)
+    return _alone[key]
+
+
+def assert_equal(found: tuple[object, dict], expected: tuple[object, dict], tolerance: float = 1e-5) -> None:
+    values, tensors = found
+    rows = [values] if isinstance(values, dict) else values
+    expected_rows = [expected[0]] if isinstance(expected[0], dict) else expected[0]
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert row.keys() == expected_row.keys()
+        for name, value in expected_row.items():
+            assert row[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
+    assert tensors.keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        difference = (tensors[name] - tensor).abs().max().item()
+        assert difference <= tolerance * max(1.0, tensor.abs().max().item()), f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_every_gradient(layout: str) -> None:
+    sizes = LAYOUTS[layout]
+    for results in run_ranks(gradients_for_all_references, sizes.world, sizes):
+        for result, references in zip(results, REFERENCES.values(), strict=True):
+            expected = alone(gradients, references)
+            assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
+            assert_equal(result, expected)
+
+
+@pytest.mark.parametrize("layout", ["2x1", "1x2 Ulysses", "2x2 ring", "1x4 Ulysses 2 x ring 2"])
+def test_three_optimizer_steps_with_clipping_and_average(layout: str) -> None:
+    sizes, counts = LAYOUTS[layout], REFERENCES["varying"]
+    expected = alone(three_steps, counts)
+    for result in run_ranks(three_steps, sizes.world, sizes, counts, {}):
+        assert_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"cpu_offload": True},
+        {"tap": "self_attn"},
+        {"drop_references": 0.5},
+        {"weight": 0.0},
+        {"optimizer": "muon"},
+    ],
+    ids=lambda changes: next(iter(changes.items()), "")[0] + "=" + str(next(iter(changes.values()))),
+)
+def test_with_other_settings(changes: dict) -> None:
+    sizes, counts = LAYOUTS["2x1" if "optimizer" in changes else "1x2 Ulysses"], REFERENCES["varying"]
+    # Muon orthogonalises in bf16, where rounding noise in a gradient may tip the last bit.
+    tolerance = 1e-3 if changes.get("optimizer") == "muon" else 1e-5
+    expected = alone(three_steps, counts, **changes)
+    for result in run_ranks(three_steps, sizes.world, sizes, counts, changes):
+        assert_equal(result, expected, tolerance)
+
+
+def test_accumulation_equals_ranks() -> None:
+    counts = REFERENCES["varying"]
+    found = run_ranks(accumulated, 2, counts)
+    for result in found:
+        assert_equal(result, alone(three_steps, counts))
+
+
+def accumulated(rank: int, references: tuple[int, ...]) -> tuple[list, dict]:
+    return three_steps(rank, ParallelSizes(2), references, {"global_batch_size": SAMPLES, "batch_size": 1})
+
+
+def wrong_shards(rank: int, sizes: ParallelSizes, references: tuple[int, ...]) -> tuple[dict, dict]:
+    """FSDP over the data ranks alone."""
+    Parallel.shards = property(lambda self: self._meshes[DATA])
+    return gradients(rank, sizes, references, {})
+
+
+def wrong_gather(rank: int, sizes: ParallelSizes, references: tuple[int, ...]) -> tuple[dict, dict]:
+    """A gather whose backward takes its own piece of the gradient and forgets the other ranks'."""
+
+    def backward(ctx, gradient):  # noqa: ANN001, ANN202
+        return gradient[torch.distributed.get_rank(ctx.group)].contiguous(), None
+
+    collectives._AllGather.backward = staticmethod(backward)
+    return gradients(rank, sizes, references, {})
+
+
+@pytest.mark.parametrize("wrong", [wrong_shards, wrong_gather])
+def test_the_known_wrong_ways_are_noticed(wrong) -> None:  # noqa: ANN001
+    counts = REFERENCES["varying"]
+    found = run_ranks(wrong, 4, LAYOUTS["2x2 Ulysses"], counts)
+    expected = alone(gradients, counts)
+    for result in found:
+        with pytest.raises(AssertionError):
+            assert_equal(result, expected)

@@ -1,0 +1,492 @@
+"""Distributed checkpoints: any number of ranks reads what any number wrote, and nothing half-written counts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from refalign_ext.backbone import WanModel
+from refalign_ext.distributed.checkpoint import (
+    Checkpointer,
+    build_state,
+    checkpoints_in,
+    read_dit,
+    read_meta,
+    read_projectors,
+    resolve_resume,
+    restore_state,
+)
+from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.stored import StoredTensors
+from refalign_ext.muon import Muon
+from refalign_ext.projectors import ReferenceProjectors
+from tests.distributed.ranks import run_ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+CPU = torch.device("cpu")
+# Biases of 10 and modulations of 1 row do not divide among 4 ranks evenly.
+SIZES = {
+    "dim": 36,
+    "num_heads": 2,
+    "ffn_dim": 42,
+    "freq_dim": 12,
+    "text_dim": 10,
+    "text_len": 4,
+    "in_dim": 4,
+    "out_dim": 4,
+    "num_layers": 1,
+}
+META = {"samples_seen": 12, "settings": {"steps": 9}}
+CONFIG = {"_class_name": "WanModel", **SIZES}
+
+
+def make(
+    parallel: Parallel, optimizer: str = "adamw", seed: int = 0
+) -> tuple[TrainedModules, list[torch.optim.Optimizer], dict[str, Tensor]]:
+    """Sharded modules, optimizers and a moving average."""
+    torch.manual_seed(seed)
+    dit, projectors = WanModel(**SIZES), ReferenceProjectors(SIZES["dim"], 6, 1)
+    nn.init.normal_(dit.head.head.weight, std=0.1)
+    if not parallel.is_alone:
+        shard_dit(dit, parallel, precision="fp32")
+        shard_projectors(projectors, parallel)
+    elif torch.distributed.is_initialized():
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for block in dit.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(dit, mesh=mesh)
+    trained = TrainedModules(dit, projectors)
+    matrices = [
+        parameter
+        for name, parameter in trained.named_parameters()
+        if optimizer == "muon" and ".blocks." in name and parameter.ndim == 2 and name.startswith("dit.")
+    ]
+    held = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in trained.parameters() if id(parameter) not in held]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=1e-2)]
+    if matrices:
+        optimizers.append(Muon(matrices, lr=1e-2))
+    average = {name: value.detach().clone() for name, value in dit.state_dict().items()}
+    return trained, optimizers, average
+
+
+def train(
+    trained: TrainedModules, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor], seed: int
+) -> None:
+    """One step with a real forward and backward pass."""
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randn(4, 2, 4, 4, generator=generator)
+    text = torch.randn(3, 10, generator=generator)
+    (output,) = trained.dit([video], t=torch.tensor([500.0]), context=[text], seq_len=8)
+    tokens = torch.randn(1, 2, 4, 36, generator=generator)
+    projected = trained.projectors([tokens] * trained.projectors.depth)
+    (output.square().mean() + sum(part.square().mean() for part in projected)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for name, value in trained.dit.state_dict().items():
+            average[name].lerp_(value, 0.3)
+
+
+def digests(
+    trained: nn.Module, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor] | None
+) -> dict[str, str]:
+    """A hash of every whole tensor. All ranks call it."""
+    state = build_state(trained, optimizers, average)
+    pieces: dict[str, bytes] = {}
+    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    for part, tensors in state.items():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) or is_first:
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                plain = local.detach().contiguous().reshape(-1)
+                pieces[f"{part}.{name}"] = plain.view(torch.uint8).numpy().tobytes()
+    gathered = [pieces]
+    if torch.distributed.is_initialized():
+        gathered = [{} for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, pieces)
+    # Shards are rows in the order of the ranks, so their bytes joined are the whole tensor's.
+    return {
+        name: hashlib.sha256(b"".join(rank.get(name, b"") for rank in gathered)).hexdigest()
+        for name in gathered[0]
+    }
+
+
+def parallel_of(world_size: int) -> Parallel:
+    return Parallel.create(ParallelSizes(world_size), CPU) if world_size > 1 else Parallel.single(CPU)
+
+
+def continue_run(
+    _rank: int, world_size: int, folder: Path, step: int, optimizer: str = "adamw"
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Load the newest checkpoint if there is one, take a step, save; what was loaded and what was saved."""
+    parallel = parallel_of(world_size)
+    run = make(parallel, optimizer, seed=step)
+    path = resolve_resume(folder, "auto")
+    if path is not None:
+        restore_state(path, *run)
+    loaded = digests(*run)
+    train(*run, seed=step)
+    saved = digests(*run)
+    checkpointer = Checkpointer(folder, parallel, keep_last=2)
+    checkpointer.save(step, build_state(*run), META, CONFIG)
+    checkpointer.finish()
+    return loaded, saved
+
+
+def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path: Path) -> None:
+    optimizer = "muon"  # with AdamW for all that is not a block's matrix
+    expected: dict[str, str] = {}
+    for step, world_size in enumerate((4, 2, 1, 4), start=1):
+        results = run_ranks(continue_run, world_size, world_size, tmp_path, step, optimizer)
+        assert all(result == results[0] for result in results)
+        loaded, saved = results[0]
+        if expected:
+            assert loaded == expected
+        changed = {name for name in saved if saved[name] != loaded.get(name)}
+        assert changed == {name for name in saved if not name.endswith("parameter_count")}
+        expected = saved
+        assert (tmp_path / "latest").read_text() == f"step-{step:08d}\n"
+    loaded, expected = continue_run(0, 1, tmp_path, 5, optimizer)  # no process group at all
+    assert loaded == saved
+    entries = (".exp_avg", ".exp_avg_sq", ".step", ".momentum_buffer")
+    assert all(any(name.endswith(entry) for name in loaded) for entry in entries)
+    trained, _, average = make(Parallel.single(CPU))
+    path = tmp_path / "step-00000005"
+    trained.dit.load_state_dict(read_dit(path))
+    trained.projectors.load_state_dict(read_projectors(path))
+    found = digests(trained, [], dict(trained.dit.state_dict()))
+    assert {name: found[f"average.{name}"] for name in average} == {
+        name: expected[f"average.{name}"] for name in average
+    }
+    trained.dit.load_state_dict(read_dit(path, raw=True))
+    found = digests(trained, [], None)
+    assert found == {name: value for name, value in expected.items() if name.startswith("model.")}
+
+
+def save_and_train_on(_rank: int, world_size: int, folder: Path) -> dict[str, str]:
+    parallel = parallel_of(world_size)
+    run = make(parallel)
+    train(*run, seed=1)
+    before = digests(*run)
+    checkpointer = Checkpointer(folder, parallel, keep_last=2)
+    for step in (1, 2):
+        checkpointer.save(step, build_state(*run), META, CONFIG)
+        train(*run, seed=2)
+        for parameter in run[0].parameters():
+            parameter.data.zero_()
+        if step == 1:
+            after = digests(*run)
+    checkpointer.finish()
+    assert before != after and checkpointer.finish() is None
+    other = make(parallel, seed=5)
+    restore_state(folder / "step-00000001", *other)
+    assert digests(*other) == before
+    restore_state(folder / "step-00000002", *other)
+    assert digests(*other) == after
+    return before
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+) -> None:
+    write = torch.distributed.checkpoint.FileSystemWriter.write_data
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.3)
+        return write(*given)
+
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", slow)
+    if world_size == 1:
+        save_and_train_on(0, 1, tmp_path)
+    else:
+        run_ranks(save_and_train_on, world_size, world_size, tmp_path)
+    assert read_meta(tmp_path / "step-00000001") == {"step": 1, **META}
+
+
+def fail_on_one_rank(rank: int, folder: Path, how: str) -> tuple[str, list[str], float]:
+    parallel = parallel_of(2)
+    run = make(parallel)
+    train(*run, seed=1)
+    checkpointer = Checkpointer(folder, parallel, keep_last=2)
+    checkpointer.save(1, build_state(*run), META, CONFIG)
+    checkpointer.finish()
+    parallel.barrier()
+    if how == "full" and rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    if how == "late" and rank == 0:
+        rename = Path.rename
+
+        def refuse(self: Path, target: Path) -> Path:
+            if self.name.endswith(".part"):
+                raise OSError(28, "No space left on device")
+            return rename(self, target)
+
+        Path.rename = refuse  # type: ignore[method-assign]
+    if how == "file":
+        checkpointer.folder = folder / "step-00000001" / "trainer.json"
+    began = time.monotonic()
+    checkpointer.save(2, build_state(*run), META, CONFIG)
+    try:
+        checkpointer.save(3, build_state(*run), META, CONFIG)
+    except OSError as error:
+        message = str(error)
+    checkpointer.finish()  # said once is enough
+    return message, sorted(path.name for path in checkpoints_in(folder)), time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["full", "late", "file"])
+def test_an_error_on_one_rank_ends_all(tmp_path: Path, how: str) -> None:
+    results = run_ranks(fail_on_one_rank, 2, tmp_path, how, timeout=20)
+    for message, complete, seconds in results:
+        assert message.startswith("checkpoint ") and "step-00000002 could not be written" in message
+        assert "GiB are free there, make room or choose another --out" in message
+        assert "\n" not in message and len(message) < 600
+        assert complete == ["step-00000001"] and seconds < 10
+    assert ("rank 1" in results[0][0]) == (how == "full")
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
+def die_while_writing(rank: int, folder: Path) -> str:
+    parallel = parallel_of(2)
+    run = make(parallel)
+    checkpointer = Checkpointer(folder, parallel, keep_last=2)
+    if rank == 1:
+        torch.distributed.checkpoint.FileSystemWriter.write_data = lambda *given: os._exit(9)  # type: ignore[method-assign]
+    checkpointer.save(1, build_state(*run), META, CONFIG)
+    try:
+        checkpointer.finish()
+    except OSError as error:
+        (folder / "message").write_text(str(error))
+    return "done"
+
+
+def test_a_rank_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="rank 1 died"):
+        run_ranks(die_while_writing, 2, tmp_path, timeout=20)
+    assert checkpoints_in(tmp_path) == [] and not (tmp_path / "latest").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["step-00000001.part"]
+    continue_run(0, 1, tmp_path, 2)
+    assert not (tmp_path / "step-00000001.part").exists()
+
+
+def test_machines_that_do_not_share_the_folder_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refalign_ext.distributed.checkpoint._SHARED_FOLDER_SECONDS", 0.0)
+    with pytest.raises(
+        AssertionError, match="does not see all of __1_0.distcp: all machines need the same --out"
+    ):
+        run_ranks(write_elsewhere, 2, tmp_path)
+    assert checkpoints_in(tmp_path / "0") == []
+
+
+def write_elsewhere(rank: int, folder: Path) -> None:
+    parallel = parallel_of(2)
+    checkpointer = Checkpointer(folder / str(rank), parallel, keep_last=2)
+    checkpointer.save(1, build_state(*make(parallel)), META, CONFIG)
+    checkpointer.finish()
+
+
+def refuse_on_every_rank(rank: int, path: Path, break_on: int) -> str:
+    run = make(parallel_of(2))
+    if rank == break_on:
+        path = path.with_name("elsewhere")
+    try:
+        restore_state(path, *run)
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_all_ranks_refuse_what_one_cannot_read(tmp_path: Path) -> None:
+    continue_run(0, 1, tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    assert run_ranks(refuse_on_every_rank, 2, path, 2) == ["loaded", "loaded"]
+    first, second = run_ranks(refuse_on_every_rank, 2, path, 1)
+    assert first == second and "elsewhere is damaged or incomplete" in first
+    # A missing piece is noticed while reading, on whichever rank reads it.
+    (path / "__0_0.distcp").write_bytes((path / "__0_0.distcp").read_bytes()[:-2000])
+    first, second = run_ranks(refuse_on_every_rank, 2, path, 2)
+    assert first == second and "damaged or incomplete" in first and "\n" not in first
+
+
+def _frozen_but_one(trained: TrainedModules) -> TrainedModules:
+    trained.requires_grad_(False)
+    trained.dit.head.head.weight.requires_grad_(True)
+    return trained
+
+
+def train_a_part(rank: int, world_size: int, folder: Path) -> dict[str, str]:
+    parallel = parallel_of(world_size)
+    trained, _, average = make(parallel)
+    optimizers = [torch.optim.AdamW([_frozen_but_one(trained).dit.head.head.weight], lr=1e-2)]
+    if world_size == 2:
+        train(trained, optimizers, average, seed=1)
+        checkpointer = Checkpointer(folder, parallel, keep_last=1)
+        checkpointer.save(1, build_state(trained, optimizers, average, trainable_only=True), META, CONFIG)
+        checkpointer.finish()
+    else:
+        restore_state(folder / "step-00000001", trained, optimizers, average)
+    return digests(trained, optimizers, average)
+
+
+def test_only_what_is_trained_can_be_saved(tmp_path: Path) -> None:
+    saved = run_ranks(train_a_part, 2, 2, tmp_path)[0]
+    assert train_a_part(0, 1, tmp_path) == saved
+    held = sorted(StoredTensors(tmp_path / "step-00000001").tensors)
+    name = "dit.head.head.weight"
+    states = [f"optimizers.AdamW.{name}.{entry}" for entry in ("exp_avg", "exp_avg_sq", "step")]
+    assert held == ["average.head.head.weight", f"model.{name}", *states, "optimizers.AdamW.parameter_count"]
+    with pytest.raises(ValueError, match=r"does not fit this run \(its AdamW has 1 parameters"):
+        restore_state(tmp_path / "step-00000001", *make(Parallel.single(CPU)))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    continue_run(0, 1, tmp_path, 1)
+    return tmp_path / "step-00000001"
+
+
+def _without_projectors(run: tuple) -> tuple:
+    trained = TrainedModules(run[0].dit, None)
+    return trained, [torch.optim.AdamW(trained.parameters())], run[2]
+
+
+def _wider(run: tuple) -> tuple:
+    trained = TrainedModules(WanModel(**{**SIZES, "ffn_dim": 44}), run[0].projectors)
+    return trained, [torch.optim.AdamW(trained.parameters())], dict(trained.dit.state_dict())
+
+
+def _deeper(run: tuple) -> tuple:
+    trained = TrainedModules(WanModel(**{**SIZES, "num_layers": 2}), run[0].projectors)
+    return trained, [], None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_without_projectors, r"its AdamW has \d+ parameters, this run's \d+"),
+        (lambda run: (run[0], [Muon([run[0].dit.blocks[0].ffn[0].weight])], run[2]), "no state of Muon"),
+        (lambda run: (run[0], [], run[2]), "unexpected, first optimizers.AdamW.dit.blocks.0"),
+        (
+            _wider,
+            r"of another shape, first model.dit.blocks.0.ffn.0.weight is \[42, 36\] instead of \[44, 36\]",
+        ),
+        (_deeper, "27 missing, first model.dit.blocks.1"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    checkpoint: Path, change: Callable[[tuple], tuple], reason: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"checkpoint {checkpoint} does not fit this run .*{reason}"
+    ) as error:
+        restore_state(checkpoint, *change(make(Parallel.single(CPU))))
+    assert str(error.value).endswith("use the settings it was trained with, --resume off or another --out")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_rates_are_this_runs_and_an_average_may_begin(tmp_path: Path) -> None:
+    trained, optimizers, average = make(Parallel.single(CPU))
+    train(trained, optimizers, average, seed=1)
+    checkpointer = Checkpointer(tmp_path, Parallel.single(CPU), keep_last=1)
+    checkpointer.save(3, build_state(trained, optimizers, None), META, CONFIG)
+    path = checkpointer.finish()
+    other, (optimizer,), begun = make(Parallel.single(CPU), seed=4)
+    optimizer.param_groups[0].update(lr=0.5, betas=(0.1, 0.2), weight_decay=0.3, base_lr=0.7)
+    restore_state(path, other, [optimizer], begun)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"], group["base_lr"]) == (
+        0.5,
+        (0.1, 0.2),
+        0.3,
+        0.7,
+    )
+    assert digests(other, [optimizer], None) == digests(trained, optimizers, None)
+    assert all(torch.equal(value, trained.dit.state_dict()[name]) for name, value in begun.items())
+    assert all(torch.equal(value, begun[name]) for name, value in read_dit(path).items())
+    begun["head.modulation"].add_(1)  # a tensor of its own
+    assert not torch.equal(begun["head.modulation"], other.dit.head.modulation)
+
+
+def test_a_start_without_optimizer_state_is_saved_as_such(tmp_path: Path) -> None:
+    trained, optimizers, average = make(Parallel.single(CPU))
+    checkpointer = Checkpointer(tmp_path, Parallel.single(CPU), keep_last=1)
+    checkpointer.save(0, build_state(trained, optimizers, average), META, CONFIG)
+    path = checkpointer.finish()
+    assert not optimizers[0].state
+    restore_state(path, trained, optimizers, average)
+    assert not optimizers[0].state
+
+
+class _Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.marker,))
+
+
+def test_metadata_runs_no_code(checkpoint: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.planner_data = _Evil(marker)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    run = make(Parallel.single(CPU))
+    for read in (lambda: restore_state(checkpoint, *run), lambda: read_dit(checkpoint)):
+        with pytest.raises(ValueError, match="damaged or incomplete .*not allowed.*--resume FOLDER"):
+            read()
+    assert not marker.exists()
+    pickle.loads((checkpoint / ".metadata").read_bytes())
+    assert marker.exists()  # so the file would have
+
+
+def _objects(metadata: Any) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata.state_dict_metadata["model.dit.head.modulation"] = BytesStorageMetadata()
+
+
+def _other_folder(metadata: Any) -> None:
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere/__0_0.distcp"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(_objects, "is no tensor"), (_other_folder, "is no file of this")]
+)
+def test_metadata_names_tensors_of_its_own_folder_only(
+    checkpoint: Path, change: Callable[[Any], None], reason: str
+) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    change(metadata)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=f"damaged or incomplete .*{reason}"):
+        restore_state(checkpoint, *make(Parallel.single(CPU)))
+
+
+def test_the_folder_holds_what_readers_need(checkpoint: Path) -> None:
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "config.json",
+        "trainer.json",
+    ]
+    assert json.loads((checkpoint / "config.json").read_text()) == CONFIG
+    assert json.loads((checkpoint / "trainer.json").read_text()) == {"step": 1, **META}
