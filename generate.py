@@ -450,8 +450,7 @@ def _run_alone(args: argparse.Namespace) -> None:
 def _run_with_others(args: argparse.Namespace, rank: int) -> None:
     """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
     global _ranks_have_met
-    from refalign_ext.distributed.inference import is_lost_contact
-    from refalign_ext.distributed.mesh import is_first_to_fail
+    from refalign_ext.distributed.mesh import is_first_to_fail, is_lost_contact
     from refalign_ext.generation import divide_ranks, explain, generate, leave_ranks, meet_ranks
 
     try:

@@ -28,9 +28,9 @@ from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
 from refalign_ext.data.manifest import ManifestSource, Row, read_manifest
 from refalign_ext.distributed.adapted import EMBEDDED
-from refalign_ext.distributed.checkpoint import read_any_dit
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.distributed.reading import read_any_dit
 from refalign_ext.lora import TARGETS, add_lora
 from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
 from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource

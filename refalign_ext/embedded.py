@@ -14,7 +14,7 @@ from refalign_ext.backbone import (
     t5_state_dict_from_transformers,
     vae_state_dict_from_diffusers,
 )
-from refalign_ext.distributed.checkpoint import read_any_dit
+from refalign_ext.distributed.reading import read_any_dit
 from refalign_ext.sprites.text import random_encoder, write_tokenizer
 
 TASK = "r2v-tiny"

@@ -59,7 +59,8 @@ def export_checkpoint(
         OSError: if the folder cannot be written.
     """
     from refalign_ext.backbone import diffusers_config, diffusers_key
-    from refalign_ext.distributed.checkpoint import open_dit, open_projectors, read_model_config
+    from refalign_ext.distributed.checkpoint import read_model_config
+    from refalign_ext.distributed.reading import open_dit, open_projectors
 
     if not shard_gigabytes > 0:
         raise ValueError(
@@ -108,8 +109,8 @@ def export_adapter(
         ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.distributed.checkpoint import read_trained_adapter
-    from refalign_ext.lora import ADAPTER_FILE, DIFFUSERS_FILE, save_diffusers_adapter, write_adapter
+    from refalign_ext.adapter_files import ADAPTER_FILE, DIFFUSERS_FILE, save_diffusers_adapter, write_adapter
+    from refalign_ext.distributed.reading import read_trained_adapter
 
     _check_arguments(checkpoint, out, layout)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
@@ -189,8 +190,8 @@ def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:
 
 def _note_on_base(dit: StoredDiT) -> dict[str, str]:
     """For the files' metadata."""
+    from refalign_ext.adapter_files import base_note
     from refalign_ext.distributed.adapted import fingerprint
-    from refalign_ext.lora import base_note
 
     return {} if dit.base is None else base_note(str(dit.base.path), fingerprint(dit.base.files))
 

@@ -32,21 +32,21 @@ from refalign_ext.backbone import (
     resolve_device,
     write_outputs,
 )
-from refalign_ext.distributed.checkpoint import is_checkpoint, read_any_dit
-from refalign_ext.distributed.inference import (
-    VideoRanks,
-    generation_sizes,
-    is_lost_contact,
-    leave_process_group,
-)
+from refalign_ext.distributed.checkpoint import is_checkpoint
+from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import (
     Parallel,
     ParallelSizes,
     environment_world_size,
+    generation_sizes,
+    is_lost_contact,
     rank_device,
     start_process_group,
+    stop_process_group,
 )
-from refalign_ext.distributed.plan import Plan, describe, make_generation_plan
+from refalign_ext.distributed.plan import Plan, make_generation_plan
+from refalign_ext.distributed.plan_table import describe
+from refalign_ext.distributed.reading import read_any_dit
 from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.pipeline import OneRank, R2VPipeline, prepare_references
@@ -100,7 +100,7 @@ def divide_ranks(args: argparse.Namespace) -> ParallelSizes:
 
 def leave_ranks() -> None:
     """Waits until rank 0 has written the files."""
-    leave_process_group()
+    stop_process_group(together=True)
 
 
 def describe_plan(args: argparse.Namespace) -> str:

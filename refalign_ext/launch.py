@@ -28,7 +28,8 @@ from refalign_ext.distributed.mesh import (
     start_process_group,
     stop_process_group,
 )
-from refalign_ext.distributed.plan import Plan, describe, make_training_plan
+from refalign_ext.distributed.plan import Plan, make_training_plan
+from refalign_ext.distributed.plan_table import describe
 from refalign_ext.errors import describe_error
 from refalign_ext.loop import run
 from refalign_ext.previews import make_preview

@@ -2,12 +2,11 @@
 
 peft puts the adapters into the model in place: the model stays a WanModel, hooks on its blocks keep working, and only
 the adapted linear layers' keys change (`q.weight` becomes `q.base_layer.weight`, beside `q.lora_A.default.weight` and
-`q.lora_B.default.weight`). Three sets of keys occur:
+`q.lora_B.default.weight`). Two sets of keys occur:
 
 - the injected model's own state dict, as above;
 - upstream's keys of the base, and of an adapter `blocks.0.self_attn.q.lora_A.weight` [rank, in] and `.lora_B.weight`
-  [out, rank]; everything here that takes plain dicts of tensors means these;
-- in files, peft's: the same behind `base_model.model.`.
+  [out, rank]; everything here that takes plain dicts of tensors means these.
 
 An adapted layer computes W x + (alpha / rank) B A x.
 """
@@ -15,58 +14,18 @@ An adapted layer computes W x + (alpha / rank) B A x.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TARGETS = "q,k,v,o,ffn"
-ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _NAME = "default"  # peft's name for the only adapter
 _BASE = ".base_layer."
-_ADAPTER_KEY = re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.{_NAME})?\.weight$")
-_PEFT_PREFIX = "base_model.model."
+ADAPTER_KEY = re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.{_NAME})?\.weight$")
 _PATTERN = "re:"
-# What peft can do and this project's checkpoints and merging do not.
-_UNSUPPORTED = {
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
-_UNSUPPORTED_WHEN_SET = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
-_TO_DIFFUSERS = (
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])$", r".to_\1"),
-    (r"\.o$", ".to_out.0"),
-    (r"\.ffn\.0$", ".ffn.net.0.proj"),
-    (r"\.ffn\.2$", ".ffn.net.2"),
-    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
-)
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter without its model: float tensors `<module>.lora_A.weight` and `.lora_B.weight`, and its scale."""
-
-    tensors: dict[str, Tensor]
-    rank: int
-    alpha: float
-    base: str | None = None
-    """What the adapter was trained on, as its file says."""
-    base_sha256: str | None = None
-    """Fingerprint of it, for a file's metadata; reading leaves it out."""
 
 
 def add_lora(
@@ -91,9 +50,9 @@ def add_lora(
         ValueError: if nothing matches (what there is gets listed), for a rank below 1, or if the model has adapters.
     """
     names = matching_layers(model, targets)
-    _inject(model, names, rank, alpha)
+    inject_adapters(model, names, rank, alpha)
     with torch.no_grad():
-        parameters = _adapter_parameters(model)
+        parameters = adapter_parameters(model)
         for key, value in initial_adapter(model, seed).items():
             if not parameters[key].is_meta:
                 parameters[key].copy_(value)
@@ -133,7 +92,7 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
     A is uniform within 1 / sqrt(in), as peft and Linear start; B is zero.
     """
     start: dict[str, Tensor] = {}
-    for key, parameter in _adapter_parameters(model).items():
+    for key, parameter in adapter_parameters(model).items():
         if key.endswith(".lora_B.weight"):
             start[key] = torch.zeros(parameter.shape, device="cpu")
         else:
@@ -146,7 +105,7 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model carries adapters."""
-    return bool(_adapter_parameters(model))
+    return bool(adapter_parameters(model))
 
 
 def adapter_scale(model: nn.Module) -> tuple[int, float]:
@@ -163,12 +122,12 @@ def adapter_scale(model: nn.Module) -> tuple[int, float]:
 
 def is_adapter_key(name: str) -> bool:
     """Whether a state-dict key, injected or plain, belongs to an adapter."""
-    return _ADAPTER_KEY.match(name) is not None
+    return ADAPTER_KEY.match(name) is not None
 
 
 def base_key(name: str) -> str:
     """The plain name of a key of an injected model: upstream's for the base, `*.lora_A.weight` for an adapter."""
-    match = _ADAPTER_KEY.match(name)
+    match = ADAPTER_KEY.match(name)
     if match:
         return f"{match['module']}.lora_{match['factor']}.weight"
     return name.replace(_BASE, ".")
@@ -186,7 +145,7 @@ def join_state_dict(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -
 
     `adapter` tells which layers are injected; its values may stand on any device, also meta.
     """
-    layers = {_ADAPTER_KEY.match(key)["module"] for key in adapter}
+    layers = {ADAPTER_KEY.match(key)["module"] for key in adapter}
     joined: dict[str, Tensor] = {}
     for key, tensor in base.items():
         layer, _, leaf = key.rpartition(".")
@@ -224,7 +183,7 @@ def merge_tensors(
 
     Args:
         base: the DiT's tensors under upstream's keys; those without an adapter are handed on as they are.
-        adapter: tensors as `read_adapter` gives them.
+        adapter: its tensors under their plain keys.
         rank: the adapter's rank.
         alpha: the adapter's alpha.
         partial: `base` is one shard of several, so that an adapter's layer may lie elsewhere.
@@ -233,7 +192,7 @@ def merge_tensors(
         ValueError: if the adapter was made for another model.
     """
     merged = dict(base)
-    for layer in adapted_layers(_shapes(base), _shapes(adapter), rank, partial=partial):
+    for layer in adapted_layers(shapes_of(base), shapes_of(adapter), rank, partial=partial):
         a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
         merged[f"{layer}.weight"] = merged_weight(base[f"{layer}.weight"], a, b, alpha / rank)
     return merged
@@ -247,7 +206,7 @@ def adapted_layers(
     Raises:
         ValueError: if the adapter was made for another model.
     """
-    layers = sorted(_check_adapter(adapter, rank))
+    layers = sorted(check_adapter(adapter, rank))
     left = [layer for layer in layers if f"{layer}.weight" not in base]
     if left and not partial:
         raise ValueError(
@@ -278,163 +237,12 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return split_state_dict(model.state_dict())[1]
 
 
-def save_adapter(folder: Path, model: nn.Module, base: str) -> Path:
-    """Write the model's adapters as `write_adapter` does; returns the folder.
+def inject_adapters(model: nn.Module, names: list[str], rank: int, alpha: float) -> None:
+    """Wrap the named layers; float32 adapters that require gradients, everything else frozen.
 
     Raises:
-        ValueError: if the model has no adapters.
-        OSError: if the folder cannot be written.
+        ValueError: for a rank below 1 or an alpha of 0, or if the model has adapters.
     """
-    rank, alpha = adapter_scale(model)
-    return write_adapter(folder, Adapter(adapter_state_dict(model), rank, alpha, base))
-
-
-def write_adapter(folder: Path, adapter: Adapter) -> Path:
-    """Write an adapter in peft's format (`PeftModel.from_pretrained(wan_model, folder)` takes it); returns the folder.
-
-    The configuration is written last: a folder that has it is complete.
-
-    Raises:
-        ValueError: if the tensors are no adapter of this rank.
-        OSError: if the folder cannot be written.
-    """
-    from peft import LoraConfig
-
-    layers = _check_adapter(_shapes(adapter.tensors), adapter.rank)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=sorted(layers),
-        base_model_name_or_path=adapter.base,
-        inference_mode=True,
-    ).to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    tensors = {_PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-    _save(folder / ADAPTER_FILE, tensors, base_note(adapter.base, adapter.base_sha256))
-    aside = folder / f"{CONFIG_FILE}.part"
-    aside.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(folder / CONFIG_FILE)
-    return folder
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter in peft's format.
-
-    Raises:
-        ValueError: if a file is missing, damaged, or uses a kind of LoRA that is not supported here.
-    """
-    from refalign_ext.backbone import read_state_dict
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is no LoRA adapter (its {CONFIG_FILE} is missing or damaged): name a folder that save_adapter "
-            "or peft wrote"
-        ) from error
-    unusual = [name for name, usual in _UNSUPPORTED.items() if config.get(name, usual) != usual]
-    unusual += [name for name in _UNSUPPORTED_WHEN_SET if config.get(name)]
-    if kind != "LORA" or unusual:
-        what = f"uses {unusual[0]}" if kind == "LORA" else f"is of type {kind}"
-        raise ValueError(f"the adapter in {folder} {what}: only plain LoRA is supported")
-    tensors = {
-        base_key(key.removeprefix(_PEFT_PREFIX)): tensor
-        for key, tensor in read_state_dict(folder / ADAPTER_FILE).items()
-    }
-    _check_adapter(_shapes(tensors), rank)
-    return Adapter(tensors, rank, alpha, base)
-
-
-def load_adapter(model: nn.Module, folder: Path) -> list[str]:
-    """Give `model` the adapter in `folder`; adds the layers if it has none yet. Returns their names.
-
-    Raises:
-        ValueError: if the adapter does not fit the model, or the adapters that it has.
-    """
-    adapter = read_adapter(folder)
-    layers = _check_adapter(_shapes(adapter.tensors), adapter.rank)
-    if not has_lora(model):
-        plain = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        for layer in layers:
-            sizes = [adapter.tensors[f"{layer}.lora_{factor}.weight"].shape for factor in "BA"]
-            shape = [sizes[0][0], sizes[1][1]]
-            if layer not in plain or list(plain[layer].weight.shape) != shape:
-                raise ValueError(
-                    f"the adapter in {folder} is for another model (this one has no {layer} of {shape}): use the model "
-                    f"that it was trained on ({adapter.base or 'unknown'})"
-                )
-        _inject(model, [name for name in plain if name in layers], adapter.rank, adapter.alpha)
-    parameters = _adapter_parameters(model)
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    has, alpha = (
-        {key: tuple(parameter.shape) for key, parameter in parameters.items()},
-        adapter_scale(model)[1],
-    )
-    if has != shapes or alpha != adapter.alpha:
-        raise ValueError(
-            f"the adapter in {folder} (rank {adapter.rank}, alpha {adapter.alpha:g}, {len(layers)} layers) does not fit "
-            f"the model's ({', '.join(f'{value:g}' for value in adapter_scale(model))}, {len(has) // 2}): use the same "
-            "rank, alpha and targets"
-        )
-    with torch.no_grad():
-        for key, tensor in adapter.tensors.items():
-            parameters[key].copy_(tensor)
-    return _adapted_layers(model)
-
-
-def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter as diffusers' WanTransformer3DModel.load_lora_adapter takes it (prefix `transformer`).
-
-    The scale is worked into B, as those files have no alpha.
-
-    Raises:
-        ValueError: if a layer has no counterpart in diffusers.
-    """
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        match = _ADAPTER_KEY.match(key)
-        layer = match["module"]
-        for pattern, replacement in _TO_DIFFUSERS:
-            layer = re.sub(pattern, replacement, layer)
-        if layer == match["module"]:
-            raise ValueError(
-                f"diffusers has no counterpart of the adapter's layer {layer}: merge the adapter instead"
-            )
-        value = tensor * (adapter.alpha / adapter.rank) if match["factor"] == "B" else tensor
-        tensors[f"transformer.{layer}.lora_{match['factor']}.weight"] = value
-    return tensors
-
-
-def save_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
-    """Write `pytorch_lora_weights.safetensors` into `folder`; returns the file.
-
-    In diffusers: `transformer.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors")`.
-
-    Raises:
-        ValueError: if a layer has no counterpart in diffusers.
-        OSError: if the folder cannot be written.
-    """
-    tensors = diffusers_tensors(adapter)
-    path = Path(folder) / DIFFUSERS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(path, tensors, base_note(adapter.base, adapter.base_sha256))
-    return path
-
-
-def base_note(base: str | None, sha256: str | None) -> dict[str, str]:
-    """What a safetensors file's metadata says of the model that an adapter was trained on."""
-    note = {"base_model": base, "base_model_sha256": sha256}
-    return {name: value for name, value in note.items() if value is not None}
-
-
-def _inject(model: nn.Module, names: list[str], rank: int, alpha: float) -> None:
-    """Wrap the named layers; float32 adapters that require gradients, everything else frozen."""
     from peft import LoraConfig, inject_adapter_in_model
 
     if has_lora(model):
@@ -446,34 +254,36 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float) -> None
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=_NAME)
-    assert _adapted_layers(model) == names, "peft adapted other layers than it was told"
-    for parameter in _adapter_parameters(model).values():
+    assert layers_with_adapters(model) == names, "peft adapted other layers than it was told"
+    for parameter in adapter_parameters(model).values():
         parameter.data = parameter.data.float()
 
 
-def _adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By plain key."""
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by plain key; empty without adapters."""
     return {base_key(name): value for name, value in model.named_parameters() if is_adapter_key(name)}
 
 
-def _adapted_layers(model: nn.Module) -> list[str]:
+def layers_with_adapters(model: nn.Module) -> list[str]:
+    """Names of the layers of `model` that carry adapters, in the model's order."""
     suffix = ".lora_A.weight"
-    return [key.removesuffix(suffix) for key in _adapter_parameters(model) if key.endswith(suffix)]
+    return [key.removesuffix(suffix) for key in adapter_parameters(model) if key.endswith(suffix)]
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Shapes by name."""
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 
-def _check_adapter(shapes: Mapping[str, torch.Size], rank: int) -> set[str]:
-    """The adapted layers' names.
+def check_adapter(shapes: Mapping[str, torch.Size], rank: int) -> set[str]:
+    """The adapted layers' names, from the shapes of an adapter's tensors.
 
     Raises:
         ValueError: for keys that are none of an adapter, a missing factor or a wrong rank.
     """
     factors: dict[str, set[str]] = {}
     for key, shape in shapes.items():
-        match = _ADAPTER_KEY.match(key)
+        match = ADAPTER_KEY.match(key)
         if match is None or len(shape) != 2:
             raise ValueError(f"{key} is no LoRA tensor of a linear layer: use an adapter made for a WanModel")
         factor = match["factor"]
@@ -487,19 +297,3 @@ def _check_adapter(shapes: Mapping[str, torch.Size], rank: int) -> set[str]:
         what = f"lacks a factor of {lone[0]}" if lone else "is empty"
         raise ValueError(f"the LoRA adapter {what}: it is damaged, use another copy")
     return set(factors)
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    plain: dict[str, Any] = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        save_file(plain, aside, metadata={"format": "pt", **note})
-        aside.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files from everyone else
-        aside.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): free some space") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -190,7 +190,7 @@ class R2VPipeline:
                 RefAlign's or diffusers' names.
             t5_cpu, offload_model: see the class.
             ranks: the ranks to divide the work among; None: this process works alone.
-            read_dit: what reads the DiT's weights; `refalign_ext.distributed.checkpoint.read_any_dit` also takes the
+            read_dit: what reads the DiT's weights; `refalign_ext.distributed.reading.read_any_dit` also takes the
                 step-* folders of training.
 
         Raises:

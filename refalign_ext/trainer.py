@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import EncodedSample, Source, stack_features
-from refalign_ext.distributed.checkpoint import Checkpointer, build_state, read_meta, restore_state
+from refalign_ext.distributed.checkpoint import Checkpointer, read_meta
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, free_gathered, local_part, whole_tensors
+from refalign_ext.distributed.state import build_state, restore_state
 from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
 from refalign_ext.losses import alignment_by_block, flow_matching_errors, flow_matching_target
@@ -43,7 +44,7 @@ class Draw:
     """What chance decides about one sample: its timestep, noise and dropped conditions."""
 
     timestep: Tensor  # []
-    noise: Tensor  # [C, F, h, w]
+    noise: Tensor | None  # [C, F, h, w]
     keep_text: bool
     keep_references: bool
 
@@ -65,6 +66,16 @@ class BatchLosses:
     positive: Tensor
     negative: Tensor
     errors: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is kept of one forward and backward pass: a step of many passes must not hold on to their latents."""
+
+    samples: list[str]
+    layouts: list[SampleLayout]
+    draws: list[Draw]  # without the noise
+    losses: BatchLosses  # without the gradient
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ class Trainer:
             FloatingPointError: after `max_skipped_steps` such steps in a row.
         """
         set_learning_rates(self.optimizers, learning_rate_scale(self.step, self.config))
-        batches: list[tuple[list[EncodedSample], list[Draw], BatchLosses]] = []
+        passes: list[Pass] = []
         for micro in range(self.accumulation):
             indices = self._indices(micro)
             with self.waiting():
@@ -211,30 +222,37 @@ class Trainer:
             draws = [draw(sample, index, self.config) for sample, index in zip(samples, indices, strict=True)]
             losses = self.losses(samples, draws)
             (losses.total / self.accumulation).backward()
-            batches.append((samples, draws, losses))
+            passes.append(
+                Pass(
+                    [sample.name for sample in samples],
+                    [self._layout(sample) for sample in samples],
+                    [replace(chance, noise=None) for chance in draws],
+                    replace(losses, total=losses.total.detach()),
+                )
+            )
         norm = self._clip_gradients()
-        values, stopping = self._average_over_ranks([losses for _, _, losses in batches])
+        values, stopping = self._average_over_ranks([done.losses for done in passes])
         values["gradient_norm"] = norm
         values["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         self.step += 1
         self.samples_seen += self.clips_per_step
         skipped = not (math.isfinite(values["loss/total"]) and math.isfinite(norm))
         if skipped:
-            self._skip(batches, values)
+            self._skip(passes, values)
         else:
             self._guard.fine()
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
                 self._update_average()
-            for _, draws, losses in batches:
-                timesteps = torch.stack([chance.timestep for chance in draws])
-                self.timestep_bins.add(timesteps, losses.errors)
+            for done in passes:
+                timesteps = torch.stack([chance.timestep for chance in done.draws])
+                self.timestep_bins.add(timesteps, done.losses.errors)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        seen = [sample for samples, _, _ in batches for sample in samples]
-        layouts = [self._layout(sample) for sample in seen]
-        return StepReport(values, skipped, stopping, [sample.name for sample in seen], layouts)
+        names = [name for done in passes for name in done.samples]
+        layouts = [layout for done in passes for layout in done.layouts]
+        return StepReport(values, skipped, stopping, names, layouts)
 
     def _indices(self, micro: int) -> range:
         """Global positions of this rank's samples: data ranks take turns, ranks that share a sample get the same."""
@@ -257,7 +275,7 @@ class Trainer:
     def _average_over_ranks(self, batches: list[BatchLosses]) -> tuple[dict[str, float], bool]:
         """Logged values and whether any rank wants to stop, in one exchange."""
         parts = [
-            torch.cat([losses.total.detach()[None], losses.flow[None], losses.positive, losses.negative])
+            torch.cat([losses.total[None], losses.flow[None], losses.positive, losses.negative])
             for losses in batches
         ]
         stop = torch.tensor([float(self.stop_requested())], device=self.device)
@@ -270,22 +288,20 @@ class Trainer:
             values |= {f"alignment_by_block/{name}_{block}": term for block, term in enumerate(terms)}
         return values, mean[-1] > 0
 
-    def _skip(
-        self, batches: list[tuple[list[EncodedSample], list[Draw], BatchLosses]], values: dict[str, float]
-    ) -> None:
+    def _skip(self, passes: list[Pass], values: dict[str, float]) -> None:
         mine = [
             {
-                "sample": sample.name,
+                "sample": name,
                 "timestep": chance.timestep.item(),
                 "keep_text": chance.keep_text,
                 "keep_references": chance.keep_references,
-                "flow_error": losses.errors[place].item(),
-                "batch_total": losses.total.item(),
-                "batch_positive": losses.positive.tolist(),
-                "batch_negative": losses.negative.tolist(),
+                "flow_error": done.losses.errors[place].item(),
+                "batch_total": done.losses.total.item(),
+                "batch_positive": done.losses.positive.tolist(),
+                "batch_negative": done.losses.negative.tolist(),
             }
-            for samples, draws, losses in batches
-            for place, (sample, chance) in enumerate(zip(samples, draws, strict=True))
+            for done in passes
+            for place, (name, chance) in enumerate(zip(done.samples, done.draws, strict=True))
         ]
         by_rank = self.parallel.gather_objects(mine)
         folder = Path(self.config.out)

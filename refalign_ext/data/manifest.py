@@ -10,20 +10,15 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.video import read_clip
 from refalign_ext.references import MAX_REFERENCES, prepare_reference, reference_to_tensor
-
-if TYPE_CHECKING:
-    import av
 
 logger = logging.getLogger(__name__)
 
@@ -94,83 +89,6 @@ def _parse_row(line: str, place: str, root: Path) -> Row:
             raise ValueError(f"{place}: {name!r} lies outside the manifest's folder")
         paths.append(inside)
     return Row(entry["id"], paths[0], entry["prompt"], tuple(paths[1:]))
-
-
-def read_clip(path: Path, frame_num: int, size: tuple[int, int], start_share: float = 0.0) -> Tensor:
-    """`frame_num` consecutive frames, scaled and centre-cropped to `size` (width, height): [3, T, H, W] in [-1, 1].
-
-    Only these frames, and those back to the key frame before them, are decoded.
-
-    Args:
-        start_share: where to start, as a share of the frames that can be spared.
-
-    Raises:
-        ValueError: if the file cannot be decoded or is too short.
-    """
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            # The packets tell when every frame is shown without decoding it; without times there is only counting.
-            times = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            shown = None
-            if len(times) >= frame_num and len(set(times)) == len(times):
-                first = int(start_share * (len(times) - frame_num))
-                shown = _decode_from(container, stream, times[first : first + frame_num], size)
-        if shown is None:
-            shown = _decode_counting(path, frame_num, size, start_share)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
-    return torch.stack(shown, 1)  # [3, T, H, W]
-
-
-def _decode_from(
-    container: av.container.InputContainer, stream: av.VideoStream, times: list[int], size: tuple[int, int]
-) -> list[Tensor] | None:
-    """The frames shown at `times`, or None if the file does not decode to exactly these."""
-    import av
-
-    try:
-        container.seek(times[0], stream=stream, backward=True)
-    except av.error.FFmpegError:  # a stream without an index
-        return None
-    frames: list[Tensor] = []
-    for frame in container.decode(stream):
-        if frame.pts is None or frame.pts > times[len(frames)]:
-            return None
-        if frame.pts == times[len(frames)]:
-            frames.append(_fitted(frame.to_ndarray(format="rgb24"), size))
-        if len(frames) == len(times):
-            return frames
-    return None
-
-
-def _decode_counting(path: Path, frame_num: int, size: tuple[int, int], start_share: float) -> list[Tensor]:
-    """The same for files with missing or untrue times: count all frames first, then decode up to the last one."""
-    import av
-
-    with av.open(str(path)) as container:
-        count = sum(1 for _ in container.decode(video=0))
-    if count < frame_num:
-        raise ValueError(f"{path}: {count} frames, {frame_num} are needed")
-    first = int(start_share * (count - frame_num))
-    with av.open(str(path)) as container:
-        wanted = islice(container.decode(video=0), first, first + frame_num)
-        return [_fitted(frame.to_ndarray(format="rgb24"), size) for frame in wanted]
-
-
-def _fitted(frame: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """[H, W, 3] uint8 -> [3, height, width] in [-1, 1], the aspect ratio kept, what protrudes cut off."""
-    width, height = size
-    image = torch.from_numpy(frame).permute(2, 0, 1)[None].float()  # [1, 3, H, W]
-    scale = max(height / image.shape[2], width / image.shape[3])
-    scaled = (max(height, round(image.shape[2] * scale)), max(width, round(image.shape[3] * scale)))
-    image = F.interpolate(image, size=scaled, mode="bilinear", antialias=True, align_corners=False)[0]
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return image[:, top : top + height, left : left + width].div(127.5).sub(1).clamp(-1, 1)
 
 
 class ManifestSource:

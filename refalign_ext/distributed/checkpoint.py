@@ -1,4 +1,4 @@
-"""Training checkpoints that every rank writes a part of and any number of ranks reads.
+"""Training checkpoints that every rank writes a part of and any number of ranks reads: writing and finding them.
 
 A checkpoint is a folder `step-00001000`: the tensors as torch.distributed.checkpoint writes them (`__*.distcp` and
 `.metadata`), the DiT's `config.json` and `trainer.json`. It is written to `step-00001000.part` and renamed, so what has
@@ -12,50 +12,25 @@ import os
 import re
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.optim import Optimizer
 
-from refalign_ext.distributed.adapted import (
-    StoredDiT,
-    Weight,
-    adapter_scale_of,
-    base_named_by,
-    fingerprint,
-    merged_weights,
-    require_base,
-    weight_of,
-)
 from refalign_ext.distributed.mesh import Parallel
-from refalign_ext.distributed.stored import METADATA_FILE, StoredReader, StoredTensors, damaged, one_line
-from refalign_ext.lora import Adapter, base_key, is_adapter_key
-
-if TYPE_CHECKING:
-    from refalign_ext.backbone import DiTCheckpoint
+from refalign_ext.distributed.stored import METADATA_FILE, damaged, one_line
 
 STATE_FILE = "trainer.json"
 CONFIG_FILE = "config.json"
 LATEST_FILE = "latest"
-MODEL, OPTIMIZERS, AVERAGE = "model", "optimizers", "average"
-DIT, PROJECTORS = "dit.", "projectors."
-_COUNT = "parameter_count"
 _NAME = re.compile(r"step-(\d+)")
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 _SHARED_FOLDER_SECONDS = 15.0  # how long a network file system may take to show what other machines wrote
-
-# One process without a group is a normal case here, not worth a warning at every save and load.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -166,7 +141,7 @@ class Checkpointer:
 
         Args:
             step: optimizer steps done.
-            state: what `build_state` returns.
+            state: what `state.build_state` returns.
             meta: `samples_seen` and `settings`, written to trainer.json beside the step.
             model_config: the DiT's constructor arguments and `_class_name`.
 
@@ -250,381 +225,6 @@ class Checkpointer:
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
             if old != final:
                 _remove_whole(old)
-
-
-def build_state(
-    trained: nn.Module,
-    optimizers: list[Optimizer],
-    average: Mapping[str, Tensor] | None,
-    *,
-    trainable_only: bool = False,
-) -> dict[str, dict[str, Tensor]]:
-    """Everything that training changes, by name, sharded as it is; nothing is copied or gathered.
-
-    Optimizer states go by the names of their parameters, so they can be read on any number of ranks. Learning rates and
-    the like are not state: they are the run's settings. The state of a parameter that never had a gradient is absent,
-    as in the optimizer itself (torch's own `get_optimizer_state_dict` would take a step to make one up).
-
-    Args:
-        trained: the container of `dit` and `projectors`.
-        optimizers: over its parameters; their class names become part of the names.
-        average: moving average of the DiT by the DiT's own names, or None.
-        trainable_only: leave out what does not require gradients (the base model of an adapter).
-
-    Returns:
-        {"model": ..., "optimizers": ..., "average": ...}, names to tensors; parts that are empty are left out.
-    """
-    parameters = _named_tensors(trained)
-    states: dict[str, Tensor] = {}
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    for kind, held in _parameters_by_kind(optimizers).items():
-        states[f"{kind}.{_COUNT}"] = torch.tensor(len(held))
-        for optimizer, parameter in held:
-            for entry, value in optimizer.state.get(parameter, {}).items():
-                assert isinstance(value, Tensor), f"{kind} keeps {entry}, which is no tensor"
-                states[f"{kind}.{names[id(parameter)]}.{entry}"] = value
-    model = {
-        name: tensor.detach()
-        for name, tensor in parameters.items()
-        if tensor.requires_grad or not trainable_only
-    }
-    parts = {MODEL: model, OPTIMIZERS: states, AVERAGE: _averaged(average, model)}
-    return {part: tensors for part, tensors in parts.items() if tensors}
-
-
-def restore_state(
-    path: Path,
-    trained: nn.Module,
-    optimizers: list[Optimizer],
-    average: dict[str, Tensor] | None,
-) -> None:
-    """Load a checkpoint in place, whatever number of ranks wrote it. All ranks call it.
-
-    Each rank reads the pieces it holds and nothing else. Learning rates, betas and weight decay stay this run's. A
-    checkpoint without a moving average starts one from its weights. A checkpoint that holds only what was trainable
-    (see `build_state`) leaves the rest as it is.
-
-    Args:
-        path: the checkpoint's folder.
-        trained, optimizers: as given to `build_state`; loaded in place.
-        average: tensors by the DiT's names, loaded in place; None ignores the checkpoint's.
-
-    Raises:
-        ValueError: on all ranks, if it is damaged, or if its names and shapes are not exactly this run's.
-    """
-    plan = _on_all_ranks(lambda: _plan(path, _named_tensors(trained), optimizers, average))
-    targets = {name: value.detach() for name, value in plan.targets.items()}
-    try:
-        dcp.load(targets, storage_reader=StoredReader(plan.stored))
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise damaged(path, reason) from error
-    with torch.no_grad():
-        for target, source in plan.copies:
-            target.copy_(source)
-    for optimizer in optimizers:
-        own = {
-            state.position: state.entries
-            for state in plan.states
-            if state.optimizer is optimizer and state.entries
-        }
-        # With this run's own groups (only states are loaded), and the optimizer places its states itself.
-        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def read_dit(path: Path, *, raw: bool = False) -> dict[str, Tensor]:
-    """The DiT's weights by upstream's names on the CPU: the moving average if there is one, else what was trained.
-
-    Adapters are merged into the model that they were trained on. Needs no process group.
-
-    Args:
-        path: the checkpoint's folder.
-        raw: what was trained, even if there is an average.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or holds no DiT, or the base of its adapter is not there.
-    """
-    return {name: weight.read() for name, weight in open_dit(path, raw=raw).weights.items()}
-
-
-def open_dit(path: Path, *, raw: bool = False, base: Path | None = None) -> StoredDiT:
-    """What `read_dit` reads, one tensor at a time.
-
-    Args:
-        path: the checkpoint's folder.
-        raw: what was trained, even if there is an average.
-        base: the model that the checkpoint's adapter belongs to (a training checkpoint or any published layout), if it
-            is not where the settings say.
-
-    Raises:
-        ValueError: as in `read_dit`, or for a base without an adapter.
-    """
-    stored = StoredTensors(path)
-    weights = {name: _weight(stored, key) for name, key in dit_keys(stored, raw=raw).items()}
-    files = _tensor_files(path)
-    if not any(map(is_adapter_key, weights)):
-        if base is not None:
-            raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
-        return StoredDiT(path, weights, files)
-    settings = read_meta(path)["settings"]
-    rank, alpha = adapter_scale_of(settings, path)
-    under = _open_any_dit(require_base(path, settings, base))
-    adapter = {base_key(name): weight for name, weight in weights.items() if is_adapter_key(name)}
-    return StoredDiT(path, merged_weights(under.weights, adapter, rank=rank, alpha=alpha), files, under)
-
-
-def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
-    """The adapter that a LoRA run trained, on the CPU; its base need not be there.
-
-    Args:
-        path: the checkpoint's folder.
-        raw: what was trained, even if there is an average.
-        base: what the adapter belongs to, if it is not where the settings say.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or holds no adapter, or `base` does not exist.
-    """
-    from refalign_ext.backbone import checkpoint_files
-
-    stored = StoredTensors(path)
-    keys = {base_key(name): key for name, key in dit_keys(stored, raw=raw).items() if is_adapter_key(name)}
-    if not keys:
-        raise ValueError(f"{path} holds a whole DiT, no adapter: export it without --adapter")
-    settings = read_meta(path)["settings"]
-    rank, alpha = adapter_scale_of(settings, path)
-    under = base_named_by(settings) if base is None else require_base(path, settings, base)
-    digest = None
-    if under is not None and under.exists():
-        files = _tensor_files(under) if is_checkpoint(under) else checkpoint_files(under)
-        digest = fingerprint(files) if files else None
-    tensors = {name: stored.read(key) for name, key in keys.items()}
-    return Adapter(tensors, rank, alpha, None if under is None else str(under), digest)
-
-
-def read_projectors(path: Path) -> dict[str, Tensor]:
-    """The projectors' weights `blocks.{i}.input_mlp.proj.{0,2}.weight` on the CPU; empty without projectors.
-
-    Raises:
-        ValueError: if the checkpoint is damaged.
-    """
-    return {name: weight.read() for name, weight in open_projectors(path).items()}
-
-
-def open_projectors(path: Path) -> dict[str, Weight]:
-    """What `read_projectors` reads, one tensor at a time."""
-    stored = StoredTensors(path)
-    return {name: _weight(stored, key) for name, key in projector_keys(stored).items()}
-
-
-def dit_keys(stored: StoredTensors, *, raw: bool = False) -> dict[str, str]:
-    """The DiT's own names of its tensors -> their names in the checkpoint; see `read_dit`."""
-    average = {_dit_name(key.removeprefix(f"{AVERAGE}.")): key for key in stored.names(f"{AVERAGE}.")}
-    average = {name: key for name, key in average.items() if not name.startswith(PROJECTORS)}
-    prefix = f"{MODEL}.{DIT}"
-    found = {} if raw else average
-    found = found or {key.removeprefix(prefix): key for key in stored.names(prefix)}
-    if not found:
-        raise ValueError(f"checkpoint {stored.path} holds no DiT: name a step-* folder of train_refalign.py")
-    return found
-
-
-def projector_keys(stored: StoredTensors) -> dict[str, str]:
-    """The release's names of the projectors' tensors -> their names in the checkpoint."""
-    prefix = f"{MODEL}.{PROJECTORS}"
-    return {key.removeprefix(prefix): key for key in stored.names(prefix)}
-
-
-def read_any_dit(path: Path) -> DiTCheckpoint:
-    """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
-
-    Raises:
-        ValueError: if nothing readable is there, or the base of an adapter is not.
-    """
-    from refalign_ext.backbone import DiTCheckpoint, read_dit_checkpoint
-
-    if not is_checkpoint(path):
-        return read_dit_checkpoint(path)
-    found = open_dit(path)
-    tensors = {name: weight.read() for name, weight in found.weights.items()}
-    files = [*found.files, *(found.base.files if found.base else ())]
-    return DiTCheckpoint(tensors, read_projectors(path), read_model_config(path), files)
-
-
-def _open_any_dit(path: Path) -> StoredDiT:
-    from refalign_ext.backbone import read_dit_checkpoint
-
-    if is_checkpoint(path):
-        return open_dit(path)
-    found = read_dit_checkpoint(path)
-    return StoredDiT(
-        path, {name: weight_of(tensor) for name, tensor in found.state_dict.items()}, found.files
-    )
-
-
-def _weight(stored: StoredTensors, key: str) -> Weight:
-    return Weight(stored.shape(key), stored.dtype(key), lambda: stored.read(key))
-
-
-def _tensor_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.distcp"))
-
-
-@dataclass(frozen=True)
-class _ParameterState:
-    """Where the optimizer state of one parameter is loaded."""
-
-    optimizer: Optimizer
-    position: int  # of the parameter among the optimizer's
-    entries: dict[str, Tensor]  # such as exp_avg -> memory for it
-    keys: dict[str, str]  # exp_avg -> its name in the checkpoint
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is read from a checkpoint, and into which tensors."""
-
-    stored: StoredTensors
-    targets: dict[str, Tensor]  # name in the checkpoint -> tensor of this run
-    states: list[_ParameterState]
-    copies: list[tuple[Tensor, Tensor]]  # (average, trained weight that it starts from)
-
-
-def _plan(
-    path: Path, parameters: dict[str, Tensor], optimizers: list[Optimizer], average: dict[str, Tensor] | None
-) -> _Plan:
-    stored = StoredTensors(path)
-    wanted = _wanted(stored, parameters)
-    averaged = _averaged(average, wanted)
-    copies = []
-    targets = {f"{MODEL}.{name}": value for name, value in wanted.items()}
-    if stored.names(f"{AVERAGE}."):
-        targets.update({f"{AVERAGE}.{name}": value for name, value in averaged.items()})
-    else:
-        copies = [(value, _of_dit(wanted, name)) for name, value in averaged.items()]
-    states = _parameter_states(stored, optimizers, parameters)
-    for state in states:
-        targets.update({state.keys[entry]: value for entry, value in state.entries.items()})
-    given = {
-        name
-        for name in stored.tensors
-        if not name.endswith(f".{_COUNT}") and (averaged or not name.startswith(f"{AVERAGE}."))
-    }
-    _require_same({name: value.shape for name, value in targets.items()}, stored, given)
-    return _Plan(stored, targets, states, copies)
-
-
-def _named_tensors(trained: nn.Module) -> dict[str, Tensor]:
-    # By state_dict, not named_parameters: FSDP puts its shards back in place for it.
-    return _without_wrappers(trained.state_dict(keep_vars=True))
-
-
-def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-
-
-def _dit_name(name: str) -> str:
-    return name.removeprefix(DIT)
-
-
-def _of_dit(model: Mapping[str, Tensor], name: str) -> Tensor:
-    return model[name if name in model else DIT + name]
-
-
-def _averaged(average: Mapping[str, Tensor] | None, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moving average of those weights that the checkpoint holds."""
-    named = _without_wrappers(average or {})
-    return {name: value for name, value in named.items() if name in model or DIT + name in model}
-
-
-def _parameters_by_kind(optimizers: list[Optimizer]) -> dict[str, list[tuple[Optimizer, Tensor]]]:
-    kinds: dict[str, list[tuple[Optimizer, Tensor]]] = {}
-    for optimizer, _, parameter in _positions(optimizers):
-        kinds.setdefault(type(optimizer).__name__, []).append((optimizer, parameter))
-    return kinds
-
-
-def _positions(optimizers: list[Optimizer]) -> Iterator[tuple[Optimizer, int, Tensor]]:
-    for optimizer in optimizers:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        for position, parameter in enumerate(parameters):
-            yield optimizer, position, parameter
-
-
-def _wanted(stored: StoredTensors, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of the model to load: all of it, unless the checkpoint holds nothing of what is frozen here."""
-    frozen = {name for name, value in parameters.items() if not value.requires_grad}
-    held = {name.removeprefix(f"{MODEL}.") for name in stored.names(f"{MODEL}.")}
-    if frozen and held and held.isdisjoint(frozen):
-        return {name: value for name, value in parameters.items() if name not in frozen}
-    return dict(parameters)
-
-
-def _parameter_states(
-    stored: StoredTensors, optimizers: list[Optimizer], parameters: Mapping[str, Tensor]
-) -> list[_ParameterState]:
-    """Memory for the optimizer states that the checkpoint holds, sharded as the parameters are."""
-    for kind, held in _parameters_by_kind(optimizers).items():
-        count = f"{OPTIMIZERS}.{kind}.{_COUNT}"
-        if count not in stored.tensors:
-            raise _misfit(stored.path, f"it has no state of {kind}")
-        if int(stored.read(count)) != len(held):
-            saved = int(stored.read(count))
-            raise _misfit(stored.path, f"its {kind} has {saved} parameters, this run's {len(held)}")
-    entries_of: dict[str, list[str]] = {}
-    for key in stored.names(f"{OPTIMIZERS}."):
-        owner, _, entry = key.rpartition(".")
-        entries_of.setdefault(owner, []).append(entry)
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    states = []
-    for optimizer, position, parameter in _positions(optimizers):
-        owner = f"{OPTIMIZERS}.{type(optimizer).__name__}.{names[id(parameter)]}"
-        keys = {entry: f"{owner}.{entry}" for entry in entries_of.get(owner, [])}
-        entries = {}
-        for entry, key in keys.items():
-            dtype, is_scalar = stored.dtype(key), not stored.shape(key)
-            value = torch.empty((), dtype=dtype) if is_scalar else torch.empty_like(parameter, dtype=dtype)
-            entries[entry] = value.detach()
-        states.append(_ParameterState(optimizer, position, entries, keys))
-    return states
-
-
-def _require_same(wanted: Mapping[str, torch.Size], stored: StoredTensors, given: set[str]) -> None:
-    missing = [name for name in wanted if name not in given]
-    unexpected = sorted(given - wanted.keys())
-    misshapen = [
-        f"{name} is {list(stored.shape(name))} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in given and stored.shape(name) != shape
-    ]
-    kinds = ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape"))
-    faults = [f"{len(found)} {kind}, first {found[0]}" for found, kind in kinds if found]
-    if faults:
-        raise _misfit(stored.path, "; ".join(faults))
-
-
-def _misfit(path: Path, reason: str) -> ValueError:
-    return ValueError(
-        f"checkpoint {path} does not fit this run ({reason}): use the settings it was trained with, --resume off or "
-        "another --out"
-    )
-
-
-def _on_all_ranks(work: Callable[[], _Plan]) -> _Plan:
-    """Do something on every rank; if it fails on one, its ValueError is raised on all."""
-    failure: ValueError | None = None
-    try:
-        result = work()
-    except ValueError as error:
-        failure = error
-    if dist.is_initialized():
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if failure is None else str(failure))
-        first = next((text for text in failures if text is not None), None)
-        if first is not None:
-            raise ValueError(first) from failure
-    if failure is not None:
-        raise failure
-    return result
 
 
 def _lacking(path: Path) -> list[str]:

@@ -13,43 +13,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import ReferenceBackbone
-from refalign_ext.distributed.mesh import DATA, Parallel, ParallelSizes, split_sequence, valid_pairs
+from refalign_ext.distributed.mesh import DATA, Parallel
 from refalign_ext.distributed.parallelize import can_shard_on_cpu
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.xfuser_backend import attach_xfuser
-from refalign_ext.guidance import BRANCHES
 from refalign_ext.pipeline import OneRank
-
-
-def generation_sizes(
-    world_size: int, num_heads: int, *, cfg: int = 1, ulysses: int = 0, ring: int = 0
-) -> ParallelSizes:
-    """How the ranks divide one video; `data` of the result are the groups that the guidance's branches are dealt to.
-
-    All ranks work: a size that is 0 follows from the others, both from the heads (`split_sequence`).
-
-    Raises:
-        ValueError: listing every combination that is possible.
-    """
-    if 1 <= cfg <= len(BRANCHES) and world_size % cfg == 0:
-        branch = world_size // cfg
-        if ulysses or ring:
-            pair = (ulysses or max(1, branch // ring), ring or max(1, branch // ulysses))
-        else:
-            pair = split_sequence(branch, num_heads)[::-1]
-        if pair[0] * pair[1] == branch and num_heads % pair[0] == 0:
-            return ParallelSizes(cfg, ring=pair[1], ulysses=pair[0])
-    choices = [
-        f"{groups} x {u} x {r}"
-        for groups in range(1, len(BRANCHES) + 1)
-        if world_size % groups == 0
-        for u, r in valid_pairs(world_size // groups, num_heads)
-        if groups * u * r == world_size
-    ]
-    raise ValueError(
-        f"--cfg_size {cfg}, --ulysses_size {ulysses or 'auto'}, --ring_size {ring or 'auto'} do not divide {world_size} "
-        f"ranks and {num_heads} heads: choose cfg x Ulysses x ring from {', '.join(choices)}"
-    )
 
 
 class VideoRanks(OneRank):
@@ -151,18 +119,3 @@ def shard_text_encoder(model: nn.Module, parallel: Parallel) -> nn.Module:
         fully_shard(block, mesh=parallel.shards)
     fully_shard(model, mesh=parallel.shards, reshard_after_forward=True)  # 2 GB that denoising has a use for
     return model
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether an error means that another rank went away."""
-    if isinstance(error, dist.DistError):
-        return True
-    message = str(error).lower()
-    signs = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
-    return isinstance(error, RuntimeError) and any(sign in message for sign in signs)
-
-
-def leave_process_group() -> None:
-    """Waits for all ranks and ends their communication."""
-    dist.barrier()
-    dist.destroy_process_group()

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from refalign_ext.guidance import BRANCHES
+
 DATA, RING, ULYSSES = "data", "ring", "ulysses"
 SHARDS = "shards"  # data, ring and ulysses flattened: over this FSDP shards and averages
 SEQUENCE = "sequence"  # ring and ulysses flattened: these ranks share one sample
@@ -89,6 +91,37 @@ def fixed_sizes(world_size: int, num_heads: int, ulysses: int | None, ring: int 
             f"heads (Ulysses divides the heads, the product divides the ranks): choose Ulysses x ring from {listed}"
         )
     return ParallelSizes(world_size // (ulysses * ring), ring, ulysses)
+
+
+def generation_sizes(
+    world_size: int, num_heads: int, *, cfg: int = 1, ulysses: int = 0, ring: int = 0
+) -> ParallelSizes:
+    """How the ranks divide one video; `data` of the result are the groups that the guidance's branches are dealt to.
+
+    All ranks work: a size that is 0 follows from the others, both from the heads (`split_sequence`).
+
+    Raises:
+        ValueError: listing every combination that is possible.
+    """
+    if 1 <= cfg <= len(BRANCHES) and world_size % cfg == 0:
+        branch = world_size // cfg
+        if ulysses or ring:
+            pair = (ulysses or max(1, branch // ring), ring or max(1, branch // ulysses))
+        else:
+            pair = split_sequence(branch, num_heads)[::-1]
+        if pair[0] * pair[1] == branch and num_heads % pair[0] == 0:
+            return ParallelSizes(cfg, ring=pair[1], ulysses=pair[0])
+    choices = [
+        f"{groups} x {u} x {r}"
+        for groups in range(1, len(BRANCHES) + 1)
+        if world_size % groups == 0
+        for u, r in valid_pairs(world_size // groups, num_heads)
+        if groups * u * r == world_size
+    ]
+    raise ValueError(
+        f"--cfg_size {cfg}, --ulysses_size {ulysses or 'auto'}, --ring_size {ring or 'auto'} do not divide {world_size} "
+        f"ranks and {num_heads} heads: choose cfg x Ulysses x ring from {', '.join(choices)}"
+    )
 
 
 class Parallel:
@@ -262,8 +295,10 @@ def start_process_group(device: torch.device, timeout_seconds: float) -> None:
         ) from error
 
 
-def stop_process_group() -> None:
-    """Leave the ranks, all of which do so."""
+def stop_process_group(*, together: bool = False) -> None:
+    """Leave the ranks, all of which do so; `together`: when all of them have come here."""
+    if together:
+        dist.barrier()
     dist.destroy_process_group()
 
 
@@ -336,10 +371,22 @@ def tell_once(tell: Callable[[], None]) -> None:
             store.wait(["refalign_told"], timedelta(seconds=_SECONDS_TO_TELL))
 
 
+_GONE = ("connection closed", "connection reset", "connection refused", "broken pipe")
 _LOST = (
-    *("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "timeout"),
-    *("socket", "remote process exited", "nccl communicator was aborted", "ncclremoteerror"),
+    *_GONE,
+    *("timed out", "timeout", "socket", "remote process exited"),
+    *("nccl communicator was aborted", "ncclremoteerror"),
 )
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error means that another rank went away, so that a rank that meets it may leave the telling to rank 0.
+
+    Narrower than `lost_rank`: who has waited in vain for gloo's time-out must speak, as rank 0 may be the one that hangs.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _GONE)
 
 
 def lost_rank(error: BaseException, timeout_seconds: float) -> str | None:

@@ -30,7 +30,7 @@ from refalign_ext.distributed.memory import (
     t5_parameters,
     vae_parameters,
 )
-from refalign_ext.distributed.mesh import ParallelSizes, fixed_sizes, split_sequence
+from refalign_ext.distributed.mesh import ParallelSizes, fixed_sizes, generation_sizes, split_sequence
 from refalign_ext.flops import (
     AlignmentShape,
     ModelShape,
@@ -115,7 +115,7 @@ class Plan:
         """Refuse to start what would run out of memory.
 
         Raises:
-            ValueError: with the reason and what would help; `describe` shows the table.
+            ValueError: with the reason and what would help; `plan_table.describe` shows the table.
         """
         if self.fits:
             return
@@ -206,8 +206,8 @@ def make_generation_plan(
 
     Args:
         task_name: key of WAN_CONFIGS.
-        cfg_size: 1, or the 3 branches of eq. 5 at once.
-        ulysses, ring: 0 chooses from the ranks that one branch has.
+        cfg_size: groups of ranks that the 3 branches of eq. 5 are dealt to.
+        ulysses, ring: 0 follows from the others, see `generation_sizes`.
         dit_fsdp, t5_fsdp: shard the weights of transformer and text encoder over all ranks.
         t5_cpu: the text encoder stays on the host.
         size, frame_num: (width, height) in pixels and frames; None: the task's.
@@ -222,7 +222,7 @@ def make_generation_plan(
     task = WAN_CONFIGS[task_name]
     shape = ModelShape.of(task)
     if sizes is None:
-        sizes = _generation_sizes(world_size, shape.num_heads, cfg_size, ulysses, ring)
+        sizes = generation_sizes(world_size, shape.num_heads, cfg=cfg_size, ulysses=ulysses, ring=ring)
     cfg_size = sizes.data
     size, frame_num = size or task.size, frame_num or task.frame_num
     video_tokens, reference_tokens = _tokens(task, size, frame_num, references)
@@ -278,51 +278,6 @@ def make_generation_plan(
         "--t5_fsdp": t5_fsdp or world_size == 1,
     }
     return dataclasses.replace(plan, suggestions=tuple(text for text in remedies if not taken.get(text)))
-
-
-def _generation_sizes(
-    world_size: int, num_heads: int, cfg_size: int, ulysses: int, ring: int
-) -> ParallelSizes:
-    if cfg_size not in (1, 3):
-        raise ValueError(f"--cfg_size {cfg_size}: the guidance has 3 branches, choose 1 or 3")
-    if world_size % cfg_size:
-        raise ValueError(f"--cfg_size {cfg_size} does not divide {world_size} ranks: start a multiple of it")
-    branch = world_size // cfg_size
-    if ulysses or ring:
-        sizes = fixed_sizes(branch, num_heads, ulysses or None, ring or None)
-        if sizes.data > 1:
-            raise ValueError(
-                f"--ulysses_size {sizes.ulysses} x --ring_size {sizes.ring} leaves ranks idle: a video has "
-                f"{branch} ranks{f' in each of {cfg_size} branches' if cfg_size > 1 else ''}, and the product must be that"
-            )
-    else:
-        sizes = ParallelSizes(1, *split_sequence(branch, num_heads))
-    return dataclasses.replace(sizes, data=cfg_size)
-
-
-def describe(plan: Plan) -> str:
-    """The plan as a table of plain text."""
-    rows = [*plan.facts, *_rank_rows(plan)]
-    width = max(len(label) for label, _ in rows)
-    lines = [plan.title, *(f"  {label:<{width}}  {text}".rstrip() for label, text in rows)]
-    lines += ["", "  memory of each rank (estimate)"]
-    lines += _amounts(plan.device)
-    usable = ""
-    if plan.device_memory is not None:
-        limit = USABLE * plan.device_memory
-        verdict = "fits" if plan.fits else "DOES NOT FIT"
-        usable = f"  {verdict}: {limit / _GIB:.1f} GiB usable of {plan.device_memory / _GIB:.1f}"
-    lines.append(f"    {_size(plan.device_total)}  in all{usable}")
-    if plan.host:
-        lines += ["  in host memory, for each rank"]
-        lines += _amounts(plan.host)
-    if plan.traffic:
-        step = "optimizer step" if plan.trained_parameters else "denoising step"
-        lines += [f"  received by each rank in one {step}"]
-        lines += [*_amounts(plan.traffic), f"    {_size(sum(plan.traffic.values()))}  in all"]
-    lines += [f"  note: {note}" for note in plan.notes]
-    lines += [f"  would fit: {suggestion}" for suggestion in plan.suggestions]
-    return "\n".join(lines)
 
 
 def _memory_to_reckon_with(task: str, device_memory: int | None) -> tuple[int | None, list[str]]:
@@ -589,55 +544,6 @@ def _video_fact(
         f"{size[0]}x{size[1]}, {frame_num} frames, {_count(references, 'reference')}: {video:,} + {reference:,} tokens, "
         f"{held:,} on each rank",
     )
-
-
-def _rank_rows(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Who holds what; of many groups the first two and the last."""
-    sizes = plan.sizes
-    if sizes.world == 1:
-        return
-    name = "data group" if plan.trained_parameters else "branch group"
-    shown = range(sizes.data) if sizes.data <= 4 else [0, 1, sizes.data - 1]
-    previous = -1
-    for group in shown:
-        if group != previous + 1:
-            yield "...", ""
-        previous = group
-        first = group * sizes.sequence
-        text = _ranks(first, sizes.sequence)
-        if sizes.ulysses > 1 and sizes.ring > 1:
-            members = [
-                _ranks(first + part * sizes.ulysses, sizes.ulysses).removeprefix("ranks ")
-                for part in range(sizes.ring)
-            ]
-            listed = members if len(members) <= 4 else [*members[:2], "...", members[-1]]
-            text += f"; heads divided within {' | '.join(listed)}, keys and values gathered across"
-        elif sizes.ulysses > 1:
-            text += "; heads divided among them"
-        elif sizes.ring > 1:
-            text += "; keys and values gathered among them"
-        yield f"{name} {group}", text
-    if sizes.sequence > 1:
-        held = plan.tokens_per_rank
-        first = min(plan.video_tokens // held, sizes.sequence - 1)
-        tokens = f"{held:,} of a sample's tokens per rank, in order"
-        if plan.reference_tokens:
-            tokens += f"; references on {_ranks(first, sizes.sequence - first)} of each group"
-        yield "tokens", tokens
-    if plan.trained_parameters:
-        yield "weights", f"each rank keeps 1/{sizes.world} of weights, gradients and optimizer state"
-
-
-def _ranks(first: int, count: int) -> str:
-    return f"rank {first}" if count == 1 else f"ranks {first}-{first + count - 1}"
-
-
-def _amounts(items: Mapping[str, int]) -> list[str]:
-    return [f"    {_size(count)}  {name}" for name, count in items.items()]
-
-
-def _size(count: int) -> str:
-    return f"{count / _GIB:9.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:9.2f} MiB"
 
 
 def _millions(count: int) -> str:

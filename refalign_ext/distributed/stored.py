@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ UNREADABLE = (
     *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error, AssertionError),
     *(LookupError, AttributeError, TypeError, ValueError, ImportError),
 )
+
+# One process without a group is a normal case, not worth a warning at every save and load.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def damaged(path: Path, error: BaseException) -> ValueError:

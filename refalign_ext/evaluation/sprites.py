@@ -20,7 +20,7 @@ from refalign_ext.backbone import (
     make_solver,
     resolve_device,
 )
-from refalign_ext.distributed.checkpoint import read_any_dit
+from refalign_ext.distributed.reading import read_any_dit
 from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor

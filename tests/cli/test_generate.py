@@ -508,7 +508,7 @@ COMMON = ["--prompt", PROMPT, "--sample_steps", "1", "--device", "cpu", "--base_
 
 def test_ranks_write_the_video_of_one(program: ModuleType, tiny_checkpoint: Path, run_folder: Path) -> None:
     flags = ["--ref", "red.png", "blue.jpg", "--ckpt_dir", tiny_checkpoint, *COMMON]
-    from refalign_ext.distributed.inference import can_shard_on_cpu
+    from refalign_ext.distributed.parallelize import can_shard_on_cpu
 
     divided = ["--cfg_size", "2", *(("--dit_fsdp", "--t5_fsdp") if can_shard_on_cpu() else ())]
     ((code, _, error),) = run_on_ranks(

@@ -29,13 +29,8 @@ from safetensors.torch import save_file
 
 from refalign_ext.backbone import WAN_CONFIGS, build_dit, save_video
 from refalign_ext.config import AlignmentConfig, TrainConfig
-from refalign_ext.distributed.checkpoint import (
-    checkpoints_in,
-    read_any_dit,
-    read_dit,
-    read_meta,
-    read_projectors,
-)
+from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
+from refalign_ext.distributed.reading import read_any_dit, read_dit, read_projectors
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from refalign_ext.backbone import WanModel, dit_arguments, load_dit, read_dit_checkpoint
-from refalign_ext.distributed.checkpoint import Checkpointer, build_state
+from refalign_ext.distributed.checkpoint import Checkpointer
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.state import build_state
 from refalign_ext.distributed.stored import StoredTensors
 from refalign_ext.export import export, export_checkpoint
 from refalign_ext.projectors import ReferenceProjectors

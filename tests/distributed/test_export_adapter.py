@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from refalign_ext.adapter_files import read_adapter
 from refalign_ext.backbone import (
     ReferenceBackbone,
     WanModel,
@@ -28,19 +29,14 @@ from refalign_ext.cli import main
 from refalign_ext.config import TrainConfig
 from refalign_ext.distributed import adapted
 from refalign_ext.distributed.adapted import base_named_by, fingerprint
-from refalign_ext.distributed.checkpoint import (
-    Checkpointer,
-    build_state,
-    is_checkpoint,
-    read_any_dit,
-    read_dit,
-    read_projectors,
-)
+from refalign_ext.distributed.checkpoint import Checkpointer, is_checkpoint
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.distributed.reading import read_any_dit, read_dit, read_projectors
+from refalign_ext.distributed.state import build_state
 from refalign_ext.distributed.stored import StoredTensors
 from refalign_ext.export import export_adapter, export_checkpoint
-from refalign_ext.lora import TARGETS, add_lora, is_adapter_key, read_adapter
+from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
 from refalign_ext.trainer import Trainer
 from tests import tiny_training
 from tests.distributed.ranks import run_ranks

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import tests.tiny_training as tiny
 from refalign_ext.backbone import WanModel
-from refalign_ext.distributed.checkpoint import build_state
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import parallelize, whole_tensors
+from refalign_ext.distributed.state import build_state
 from refalign_ext.distributed.stored import StoredTensors
 from refalign_ext.lora import add_lora, split_state_dict
 from refalign_ext.trainer import Trainer

@@ -19,18 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import WanModel
-from refalign_ext.distributed.checkpoint import (
-    Checkpointer,
-    build_state,
-    checkpoints_in,
-    read_dit,
-    read_meta,
-    read_projectors,
-    resolve_resume,
-    restore_state,
-)
+from refalign_ext.distributed.checkpoint import Checkpointer, checkpoints_in, read_meta, resolve_resume
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.reading import read_dit, read_projectors
+from refalign_ext.distributed.state import build_state, restore_state
 from refalign_ext.distributed.stored import StoredTensors
 from refalign_ext.muon import Muon
 from refalign_ext.projectors import ReferenceProjectors

@@ -14,9 +14,10 @@ from torch import nn
 from refalign_ext.assemble import _trained_parts, assemble, text_encoder
 from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arguments
 from refalign_ext.config import TrainConfig, recipe
-from refalign_ext.distributed.checkpoint import Checkpointer, build_state
+from refalign_ext.distributed.checkpoint import Checkpointer
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules
+from refalign_ext.distributed.state import build_state
 from refalign_ext.projectors import ReferenceProjectors
 
 TASK = EasyDict(WAN_CONFIGS["r2v-tiny"], dim=24, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16)

@@ -17,15 +17,13 @@ from refalign_ext.distributed.checkpoint import (
     Checkpointer,
     checkpoints_in,
     is_checkpoint,
-    read_any_dit,
-    read_dit,
     read_meta,
     read_model_config,
-    read_projectors,
     resolve_resume,
     set_aside_after,
 )
 from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.reading import read_any_dit, read_dit, read_projectors
 from refalign_ext.distributed.stored import StoredTensors
 from tests.tiny_checkpoint import tiny_config
 

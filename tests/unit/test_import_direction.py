@@ -27,7 +27,7 @@ ORDER = [
     "guidance",
     "sampler",
     "pipeline sheet",
-    "flops lora",
+    "flops lora adapter_files",
     "distributed",
     "export embedded",
     "errors generation telemetry",

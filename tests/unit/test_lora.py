@@ -10,28 +10,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from refalign_ext.adapter_files import (
+    Adapter,
+    diffusers_tensors,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    save_diffusers_adapter,
+    write_adapter,
+)
 from refalign_ext.backbone import ReferenceBackbone, WanModel
 from refalign_ext.lora import (
-    Adapter,
     adapter_scale,
     adapter_state_dict,
     add_lora,
     base_key,
-    diffusers_tensors,
     has_lora,
     initial_adapter,
     is_adapter_key,
     join_state_dict,
-    load_adapter,
     matching_layers,
     merge_tensors,
     merged_state_dict,
     merged_weight,
-    read_adapter,
-    save_adapter,
-    save_diffusers_adapter,
     split_state_dict,
-    write_adapter,
 )
 
 SIZES = {

@@ -32,10 +32,10 @@ from refalign_ext.distributed.plan import (
     ASSUMED_MEMORY,
     Plan,
     choose_sizes,
-    describe,
     make_generation_plan,
     make_training_plan,
 )
+from refalign_ext.distributed.plan_table import describe
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.flops import AlignmentShape, ModelShape
 from refalign_ext.losses import reference_alignment_over_blocks
@@ -232,10 +232,9 @@ def test_generation_divides_branches_and_tokens() -> None:
     text = describe(sharded)
     assert "branch group 2" in text and "one denoising step" in text
     for wrong, message in (
-        ({"cfg_size": 2}, "choose 1 or 3"),
-        ({"cfg_size": 3}, "does not divide 4 ranks"),
-        ({"ulysses": 2}, "leaves ranks idle"),
-        ({"ulysses": 5}, "choose Ulysses x ring from"),
+        ({"cfg_size": 3}, "do not divide 4 ranks"),
+        ({"ulysses": 1, "ring": 2}, "--ulysses_size 1, --ring_size 2 do not divide 4 ranks"),
+        ({"ulysses": 5}, "choose cfg x Ulysses x ring from"),
     ):
         with pytest.raises(ValueError, match=message):
             make_generation_plan("r2v-1.3B", 4, **wrong)

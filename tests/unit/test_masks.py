@@ -1,0 +1,304 @@
+"""Run-length masks against slow loops, strings made by hand and one that pycocotools wrote; references cut with them."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+from refalign_ext.data.masks import (
+    RunLengthMask,
+    area,
+    bounding_box,
+    cut_reference,
+    decode,
+    deduplicate,
+    encode,
+    iou,
+    parse_mask,
+)
+
+
+def slow_lengths(text: str) -> list[int]:
+    """The format read one character at a time."""
+    lengths: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
+
+
+def slow_string(lengths: list[int]) -> str:
+    text = ""
+    for index, length in enumerate(lengths):
+        value = length - lengths[index - 2] if index > 2 else length
+        while True:
+            bits, value = value & 31, value >> 5
+            if value == (-1 if bits & 16 else 0):
+                text += chr(48 + bits)
+                break
+            text += chr(48 + 32 + bits)
+    return text
+
+
+def slow_pixels(size: tuple[int, int], lengths: list[int]) -> np.ndarray:
+    pixels = np.zeros(size, bool)
+    position = 0
+    for index, length in enumerate(lengths):
+        for _ in range(length):
+            pixels[position % size[0], position // size[0]] = index % 2 == 1
+            position += 1
+    assert position == pixels.size
+    return pixels
+
+
+def disc(height: int, width: int, y: float, x: float, radius: float) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+
+
+def random_mask(rng: np.random.Generator, size: tuple[int, int] | None = None) -> np.ndarray:
+    height, width = size or tuple(int(side) for side in rng.integers(1, 40, 2))
+    kind = rng.integers(5)
+    if kind == 0:
+        return rng.random((height, width)) < rng.random()
+    if kind == 1:
+        return np.full((height, width), bool(rng.integers(2)))
+    if kind == 2:
+        return disc(height, width, rng.random() * height, rng.random() * width, rng.random() * 20)
+    pixels = np.zeros((height, width), bool)
+    y, x = rng.integers(height), rng.integers(width)
+    pixels[y : y + 1 + rng.integers(height), x : x + 1 + rng.integers(width)] = True
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts", "text"),
+    [
+        # One column: 2 outside, 3 inside, 1 outside.
+        (["0", "0", "1", "1", "1", "0"], (2, 3, 1), "231"),
+        # Starts inside: a first run of length 0.
+        (["1"], (0, 1), "01"),
+        # Column by column: 0 1 | 1 1, so 1 outside and 3 inside.
+        (["01", "11"], (1, 3), "13"),
+        # A run of length 0 in between is legal: 2 outside, 1 inside, 0 outside, 1 (written as 1 - 1) inside.
+        (["01", "01"], (2, 1, 0, 1), "2100"),
+        # 15 is the largest in one character; 16 has the bit of the sign and needs a second one.
+        (["0" * 15], (15,), "?"),
+        (["0" * 16], (16,), "`0"),
+        # 40 = 8 + 32 * 1: 48 + 8 + 32 is 'X', then 48 + 1 is '1'.
+        (["0" * 40], (40,), "X1"),
+        # The fourth run is written as a difference: 1 - 3 = -2, in five bits 30, which has the bit of the sign: 48 + 30 is 'N'.
+        (["0111001"], (1, 3, 2, 1), "132N"),
+    ],
+)
+def test_strings_made_by_hand(rows: list[str], counts: tuple[int, ...], text: str) -> None:
+    pixels = np.array([[character == "1" for character in row] for row in rows])
+    for form in (counts, text):
+        mask = RunLengthMask(pixels.shape, form)
+        assert np.array_equal(decode(mask), pixels)
+        assert area(mask) == pixels.sum()
+    if 0 not in counts[1:]:
+        assert encode(pixels).counts == text
+        assert encode(pixels, compressed=False).counts == counts
+
+
+def test_string_of_pycocotools() -> None:
+    text = "_h0;S14M2M4M2O0O2N2O0O2O00000000000000000001N101N2N101N3L3N3LSl0"
+    mask = parse_mask({"size": [48, 64], "counts": text, "score": [0.5]})
+    pixels = disc(48, 64, 20, 30, 15)
+    assert np.array_equal(decode(mask), pixels)
+    assert encode(pixels).counts == text
+    assert bounding_box(mask) == (16, 6, 45, 35)
+
+
+def test_random_masks_agree_with_slow_loops() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        pixels = random_mask(rng)
+        plain, packed = encode(pixels, compressed=False), encode(pixels)
+        assert np.array_equal(slow_pixels(pixels.shape, list(plain.counts)), pixels)
+        assert packed.counts == slow_string(list(plain.counts))
+        assert tuple(slow_lengths(packed.counts)) == plain.counts == tuple(packed.runs.tolist())
+        for mask in (plain, packed):
+            decoded = decode(mask)
+            assert decoded.dtype == bool and np.array_equal(decoded, pixels)
+            assert area(mask) == pixels.sum()
+            rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
+            box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows.size else None
+            assert bounding_box(mask) == box
+
+
+def test_large_masks_need_several_characters() -> None:
+    pixels = np.zeros((3000, 4000), bool)
+    pixels[:, 1999:2001] = True
+    mask = encode(pixels)
+    assert mask.runs.tolist() == [5_997_000, 6000, 5_997_000]
+    assert mask.counts == slow_string(mask.runs.tolist())
+    assert np.array_equal(decode(mask), pixels)
+
+
+def test_iou_agrees_with_pixels() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        size = tuple(int(side) for side in rng.integers(1, 30, 2))
+        first, second = random_mask(rng, size), random_mask(rng, size)
+        union = (first | second).sum()
+        expected = (first & second).sum() / union if union else 0.0
+        assert iou(encode(first), encode(second, compressed=False)) == pytest.approx(expected, abs=1e-12)
+    # Runs of length 0 change nothing.
+    assert bounding_box(RunLengthMask((1, 4), (0, 0, 1, 2, 1))) == (1, 0, 3, 1)
+    assert iou(RunLengthMask((1, 4), (1, 1, 0, 1, 1)), RunLengthMask((1, 4), (0, 0, 1, 2, 1))) == 1.0
+    with pytest.raises(ValueError, match="2x3 and 3x2"):
+        iou(encode(np.ones((2, 3), bool)), encode(np.ones((3, 2), bool)))
+
+
+def test_duplicates_are_dropped_from_the_best_score_down() -> None:
+    person = disc(60, 60, 20, 20, 12)
+    woman, dog = disc(60, 60, 20, 21, 12), disc(60, 60, 45, 45, 8)
+    masks = [encode(pixels) for pixels in (person, woman, dog, person)]
+    assert deduplicate(masks, [0.5, 0.9, 0.1, 0.7], 0.8) == [1, 2]
+    assert deduplicate(masks, [0.9, 0.5, 0.1, 0.9], 0.8) == [0, 2]
+    assert deduplicate(masks, [None, 0.5, None, None], 0.8) == [1, 2]
+    assert deduplicate(masks, [0.1, 0.2, 0.3, 0.4], 1.0) == [1, 2, 3]
+    # A mask that is dropped does not drop others: of a chain the ends stay.
+    chain = [np.zeros((1, 12), bool) for _ in range(3)]
+    for start, pixels in enumerate(chain):
+        pixels[0, start * 2 : start * 2 + 6] = True
+    assert deduplicate([encode(pixels) for pixels in chain], [0.9, 0.5, 0.4], 0.5) == [0, 2]
+    empty = encode(np.zeros((4, 4), bool))
+    assert deduplicate([empty, empty], [0.1, 0.2], 0.5) == [0, 1]
+    assert deduplicate([], [], 0.5) == []
+    for scores, threshold, message in (
+        ([1.0], 0.5, "4 masks have 1 scores"),
+        ([1.0] * 4, 0.0, "threshold is 0.0"),
+        ([1.0] * 4, math.nan, "threshold is nan"),
+        ([1.0, math.nan, 1.0, 1.0], 0.5, "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            deduplicate(masks, scores, threshold)
+
+
+@pytest.mark.parametrize(
+    ("size", "counts", "message"),
+    [
+        ([2, 2], "5", "add up to 5 pixels, its size 2x2 to 4"),
+        ([2, 2], "3", "add up to 3"),
+        ([2, 2], [1, 2], "add up to 3"),
+        ([2, 2], [], "add up to 0"),
+        ([2, 2], "", "empty string"),
+        ([2, 2], "2 2", "characters outside"),
+        ([2, 2], "p", "characters outside"),
+        ([2, 2], "2é", "characters outside"),
+        ([2, 2], "\ud800", "characters outside"),
+        ([2, 2], "2`", "cut off"),
+        ([2, 2], "4" + "`" * 9 + "0", "more than 7 characters"),
+        ([2, 2], "`" * 6 + "1", "more than 64000000 pixels"),
+        ([2, 2], "5O", "run 1 of the mask has a negative length"),
+        ([2, 2], [5, -1], "run 1 of the mask has a negative length"),
+        ([2, 2], [10**30], "integers from 0"),
+        ([2, 2], [4.0], "integers from 0"),
+        ([2, 2], [True, 3], "integers from 0"),
+        ([2, 2], {"a": 1}, "integers from 0"),
+        ([2, 0], "0", "above 0"),
+        ([-2, -2], "4", "above 0"),
+        ([2], "4", "height, width"),
+        ([2.0, 2], "4", "height, width"),
+        ("22", "4", "height, width"),
+        ([10**6, 10**6], "4", "megapixels"),
+    ],
+)
+def test_malformed_masks_are_refused(size: object, counts: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_mask({"size": size, "counts": counts})
+
+
+def test_other_objects_are_no_masks() -> None:
+    for entry in (None, [], "4", {"size": [2, 2]}, {"counts": "4"}):
+        with pytest.raises(ValueError, match="a mask is an object"):
+            parse_mask(entry)
+    for pixels in (np.ones((2, 2, 3), bool), np.ones((2, 2)), np.ones(4, bool)):
+        with pytest.raises(ValueError, match="booleans or integers"):
+            encode(pixels)
+    with pytest.raises(ValueError, match="above 0"):
+        encode(np.zeros((0, 3), bool))
+
+
+def test_damaged_strings_give_masks_or_value_errors() -> None:
+    rng = np.random.default_rng(2)
+    good = encode(disc(48, 64, 20, 30, 15)).counts
+    refused = 0
+    for _ in range(500):
+        text = list(good)
+        for _ in range(rng.integers(1, 4)):
+            position = int(rng.integers(len(text)))
+            text[position : position + int(rng.integers(3))] = [chr(int(rng.integers(33, 127)))]
+        try:
+            mask = parse_mask({"size": [48, 64], "counts": "".join(text)})
+        except ValueError:
+            refused += 1
+            continue
+        assert slow_lengths(mask.counts) == mask.runs.tolist()
+        assert decode(mask).shape == (48, 64)
+    assert refused > 400
+
+
+def test_masks_compare_by_what_they_say_and_travel_to_workers() -> None:
+    mask = encode(disc(20, 20, 9, 9, 5))
+    copy = pickle.loads(pickle.dumps(mask))
+    assert copy == mask and hash(copy) == hash(mask)
+    assert np.array_equal(decode(copy), decode(mask))
+
+
+@pytest.fixture
+def frame() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 200, (40, 60, 3), dtype=np.uint8)
+
+
+def test_references_are_cropped_and_masked_to_white(frame: np.ndarray) -> None:
+    mask = disc(40, 60, 20, 30, 10)
+    cut = np.asarray(cut_reference(frame, (15, 5, 45, 36), mask))
+    inside = mask[5:36, 15:45]
+    assert cut.shape == (31, 30, 3)
+    assert np.array_equal(cut[inside], frame[5:36, 15:45][inside])
+    assert (cut[~inside] == 255).all() and not inside.all()
+    assert frame.max() < 200  # the frame itself is left alone
+
+
+def test_boxes_are_widened_to_pixels_and_clamped(frame: np.ndarray) -> None:
+    image = cut_reference(frame, (-3.5, 10.2, 20.1, 99.0), None, "raw")
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), frame[10:40, 0:21])
+    image = cut_reference(frame, (4.9, 3.9, 8.1, 7.1), None, "raw")
+    assert np.array_equal(np.asarray(image), frame[3:8, 4:9])
+    assert np.array_equal(np.asarray(cut_reference(frame, None, None, "raw")), frame)
+
+
+def test_references_that_cannot_be_cut(frame: np.ndarray) -> None:
+    mask = disc(40, 60, 20, 30, 10)
+    for box, used, background, message in (
+        ((60, 0, 70, 10), mask, "white", "no pixel in common with the frame of 60x40"),
+        ((10, 20, 10, 30), mask, "white", "no pixel in common"),
+        ((30, 30, 20, 20), mask, "raw", "no pixel in common"),
+        ((0, 0, math.nan, 5), mask, "white", "four finite numbers"),
+        ((0, 0, 5), mask, "white", "four finite numbers"),
+        ((0, 0, 5, 5), mask, "white", "empty inside of the box"),
+        (None, None, "white", "needs a mask"),
+        (None, mask.T, "white", r"the mask is bool \[60, 40\]"),
+        (None, mask.astype(np.uint8), "white", "the mask is uint8"),
+        (None, mask, "black", "unknown background 'black'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cut_reference(frame, box, used, background)
+    for wrong in (frame[..., 0], frame.astype(np.float32), frame[..., :2]):
+        with pytest.raises(ValueError, match="a frame is"):
+            cut_reference(wrong, None, mask)
