@@ -14,22 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from refalign_ext.data import schema
+from refalign_ext.data import rows, schema
+from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.masks import encode
+from refalign_ext.data.rows import ManifestReader, index_path, write_manifest
 from refalign_ext.data.schema import (
-    BoxProblem,
     Clip,
-    ManifestReader,
     Reference,
     VideoSpan,
-    box_in_frame,
-    index_path,
     parse,
     parse_line,
     relative_path_problem,
     resolve_inside,
     to_dict,
-    write_manifest,
 )
 
 MASK = {"size": [2, 2], "counts": "13"}
@@ -485,7 +482,7 @@ def test_an_index_is_built_where_it_is_missing_or_stale(tmp_path: Path) -> None:
 
 def test_an_index_that_is_current_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_manifest(tmp_path / "m.jsonl", clips(3))
-    monkeypatch.setattr(schema, "_scan", lambda *_: pytest.fail("the manifest was read through"))
+    monkeypatch.setattr(rows, "_scan", lambda *_: pytest.fail("the manifest was read through"))
     assert len(list(ManifestReader(tmp_path / "m.jsonl"))) == 3
 
 
@@ -497,7 +494,7 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     def refuse(_: Path) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(schema, "_Aside", refuse)
+    monkeypatch.setattr(rows, "_Aside", refuse)
     assert list(ManifestReader(path)) == clips(3)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -547,7 +544,7 @@ def test_errors_name_the_file_and_the_row(tmp_path: Path) -> None:
 
 
 def test_what_is_not_json_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 1000)
     path = tmp_path / "m.jsonl"
     path.write_bytes(b"[" + b"1," * 1000 + b"1]")
     with pytest.raises(ValueError, match="row 1: more than 1000 bytes in one line"):
