@@ -28,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.machine import processor
 from refalign_ext.data.video import _fitted, probe, read_clip
 
 TITLE = "Decoding the last frames of a clip"
@@ -105,16 +106,6 @@ def measure(arguments: argparse.Namespace) -> list[tuple[str, float, float]]:
                 row = f"a key frame every {key_interval} frames{name}"
                 table.append((row, 1 / seconds[0], 1 / seconds[1]))
     return table
-
-
-def processor() -> str:
-    """Model name of the CPU, or what the platform says."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def report(arguments: argparse.Namespace, table: list[tuple[str, float, float]]) -> str:

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.machine import processor
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel, rope_multipliers
 from wan.utils.dit_checkpoint import dit_arguments
@@ -203,16 +204,6 @@ def measure(arguments: argparse.Namespace) -> list[tuple[str, float, float, str]
         )
         table.append((name, *moved, "MB"))
     return table
-
-
-def processor() -> str:
-    """Model name of the CPU, or what the platform says."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def report(arguments: argparse.Namespace, table: list[tuple[str, float, float, str]]) -> str:

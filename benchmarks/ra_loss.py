@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import processor
 from refalign_ext.losses import reference_alignment_loss
 
 TIME_LIMIT, MEMORY_LIMIT = 0.55, 0.35
@@ -118,16 +119,7 @@ def measure_memory(variant: str, options: argparse.Namespace) -> int:
 def machine(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 def report(options: argparse.Namespace) -> tuple[str, bool]:

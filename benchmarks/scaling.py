@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_arguments
 from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
 from refalign_ext.distributed.memory import FULL, Load, gather_traffic, sequence_traffic
@@ -425,16 +426,6 @@ def timed(function: Callable[[], float], device: torch.device, repeats: int) -> 
 def _release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def processor() -> str:
-    """Model name of the CPU, or what the platform says."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:

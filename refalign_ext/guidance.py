@@ -12,6 +12,24 @@ TEXT_IMAGE = "text_image"  # prompt and references: e(T, I)
 BRANCHES = (NULL, IMAGE, TEXT_IMAGE)
 
 
+def branch_inputs(
+    prompt: torch.Tensor, negative_prompt: torch.Tensor, references: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Text and references that each branch is evaluated with, by its name.
+
+    A missing reference is an all-zero latent whose tokens stay, not a shorter sequence.
+
+    Args:
+        prompt, negative_prompt: text features [L, text_dim].
+        references: clean latents [C, M, h, w].
+    """
+    return {
+        NULL: (negative_prompt, torch.zeros_like(references)),
+        IMAGE: (negative_prompt, references),
+        TEXT_IMAGE: (prompt, references),
+    }
+
+
 def dual_guidance(
     null: torch.Tensor,
     image: torch.Tensor,

@@ -218,7 +218,8 @@ def alignment_by_block(
     offset = 0
     for sample, (first, count) in enumerate(spans):
         kept = [index for index, flag in enumerate(real[sample]) if flag]
-        features = unit_features((teacher[sample, kept]).to(device), dtype)  # [kept, N, D]
+        own = teacher[sample] if len(kept) == references else teacher[sample, kept]  # the latter is a copy
+        features = unit_features(own.to(device), dtype)  # [kept, N, D]
         rows, start = _rows_of(kept, tokens, first, count)
         positive_count, negative_count = alignment_counts(len(kept), tokens)
         scale = weights[sample] / batch
@@ -388,7 +389,11 @@ def flow_matching_loss(
         targets: the same shapes, `flow_matching_target(latents, noise)`.
         sample_weight: [B], the recipe's timestep weight; None means 1.
     """
-    errors = flow_matching_errors(predictions, targets)
+    return average_errors(flow_matching_errors(predictions, targets), sample_weight)
+
+
+def average_errors(errors: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    """The loss of `flow_matching_loss` from the errors [B] of `flow_matching_errors`."""
     if sample_weight is None:
         return errors.mean()
     if sample_weight.shape != errors.shape:

@@ -37,7 +37,7 @@ from refalign_ext.backbone import (
     resolve_device,
     resolve_dtype,
 )
-from refalign_ext.guidance import IMAGE, NULL, TEXT_IMAGE, combine_branches, required_branches
+from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
 from refalign_ext.references import MAX_REFERENCES, Role, prepare_reference, reference_to_tensor
 from refalign_ext.sampler import ModelFunction, SolverProtocol, denoise
 
@@ -435,12 +435,7 @@ class R2VPipeline:
         # Without references "image" says nothing beyond "null", and eq. 5 becomes ordinary guidance.
         image_scale = ref_guide_scale if has_references else text_guide_scale
         names = required_branches(image_scale, text_guide_scale)
-        inputs = {
-            # A missing reference is an all-zero latent whose tokens stay, not a shorter sequence.
-            NULL: (conditions.negative_prompt, torch.zeros_like(references)),
-            IMAGE: (conditions.negative_prompt, references),
-            TEXT_IMAGE: (conditions.prompt, references),
-        }
+        inputs = branch_inputs(conditions.prompt, conditions.negative_prompt, references)
         own = self.ranks.share(names)
         # Ranks that wait for each other inside a pass cannot fall back together when one of them runs out of memory.
         one_by_one = self.offload_model or not self.ranks.is_alone

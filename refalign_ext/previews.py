@@ -15,7 +15,7 @@ from torch import Tensor
 from refalign_ext.assemble import checkpoint_folder, task_config
 from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver, save_video
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.guidance import IMAGE, NULL, TEXT_IMAGE, combine_branches, required_branches
+from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames
 from refalign_ext.telemetry import SAMPLES_FOLDER, RunLog
@@ -121,11 +121,7 @@ def _generate(trainer: Trainer, sample: EncodedSample, place: int) -> Tensor:
     scales = (task.ref_guide_scale, task.text_guide_scale)
     references = sample.references.to(device)
     prompt, negative = trainer.encode_text([sample.prompt, task.sample_neg_prompt])
-    inputs = {
-        NULL: (negative, torch.zeros_like(references)),
-        IMAGE: (negative, references),
-        TEXT_IMAGE: (prompt, references),
-    }
+    inputs = branch_inputs(prompt, negative, references)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         found = {}

@@ -29,7 +29,12 @@ from refalign_ext.distributed.parallelize import TrainedModules, free_gathered, 
 from refalign_ext.distributed.state import build_state, restore_state
 from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
-from refalign_ext.losses import alignment_by_block, flow_matching_errors, flow_matching_target
+from refalign_ext.losses import (
+    alignment_by_block,
+    average_errors,
+    flow_matching_errors,
+    flow_matching_target,
+)
 from refalign_ext.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.telemetry import SkipGuard, TimestepBins, write_skipped
 from refalign_ext.timesteps import add_noise, timestep_recipe
@@ -184,7 +189,7 @@ class Trainer:
             )
             students = [] if projectors is None else projectors(output.reference_tokens)
         errors = flow_matching_errors(output.prediction, flow_matching_target(latents, noise))  # [B]
-        flow = (errors * self.recipe.flow_weight(timestep).to(errors)).mean()
+        flow = average_errors(errors, self.recipe.flow_weight(timestep))
         if projectors is None:
             none = flow.new_zeros(0)
             return BatchLosses(flow, flow.detach(), none, none, errors.detach())
