@@ -20,6 +20,10 @@ Without arguments it trains the embedded r2v-tiny model on the sprite world: no 
 goes on where it was. Real weights: --task r2v-1.3B --ckpt_dir Wan2.1-T2V-1.3B --data manifest.jsonl
 On many devices: torchrun --nproc_per_node=8 train_refalign.py ...; --dry-run shows how it would be divided."""
 
+# Classes of settings by what their flags begin with, and the settings that have a flag of their own or none.
+CLASSES = (("", "TrainConfig"), ("alignment.", "AlignmentConfig"), ("sampling.", "SamplingConfig"))
+NOT_FLAGS = ("recipe", "alignment", "sampling")
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, without the usage."""
@@ -55,38 +59,15 @@ def fields_of(class_name: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def parse_value(text: str, annotation: str) -> Any:
-    """A command-line word as the type that an annotation names.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    if annotation == "bool":
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError("expected true or false")
-    try:
-        if annotation.startswith("tuple"):
-            return tuple(float(part) for part in text.split(","))
-        return {"int": int, "float": float}.get(annotation, str)(text)
-    except ValueError:
-        raise ValueError(f"expected {describe(annotation)}") from None
-
-
-def describe(annotation: str) -> str:
-    """An annotation in words."""
-    if annotation.startswith("tuple"):
-        count = annotation.count("float")
-        return f"{count} numbers with commas, such as {','.join(['0.5'] * count)}"
-    return {"int": "a whole number", "float": "a number"}.get(annotation, "a text")
-
-
 def placeholder(annotation: str) -> str:
     """What the help shows for a value of that type."""
     if annotation.startswith("tuple"):
-        return ",".join(["X"] * annotation.count("float"))
+        letter = "N" if "int" in annotation else "X"
+        return (
+            f"{letter},..."
+            if annotation.endswith("...]")
+            else ",".join([letter] * (annotation.count(",") + 1))
+        )
     return {"int": "N", "float": "X", "bool": "BOOL"}.get(annotation, "TEXT")
 
 
@@ -113,9 +94,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--world_size", type=int, default=None, metavar="N", help="devices to plan for, with --dry-run"
     )
-    for prefix, class_name in (("", "TrainConfig"), ("alignment.", "AlignmentConfig")):
+    for prefix, class_name in CLASSES:
         for name, annotation, text in fields_of(class_name):
-            if f"{prefix}{name}" in ("recipe", "alignment"):
+            if f"{prefix}{name}" in NOT_FLAGS:
                 continue
             help_text = textwrap.shorten(text.replace("`", ""), 300).replace("%", "%%")
             extra = {"nargs": "?", "const": "true"} if annotation == "bool" else {}
@@ -127,23 +108,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that the command line names, converted to their types; ends the program if a value is none."""
+    from refalign_ext.config import parse_value, setting_types
+
     overrides = {}
-    for prefix, class_name in (("", "TrainConfig"), ("alignment.", "AlignmentConfig")):
-        for name, annotation, _ in fields_of(class_name):
-            text = getattr(options, f"{prefix}{name}", None)
-            if text is None or name in ("recipe", "alignment"):
-                continue
-            try:
-                overrides[f"{prefix}{name}"] = parse_value(text, annotation)
-            except ValueError as error:
-                fail(f"--{prefix}{name} {text}: {error}")
+    for name, annotation in setting_types().items():
+        text = getattr(options, name, None)
+        if text is None or name in NOT_FLAGS:
+            continue
+        try:
+            overrides[name] = parse_value(text, annotation)
+        except ValueError as error:
+            fail(f"--{name} {text}: {error}")
     return overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
     options = build_parser().parse_args(arguments)
-    overrides = read_overrides(options)
     if options.threads is not None and options.threads < 1:
         fail(f"--threads {options.threads}: it must be at least 1")
     if options.world_size is not None and (options.world_size < 1 or not options.dry_run):
@@ -153,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from refalign_ext.distributed.mesh import tell_once
         from refalign_ext.launch import explain, train
+
+        overrides = read_overrides(options)
     except KeyboardInterrupt:
         return 130
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
+DATA_SCHEDULES = ("mixed", "stages")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 _LEAST = {
     1: ("batch_size", "steps", "save_every", "keep_last", "log_every", "cache_clips", "max_skipped_steps")
-    + ("cache_free_clips", "cache_views", "preview_clips", "validation_clips"),
+    + ("cache_free_clips", "cache_views", "preview_clips", "validation_clips")
+    + ("sampling.stride", "sampling.max_references"),
     0: ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm", "preview_every")
     + (
         "seed",
@@ -28,8 +31,14 @@ _LEAST = {
         "ulysses_size",
         "ring_size",
     )
-    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor"),
+    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor")
+    + ("data_workers", "sampling.fps", "sampling.clip_variants", "sampling.reference_variants"),
 }
+_SHARES = ("drop_text", "drop_references", "drop_both", "regular_pairs", "free_colors") + (
+    "max_bad_share",
+    "sampling.cross_pairs",
+    "sampling.reference_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,35 @@ class AlignmentConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """What a sample takes of a clip of `data`."""
+
+    fps: float = 0.0
+    """Frames per second to take; 0: the task's rate. See `stride`."""
+    stride: int = 1
+    """Take every n-th frame of the file instead; 1: by `fps`."""
+    bucket_frames: tuple[int, ...] = ()
+    """Numbers of frames, such as 81,49: a clip gives the most that it has. Empty: the task's number alone."""
+    bucket_ratios: tuple[float, ...] = ()
+    """Widths over heights besides the task's own, such as 1,0.5625: a clip goes to the nearest, all of about the same
+    area. Empty: every clip is cropped to the task's size."""
+    cross_pairs: float = 0.5
+    """Share of samples that prefer references from elsewhere to those cut out of the clip itself, where there are both."""
+    reference_dropout: float = 0.0
+    """Probability with which each reference of a sample beyond the first is left out."""
+    max_references: int = 8
+    """The most references of a sample."""
+    augment: bool = True
+    """Rotate, scale, flip, shear, blur and recolour references that were cut out of the clip itself, as the paper does."""
+    clip_variants: int = 0
+    """Stretches of a clip that samples show; 0: any, or those that the cache has."""
+    reference_variants: int = 0
+    """Augmented pictures of a reference that samples show; 0: any, which are not cached, or those that the cache has."""
+    prompt_alternatives: bool = False
+    """Draw from all captions of a clip instead of taking the first."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run, on one device or many."""
 
@@ -69,9 +107,26 @@ class TrainConfig:
     from_scratch: bool = False
     """Start the DiT from random weights."""
     data: str | None = None
-    """Manifest (JSON lines) of clips; None: the sprite world, for r2v-tiny only."""
+    """Manifest of clips, or a folder of tar shards (docs/data.md); several with commas. None: the sprite world, for
+    r2v-tiny only."""
+    data_mix: tuple[float, ...] = ()
+    """Shares of several `data`, such as 6,4; empty: by their numbers of clips."""
+    data_schedule: str = "mixed"
+    """How several `data` follow each other: `mixed` draws each batch from one of them, `stages` takes them one after
+    another, each for its share of the run. Paper: regular pairs, then cross pairs, 6 to 4."""
+    sampling: SamplingConfig = SamplingConfig()
+    cache: str | None = None
+    """Folder that `python -m refalign_ext data cache` wrote for `data`, several with commas as there; None: where that
+    command puts it, if it is there; `off`: none."""
+    data_workers: int = 2
+    """Processes of each rank that decode clips ahead of training; 0: none."""
+    max_bad_share: float = 0.1
+    """Clips that cannot be used are replaced and named in the log; training stops if they are more than this share."""
     validation_data: str | None = None
-    """Manifest of clips for validation; None: clips of the sprite world that training does not see, or none."""
+    """Clips for validation, as `data`; None: by `validation_share`, or clips of the sprite world that training does not
+    see."""
+    validation_share: float = 0.0
+    """Share of the groups of `data` that are kept from training for validation: clips of one source stay together."""
     out: str = "outputs/train"
     """Folder for logs, previews and checkpoints."""
     alignment: AlignmentConfig = AlignmentConfig()
@@ -179,6 +234,7 @@ class TrainConfig:
             "optimizer": (self.optimizer, OPTIMIZERS),
             "schedule": (self.schedule, SCHEDULES),
             "precision": (self.precision, PRECISIONS),
+            "data_schedule": (self.data_schedule, DATA_SCHEDULES),
             "activation_checkpointing": (self.activation_checkpointing, ACTIVATION_CHECKPOINTING),
         }
         for name, (value, allowed) in choices.items():
@@ -200,7 +256,9 @@ class TrainConfig:
             raise ValueError("from_scratch and dit_ckpt exclude each other: leave one out")
 
     def _check_numbers(self) -> None:
-        values = {f"alignment.{name}": value for name, value in vars(self.alignment).items()} | vars(self)
+        values = vars(self) | {
+            f"{group}.{name}": value for group in GROUPS for name, value in vars(getattr(self, group)).items()
+        }
         for name, value in values.items():
             numbers = value if isinstance(value, tuple) else (value,)
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -209,7 +267,7 @@ class TrainConfig:
             for name in names:
                 if values[name] < least:
                     raise ValueError(f"{name} is {values[name]}: it must be at least {least}")
-        for name in ("drop_text", "drop_references", "drop_both", "regular_pairs", "free_colors"):
+        for name in _SHARES:
             if not 0 <= values[name] <= 1:
                 raise ValueError(f"{name} is {values[name]}: it is a share, between 0 and 1")
         if self.alignment.weight and self.alignment.depth < 1:
@@ -224,6 +282,10 @@ class TrainConfig:
             raise ValueError("lora_rank and ema_decay exclude each other: adapters have no moving average")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share is {self.decay_share}: it must lie in (0, 1]")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(f"validation_share is {self.validation_share}: it is a share, from 0 to below 1")
+        if self.sampling.fps and self.sampling.stride > 1:
+            raise ValueError("sampling.fps and sampling.stride exclude each other: leave one out")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}: give a number below 2**63")
 
@@ -248,6 +310,10 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
 
+# Settings that are a class of their own, written `--alignment.depth` on the command line.
+GROUPS = {"alignment": AlignmentConfig, "sampling": SamplingConfig}
+
+
 def paper_stage1() -> TrainConfig:
     """The paper's first stage, for real weights and regular pairs: 1800 of the 3000 iterations.
 
@@ -256,6 +322,7 @@ def paper_stage1() -> TrainConfig:
     return TrainConfig(
         recipe="paper_stage1",
         task="r2v-1.3B",
+        sampling=SamplingConfig(cross_pairs=0.0),
         global_batch_size=128,
         steps=1800,
         activation_checkpointing="full",
@@ -265,7 +332,9 @@ def paper_stage1() -> TrainConfig:
 
 def paper_stage2() -> TrainConfig:
     """The paper's second stage, on cross pairs, from the weights of the first: the other 1200 iterations."""
-    return dataclasses.replace(paper_stage1(), recipe="paper_stage2", steps=1200)
+    return dataclasses.replace(
+        paper_stage1(), recipe="paper_stage2", sampling=SamplingConfig(cross_pairs=1.0), steps=1200
+    )
 
 
 def release() -> TrainConfig:
@@ -316,27 +385,96 @@ def recipe(name: str) -> TrainConfig:
     return RECIPES[name]()
 
 
+def configure(recipe_name: str | None, overrides: dict[str, Any]) -> TrainConfig:
+    """A recipe, or the usual one of the task, with fields replaced.
+
+    Raises:
+        ValueError: as `recipe` and `with_overrides`.
+    """
+    usual = "tiny" if overrides.get("task", "r2v-tiny") == "r2v-tiny" else "paper_stage1"
+    return with_overrides(recipe(recipe_name or usual), overrides)
+
+
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    """`config` with fields replaced; `alignment.x` names a nested field.
+    """`config` with fields replaced; `alignment.x` and `sampling.x` name nested fields.
 
     Raises:
         ValueError: for a field that does not exist or a value that does not validate.
     """
-    nested = {
-        key.removeprefix("alignment."): value
-        for key, value in overrides.items()
-        if key.startswith("alignment.")
-    }
-    plain = {key: value for key, value in overrides.items() if not key.startswith("alignment.")}
+    plain: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for key, value in overrides.items():
+        group, _, name = key.rpartition(".")
+        if key not in setting_types():
+            raise ValueError(f"unknown setting {key!r}: choose one of {', '.join(sorted(setting_types()))}")
+        (nested[group] if group else plain)[name] = value
     if plain.get("dit_ckpt") is not None:
         plain.setdefault("from_scratch", False)  # naming weights means starting from them
     if plain.get("lora_rank"):
         plain.setdefault("from_scratch", False)  # so does adapting them
         plain.setdefault("ema_decay", 0.0)
-    for keys, owner in ((nested, AlignmentConfig), (plain, TrainConfig)):
-        known = {field.name for field in dataclasses.fields(owner)}
-        unknown = sorted(set(keys) - known)
-        if unknown:
-            raise ValueError(f"unknown setting {unknown[0]!r}: choose one of {', '.join(sorted(known))}")
-    alignment = dataclasses.replace(config.alignment, **nested)
-    return dataclasses.replace(config, alignment=alignment, **plain)
+    plain |= {group: dataclasses.replace(getattr(config, group), **nested[group]) for group in GROUPS}
+    return dataclasses.replace(config, **plain)
+
+
+def setting_types() -> dict[str, str]:
+    """The annotation of every setting by its name on the command line, nested ones as `alignment.depth`."""
+    types = {}
+    for prefix, owner in (("", TrainConfig), *((f"{name}.", owner) for name, owner in GROUPS.items())):
+        types |= {f"{prefix}{field.name}": str(field.type) for field in dataclasses.fields(owner)}
+    return {name: annotation for name, annotation in types.items() if name not in GROUPS}
+
+
+def read_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Settings written as on the command line: `--name value`, `--name=value`, or `--name` alone for a yes.
+
+    Raises:
+        ValueError: naming the word that is none.
+    """
+    types, settings, rest = setting_types(), {}, list(words)
+    while rest:
+        word = rest.pop(0)
+        name, has_value, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in types:
+            raise ValueError(f"{word}: no such setting; train_refalign.py --help lists them")
+        is_alone = types[name] == "bool" and (not rest or rest[0].startswith("--"))
+        if not has_value and not is_alone and not rest:
+            raise ValueError(f"{word}: its value is missing")
+        text = text if has_value else "true" if is_alone else rest.pop(0)
+        try:
+            settings[name] = parse_value(text, types[name])
+        except ValueError as error:
+            raise ValueError(f"--{name} {text}: {error}") from None
+    return settings
+
+
+def parse_value(text: str, annotation: str) -> Any:
+    """A command-line word as the type that a setting's annotation names.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if annotation == "bool":
+        if text.lower() in ("true", "1", "yes", "on"):
+            return True
+        if text.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ValueError("expected true or false")
+    kind = int if "int" in annotation else float if "float" in annotation else str
+    try:
+        if annotation.startswith("tuple"):
+            return tuple(kind(part) for part in text.split(",")) if text else ()
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected {_describe(annotation)}") from None
+
+
+def _describe(annotation: str) -> str:
+    what = "whole number" if "int" in annotation else "number"
+    if not annotation.startswith("tuple"):
+        return f"a {what}"
+    example = "81,49" if "int" in annotation else "0.5,0.5"
+    if annotation.endswith("...]"):
+        return f"{what}s with commas, such as {example}"
+    count = annotation.count(",") + 1
+    return f"{count} {what}s with commas, such as {','.join(['0.5'] * count)}"

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from refalign_ext.assemble import assemble, task_config
+from refalign_ext.assemble import assemble
 from refalign_ext.backbone import resolve_device
-from refalign_ext.config import TrainConfig, recipe, with_overrides
+from refalign_ext.config import TrainConfig, configure
 from refalign_ext.distributed.checkpoint import resolve_resume, set_aside_after
 from refalign_ext.distributed.mesh import (
     Parallel,
@@ -31,6 +31,7 @@ from refalign_ext.distributed.mesh import (
 from refalign_ext.distributed.plan import Plan, make_training_plan
 from refalign_ext.distributed.plan_table import describe
 from refalign_ext.errors import describe_error
+from refalign_ext.frozen import task_config
 from refalign_ext.loop import run
 from refalign_ext.previews import make_preview
 from refalign_ext.telemetry import RunLog
@@ -66,8 +67,7 @@ def train(
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s")
     if threads is not None:
         torch.set_num_threads(threads)
-    name = recipe_name or ("tiny" if overrides.get("task", "r2v-tiny") == "r2v-tiny" else "paper_stage1")
-    config = with_overrides(recipe(name), overrides)
+    config = configure(recipe_name, overrides)
     place = None if dry_run else resolve_device(rank_device(device))
     plan = _plan(config, place, world_size if dry_run else environment_world_size())
     if is_main and (dry_run or not plan.fits or plan.sizes.world > 1 or config.task != "r2v-tiny"):
@@ -120,6 +120,7 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
+    _prepare_data(trainer)
     log = RunLog(
         out,
         first_step=trainer.step,
@@ -127,7 +128,6 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
         settings=config.to_dict(),
         is_main=parallel.is_main,
     )
-    _prepare_data(trainer)
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
         for moved in set_aside_after(out / "checkpoints", trainer.step):

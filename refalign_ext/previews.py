@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refalign_ext.assemble import checkpoint_folder, task_config
 from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver, save_video
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.frozen import checkpoint_folder, task_config
 from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames

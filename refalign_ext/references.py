@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
 import zlib
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -34,7 +35,17 @@ class Role(str, Enum):
     BACKGROUND = "background"
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
+class PictureBytes(Protocol):
+    """A picture file held in memory, such as one from an archive: its name, for errors, and its bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def data(self) -> bytes: ...
+
+
+def load_image(path: str | os.PathLike[str] | PictureBytes) -> Image.Image:
     """Reads a picture file as an upright 8-bit RGB image.
 
     EXIF orientation is applied, transparency lies on white, grey, CMYK, palette and 16-bit pictures become RGB, of
@@ -43,22 +54,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: naming the file, when it is missing, unreadable, empty, not a picture, broken or too large.
     """
-    source = Path(path)
-    if not source.exists():
-        raise ValueError(f"reference image {source} does not exist: check the path given to --ref")
-    if source.is_dir():
-        raise ValueError(f"reference image {source} is a folder: give a picture file")
-    try:
-        empty = source.stat().st_size == 0
-        with source.open("rb"):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"reference image {source} cannot be read ({error.strerror}): check its permissions"
-        ) from None
-    if empty:
-        raise ValueError(f"reference image {source} is empty (0 bytes): save or download it again")
-
+    source, file = _opened(path)
     too_large = (
         f"has more than {MAX_PIXELS // 1_000_000} megapixels, the limit for references: shrink it first"
     )
@@ -66,7 +62,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.init()
-            image = Image.open(source, formats=[name for name in _FORMATS if name in Image.OPEN])
+            image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
         raise ValueError(f"reference image {source} {too_large}") from None
     except _BROKEN_IMAGE_ERRORS:
@@ -83,6 +79,30 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             raise ValueError(
                 f"reference image {source} is damaged ({error}): save or download it again"
             ) from None
+
+
+def _opened(path: str | os.PathLike[str] | PictureBytes) -> tuple[Path | str, Path | io.BytesIO]:
+    """What errors call a picture file and what Pillow opens, once it is clear that there is something to read."""
+    if not isinstance(path, (str, os.PathLike)):
+        if not path.data:
+            raise ValueError(f"reference image {path.name} is empty (0 bytes): save or download it again")
+        return path.name, io.BytesIO(path.data)
+    source = Path(path)
+    if not source.exists():
+        raise ValueError(f"reference image {source} does not exist: check the path given to --ref")
+    if source.is_dir():
+        raise ValueError(f"reference image {source} is a folder: give a picture file")
+    try:
+        empty = source.stat().st_size == 0
+        with source.open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"reference image {source} cannot be read ({error.strerror}): check its permissions"
+        ) from None
+    if empty:
+        raise ValueError(f"reference image {source} is empty (0 bytes): save or download it again")
+    return source, source
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -248,10 +248,8 @@ def load_teacher(
     Raises:
         ValueError: unknown name, missing, gated or damaged files, weights of another model.
     """
-    entry = TEACHERS.get(name)
-    if entry is None:
-        raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
-    folder, files = _local_files(name, Path(path)) if path is not None else _hub_files(name, entry)
+    folder, files = teacher_files(name, path)
+    entry = TEACHERS[name]
     model = _load_model(entry.teacher, folder, files, dtype)
     teacher = entry.teacher(model)
     if entry.dim is not None and teacher.dim != entry.dim:
@@ -260,6 +258,18 @@ def load_teacher(
             "choose the teacher that these weights belong to or another folder"
         )
     return teacher.to(device)
+
+
+def teacher_files(name: str, path: str | Path | None = None) -> tuple[Path, list[Path]]:
+    """The folder with a teacher's config.json and the safetensors files of its weights, fetched if they have to be.
+
+    Raises:
+        ValueError: as `load_teacher`, for what is missing or cannot be had.
+    """
+    entry = TEACHERS.get(name)
+    if entry is None:
+        raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
+    return _local_files(name, Path(path)) if path is not None else _hub_files(name, entry)
 
 
 def _local_files(name: str, folder: Path) -> tuple[Path, list[Path]]:

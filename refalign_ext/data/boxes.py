@@ -29,6 +29,7 @@ def box_in_frame(
     space: str,
     frame_size: tuple[int, int],
     crop: tuple[int, int, int, int] | None = None,
+    declared_size: tuple[int, int] | None = None,
 ) -> Box | BoxProblem:
     """Maps a box to pixels of the whole, uncropped frame.
 
@@ -41,6 +42,8 @@ def box_in_frame(
             down, never up, to a long side of 768 pixels (Phantom-Data).
         frame_size: (width, height) of the whole frame in pixels.
         crop: (x0, y0, x1, y1) in pixels of the whole frame; only "cropped_frame" uses it.
+        declared_size: (width, height) that the data set gives for the video, where its boxes come from; only "long768"
+            uses it: copies of a video often have another size. None: `frame_size`.
 
     Returns:
         The box, or what is wrong with it.
@@ -56,6 +59,12 @@ def box_in_frame(
         raise ValueError(f"a frame of {width}x{height} pixels has no place for a box")
     if len(box) != 4:
         raise ValueError(f"a box is four numbers (x0, y0, x1, y1), got {len(box)}")
+    if space == "long768" and declared_size is not None and declared_size != frame_size:
+        mapped = box_in_frame(box, space, declared_size)
+        if isinstance(mapped, BoxProblem):
+            return mapped
+        across, down = width / declared_size[0], height / declared_size[1]
+        return mapped[0] * across, mapped[1] * down, mapped[2] * across, mapped[3] * down
     left, top, scale = 0.0, 0.0, 1.0
     if space == "cropped_frame":
         if crop is None:

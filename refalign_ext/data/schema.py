@@ -7,7 +7,7 @@
        "target": {"frame" | "frame_frac", "bbox_xyxy", "box_space", "mask_rle"},
        "refs": [{"pair": "regular|cross|generated", "image": path | "video": {...}, "frame" | "frame_frac",
          "bbox_xyxy", "box_space": "frame|cropped_frame|long768", "mask_rle", "bg": "raw|white",
-         "scores": {"gme", "aes", "sim", "area_ratio"}, "source_id"}]}],
+         "scores": {"gme", "aes", "sim", "area_ratio"}, "source_id", "source_group"}]}],
      "meta": {}}
 
 Paths are relative to the manifest's folder. A key that is null, [] or {} counts as absent and is not written. A span
@@ -63,6 +63,11 @@ class VideoSpan:
     height: int | None = None
     crop_xyxy: tuple[int, int, int, int] | None = None
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height) of the whole frame, if it is known."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
 
 @dataclass(frozen=True)
 class ClipScores:
@@ -109,7 +114,7 @@ class Reference:
             [0, 1) of the span's frames.
         bbox_xyxy: box in pixels of `box_space`; mask_rle: mask of that space.
         bg: what lies behind the subject once it is cut: "raw" or "white".
-        source_id: id of the clip that it comes from.
+        source_id: id of the clip that it comes from; source_group: that clip's group, which must not be split from it.
     """
 
     pair: str
@@ -123,6 +128,7 @@ class Reference:
     bg: str | None = None
     scores: ReferenceScores = ReferenceScores()
     source_id: str | None = None
+    source_group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -484,6 +490,7 @@ def _parse_reference(item: _Fields) -> Reference:
         bg=item.choice("bg", BACKGROUNDS) if item.has("bg") else None,
         scores=_parse_scores(item, ReferenceScores),
         source_id=item.text("source_id"),
+        source_group=item.text("source_group"),
     )
     if reference.image and reference.video:
         item.fail("video", "the reference is already given by image: use one of the two")
@@ -533,6 +540,8 @@ def _names(kind: type) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     """Dataclasses and tuples as JSON's objects and lists, absent values left out."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
     if is_dataclass(value):
         value = {name: getattr(value, name) for name in _names(type(value))}
     if isinstance(value, dict):

@@ -1,24 +1,28 @@
 """Frames of clips, decoded with PyAV: any of them without those before its key frame, upright, in true colours, at a set rate.
 
-Frames are counted from 0 in the order in which they are shown. Pixels are taken as square; nothing is tone-mapped.
+Frames are counted from 0 in the order in which they are shown, seconds from the first one. Pixels are taken as square;
+nothing is tone-mapped. A file may be one of its own or held in memory.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from refalign_ext.data.media import Media, MediaBytes
+from refalign_ext.data.spans import Part, choose_frames, frame_range
 
 if TYPE_CHECKING:
     import av
@@ -28,6 +32,10 @@ _WORTH_SEEKING = (
     8  # frames to leave out: below this, decoding on costs less than starting anew at a key frame
 )
 _LIMITED_RANGE = 1  # FFmpeg's number for black at 16 and white at 235
+# FFmpeg's names of containers that hold their own frames. Others, such as playlists, may name files anywhere.
+_CONTAINERS = (
+    "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,ivf,nut,mxf,dv,m4v,h264,hevc,obu,yuv4mpegpipe"
+)
 
 
 @dataclass(frozen=True)
@@ -55,29 +63,30 @@ class VideoInfo:
 
 
 @dataclass(frozen=True)
-class _Packet:
-    """One stored frame; times in ticks of the stream, None where the file has none."""
+class Packet:
+    """One stored frame; times in ticks of the stream, None where the file has none; size in bytes."""
 
     pts: int | None
     dts: int | None
     duration: int
+    size: int
     is_key: bool
     is_shown: bool  # False: only there for others to build on (edit lists), or broken off
 
 
-def probe(path: Path) -> VideoInfo:
+def probe(path: Media) -> VideoInfo:
     """Reads times from the packets; of the pictures only the first is decoded, as it alone tells the rotation.
 
     Raises:
         ValueError: if the file has no video that can be decoded.
     """
-    with _opened(path) as (container, stream):
-        packets = _packets(container, stream)
+    with open_video(path) as (container, stream):
+        packets = list_packets(container, stream)
         shown = [packet for packet in packets if packet.is_shown]
-        times, tick = _times(packets), stream.time_base
+        times, tick = frame_times(packets), stream.time_base
         rate = stream.average_rate or stream.guessed_rate
         pixel_format = stream.codec_context.pix_fmt or ""
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None or not shown:
             raise ValueError(f"{path}: cannot be decoded (no frames in its video)")
@@ -107,14 +116,18 @@ def probe(path: Path) -> VideoInfo:
 
 
 def read_clip(
-    path: Path,
+    path: Media,
     frame_num: int,
     size: tuple[int, int],
     start_share: float = 0.0,
     *,
     fps: float | None = None,
+    stride: int | None = None,
     start_frame: int | None = None,
     end_frame: int | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    end_tolerance: int = 0,
     crop_xyxy: Sequence[int] | None = None,
 ) -> Tensor:
     """`frame_num` frames, upright, scaled and centre-cropped to `size` (width, height): [3, T, H, W] in [-1, 1].
@@ -123,33 +136,81 @@ def read_clip(
 
     Args:
         start_share: where to start, 0 to 1, as a share of the frames that can be spared.
-        fps: frames per second to take, each the one shown nearest to its time; None takes consecutive frames.
+        fps: frames per second to take, each the one shown nearest to its time; None takes frames of the file.
+        stride: take every stride-th frame of the file, instead of `fps`; None is 1.
         start_frame, end_frame: take frames from this range alone, `end_frame` excluded; None is no limit.
+        start_s, end_s: the range in seconds instead: of frames shown from `start_s` on and before `end_s`.
+        end_tolerance: frames by which the end may lie beyond that of the file, and is then taken as the file's.
         crop_xyxy: left, top, right and bottom of the part to use, in whole pixels of a frame as it is shown.
 
     Raises:
         ValueError: if the file cannot be decoded, or is too short or too small for what is asked.
     """
-    _check_request(path, frame_num, size, start_share, fps)
-    finish = _Finish(path, size, crop_xyxy)
+    _check_request(path, frame_num, size, start_share, fps, stride)
+    part = Part(start_frame, end_frame, start_s, end_s, end_tolerance)
 
     def choose(times: list[Fraction]) -> list[int]:
-        return _choose(path, times, frame_num, start_share, fps, start_frame, end_frame)
+        return choose_frames(path, times, part, frame_num, start_share, fps, stride or 1)
 
+    return torch.stack(_read(path, choose, _Finish(path, size, crop_xyxy)), 1)  # [3, T, H, W]
+
+
+def read_frame(
+    path: Media,
+    *,
+    frame: int | None = None,
+    frame_share: float | None = None,
+    start_frame: int | None = None,
+    end_frame: int | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    end_tolerance: int = 0,
+) -> np.ndarray:
+    """One whole frame, upright, at its own size: [H, W, 3] uint8, RGB.
+
+    Args:
+        frame: its number in the file, or frame_share: its place in [0, 1) among the frames of the range.
+        start_frame, end_frame, start_s, end_s, end_tolerance: the range, as for `read_clip`.
+
+    Raises:
+        ValueError: if the file cannot be decoded, or the frame is not in the range or the range not in the file.
+    """
+    if (frame is None) == (frame_share is None):
+        raise ValueError(f"{path}: give either frame or frame_share")
+    if frame_share is not None and not 0 <= frame_share < 1:
+        raise ValueError(f"{path}: frame_share is {frame_share}, it is at least 0 and below 1")
+    part = Part(start_frame, end_frame, start_s, end_s, end_tolerance)
+
+    def choose(times: list[Fraction]) -> list[int]:
+        start, end = frame_range(path, times, part)
+        number = frame if frame is not None else start + int((end - start) * frame_share)
+        if not start <= number < end:
+            inside = "" if (start, end) == (0, len(times)) else f" that are used ({start} to {end})"
+            raise ValueError(f"{path}: frame {number} is not one of the {end - start} frames{inside}")
+        return [number]
+
+    return _read(path, choose, _Finish(path, None, None))[0].numpy()
+
+
+def _read(path: Media, choose: Callable[[list[Fraction]], list[int]], finish: _Finish) -> list[Tensor]:
+    """The frames whose numbers `choose` picks, given all times in seconds."""
     shown = None
-    with _opened(path) as (container, stream):
-        packets = _packets(container, stream)
-        times = _times(packets)  # without times there is only counting
+    with open_video(path) as (container, stream):
+        packets = list_packets(container, stream)
+        times = frame_times(packets)  # without times there is only counting
         if times is not None:
             chosen = choose([time * stream.time_base for time in times])
             shown = _decode_from(container, stream, packets, [times[index] for index in chosen], finish)
-    if shown is None:
-        shown = _decode_counting(path, choose, finish)
-    return torch.stack(shown, 1)  # [3, T, H, W]
+    return _decode_counting(path, choose, finish) if shown is None else shown
 
 
 def _check_request(
-    path: Path, frame_num: int, size: tuple[int, int], start_share: float, fps: float | None
+    path: Media,
+    frame_num: int,
+    size: tuple[int, int],
+    start_share: float,
+    fps: float | None,
+    stride: int | None,
 ) -> None:
     if frame_num < 1 or min(size) < 1:
         raise ValueError(f"{path}: {frame_num} frames of {size[0]} x {size[1]} pixels are no clip")
@@ -157,16 +218,22 @@ def _check_request(
         raise ValueError(f"{path}: start_share is {start_share}, it lies between 0 and 1")
     if fps is not None and not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"{path}: fps is {fps}, it has to be above 0")
+    if stride is not None and stride < 1:
+        raise ValueError(f"{path}: stride is {stride}, it is at least 1")
+    if fps is not None and stride is not None:
+        raise ValueError(f"{path}: frames are taken either at fps or with a stride, not both")
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: Media) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The container and its video stream; whatever FFmpeg says about them becomes a ValueError with the file's name."""
     import av
 
     try:
+        file = io.BytesIO(path.data) if isinstance(path, MediaBytes) else str(path)
+        options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
         # Titles in an unknown encoding are common in downloads and of no interest.
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(file, metadata_errors="replace", options=options) as container:
             # A cover picture is stored as a video stream too.
             cover = av.stream.Disposition.attached_pic
             streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -186,13 +253,14 @@ def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoS
         raise ValueError(f"{path}: cannot be decoded ({error})") from error
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[_Packet]:
+def list_packets(container: av.container.InputContainer, stream: av.VideoStream) -> list[Packet]:
     """All packets in the order of the file; nothing is decoded."""
     return [
-        _Packet(
+        Packet(
             packet.pts,
             packet.dts,
             packet.duration or 0,
+            packet.size,
             packet.is_keyframe,
             not (packet.is_discard or packet.is_corrupt),
         )
@@ -201,7 +269,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
     ]
 
 
-def _times(packets: list[_Packet]) -> list[int] | None:
+def frame_times(packets: list[Packet]) -> list[int] | None:
     """When each frame is shown, in order, or None if the file does not tell or two would be shown at once."""
     times = [packet.pts for packet in packets if packet.is_shown]
     if not times or None in times or len(set(times)) != len(times):
@@ -209,50 +277,10 @@ def _times(packets: list[_Packet]) -> list[int] | None:
     return sorted(times)
 
 
-def _choose(
-    path: Path,
-    times: list[Fraction],
-    frame_num: int,
-    start_share: float,
-    fps: float | None,
-    start_frame: int | None,
-    end_frame: int | None,
-) -> list[int]:
-    """Indices of the frames to take, in order; at a high `fps` one may come repeatedly. `times` in seconds."""
-    start, end = start_frame or 0, len(times) if end_frame is None else end_frame
-    if not 0 <= start < end <= len(times):
-        raise ValueError(f"{path}: frames {start} to {end} are asked for, the file has {len(times)}")
-    inside = "" if (start, end) == (0, len(times)) else f" from {start} to {end}"
-    if fps is None:
-        if end - start < frame_num:
-            raise ValueError(f"{path}: {end - start} frames{inside}, {frame_num} are needed")
-        first = start + int(start_share * (end - start - frame_num))
-        return list(range(first, first + frame_num))
-    times, interval = times[start:end], 1 / Fraction(fps)
-    steps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
-    # The last frame stands for half a step after its time, as every other one does.
-    reach = times[-1] + (steps[len(steps) // 2] / 2 if steps else 0)
-    starts = bisect_right(times, reach - (frame_num - 1) * interval)
-    if not starts:
-        possible = int((reach - times[0]) / interval) + 1
-        raise ValueError(
-            f"{path}: {end - start} frames{inside} over {float(reach - times[0]):.2f} s are {possible} at {fps:g} fps, "
-            f"{frame_num} are needed"
-        )
-    begin = times[int(start_share * (starts - 1))]
-    return [start + _nearest(times, begin + index * interval) for index in range(frame_num)]
-
-
-def _nearest(times: list[Fraction], instant: Fraction) -> int:
-    """Index of the time nearest to `instant`; the earlier of two that are equally near."""
-    after = min(bisect_left(times, instant), len(times) - 1)
-    return after - 1 if after and instant - times[after - 1] <= times[after] - instant else after
-
-
 def _decode_from(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    packets: list[_Packet],
+    packets: list[Packet],
     times: list[int],
     finish: _Finish,
 ) -> list[Tensor] | None:
@@ -278,7 +306,7 @@ def _decode_from(
     frames: dict[int, Tensor] = {}
     for key, wanted in runs:
         try:
-            source = _packets_from(container, stream, packets, places, key)
+            source = packets_from(container, stream, packets, places, key)
         except av.error.FFmpegError:  # a stream without an index
             return None
         found = None if source is None else _decode_run(source, wanted, finish)
@@ -288,10 +316,10 @@ def _decode_from(
     return [frames[time] for time in times]
 
 
-def _packets_from(
+def packets_from(
     container: av.container.InputContainer,
     stream: av.VideoStream,
-    packets: list[_Packet],
+    packets: list[Packet],
     places: dict[int | None, int],
     key: int,
 ) -> Iterator[av.Packet] | None:
@@ -326,10 +354,10 @@ def _decode_run(source: Iterator[av.Packet], times: list[int], finish: _Finish) 
 
 
 def _decode_counting(
-    path: Path, choose: Callable[[list[Fraction]], list[int]], finish: _Finish
+    path: Media, choose: Callable[[list[Fraction]], list[int]], finish: _Finish
 ) -> list[Tensor]:
     """The same for files with missing or untrue times: count all frames first, then decode up to the last one."""
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         tick, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(1)
         shown = [frame.pts for frame in container.decode(stream)]
     if not shown:
@@ -340,7 +368,7 @@ def _decode_counting(
         times = [index / Fraction(rate) for index in range(len(shown))]
     chosen = choose(times)
     wanted, frames = set(chosen), {}
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         for index, frame in enumerate(islice(container.decode(stream), chosen[-1] + 1)):
             if index in wanted:
                 frames[index] = finish(frame)
@@ -348,9 +376,9 @@ def _decode_counting(
 
 
 class _Finish:
-    """Turns decoded frames into tensors: colours, rotation, crop, size."""
+    """Turns decoded frames into tensors: colours, rotation, crop, size; without a size into [H, W, 3] uint8."""
 
-    def __init__(self, path: Path, size: tuple[int, int], crop_xyxy: Sequence[int] | None) -> None:
+    def __init__(self, path: Media, size: tuple[int, int] | None, crop_xyxy: Sequence[int] | None) -> None:
         from av.video.reformatter import VideoReformatter
 
         self.path, self.size, self.crop = path, size, crop_xyxy
@@ -363,7 +391,8 @@ class _Finish:
         if self.crop is not None:
             left, top, right, bottom = self._checked_crop(pixels.shape[1], pixels.shape[0])
             pixels = pixels[top:bottom, left:right]
-        return _fitted(np.ascontiguousarray(pixels), self.size)
+        pixels = np.ascontiguousarray(pixels)
+        return torch.from_numpy(pixels) if self.size is None else _fitted(pixels, self.size)
 
     def _checked_crop(self, width: int, height: int) -> tuple[int, int, int, int]:
         crop = self.crop

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refalign_ext.assemble import text_encoder
 from refalign_ext.backbone import (
     WAN_CONFIGS,
     ReferenceBackbone,
@@ -21,6 +20,7 @@ from refalign_ext.backbone import (
     resolve_device,
 )
 from refalign_ext.distributed.reading import read_any_dit
+from refalign_ext.frozen import text_encoder
 from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor

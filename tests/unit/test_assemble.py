@@ -11,13 +11,14 @@ from easydict import EasyDict
 from safetensors.torch import save_file
 from torch import nn
 
-from refalign_ext.assemble import _trained_parts, assemble, text_encoder
+from refalign_ext.assemble import _trained_parts, assemble
 from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arguments
 from refalign_ext.config import TrainConfig, recipe
 from refalign_ext.distributed.checkpoint import Checkpointer
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.distributed.state import build_state
+from refalign_ext.frozen import text_encoder
 from refalign_ext.projectors import ReferenceProjectors
 
 TASK = EasyDict(WAN_CONFIGS["r2v-tiny"], dim=24, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16)
@@ -123,8 +124,8 @@ def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
         (TrainConfig(task="r2v-1.3B"), "--task r2v-1.3B needs --ckpt_dir FOLDER"),
         (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: training is for reference-to-video"),
         (TrainConfig(task="r2v-1.3B", ckpt_dir="none"), "none: no such checkpoint folder"),
-        (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl: no such manifest"),
-        (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl: no such manifest"),
+        (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
+        (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
         (TrainConfig(lora_rank=4, from_scratch=True), "--lora_rank adapts weights that exist"),
     ],
 )

@@ -15,6 +15,7 @@ from refalign_ext.backbone import TAPS as BACKBONE_TAPS
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.config import (
     ACTIVATION_CHECKPOINTING,
+    GROUPS,
     OPTIMIZERS,
     PRECISIONS,
     RECIPES,
@@ -56,7 +57,8 @@ def test_the_papers_numbers() -> None:
     )
     assert first.timesteps == "paper" and first.clip_norm == 1.0 and first.ema_decay == 0
     assert not first.from_scratch
-    assert differing_fields(first, second) == {"recipe", "steps"}
+    assert differing_fields(first, second) == {"recipe", "steps", "sampling"}
+    assert (first.sampling.cross_pairs, second.sampling.cross_pairs) == (0, 1)
 
 
 def test_the_release_differs_in_timesteps_and_weighting_only() -> None:
@@ -111,10 +113,10 @@ def test_every_way_of_activation_checkpointing_is_known() -> None:
 
 def test_every_field_is_documented() -> None:
     tree = ast.parse(Path(configuration.__file__).read_text(encoding="utf-8"))
-    for owner in ("TrainConfig", "AlignmentConfig"):
+    for owner in ("TrainConfig", *(group.__name__ for group in GROUPS.values())):
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner)
         for node, following in zip(body, body[1:], strict=False):
-            if isinstance(node, ast.AnnAssign) and node.target.id != "alignment":
+            if isinstance(node, ast.AnnAssign) and node.target.id not in GROUPS:
                 assert isinstance(following, ast.Expr), f"{owner}.{node.target.id} has no description"
 
 
@@ -142,8 +144,6 @@ def test_adapting_weights_means_starting_from_them_without_an_average() -> None:
 
 @pytest.mark.parametrize("name", ["stepz", "alignment.dept", "alignment", "alignment.alignment"])
 def test_unknown_settings_are_named(name: str) -> None:
-    if name == "alignment":
-        return
     with pytest.raises(ValueError, match="unknown setting .*choose one of"):
         with_overrides(recipe("tiny"), {name: 1})
 
@@ -167,6 +167,10 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         ("optimizer", "sgd", "choose one of adamw, muon"),
         ("schedule", "step", "choose one of constant, linear, cosine"),
         ("precision", "fp16", "choose one of fp32, bf16"),
+        ("data_schedule", "turns", "choose one of mixed, stages"),
+        ("sampling.cross_pairs", 1.5, "sampling.cross_pairs is 1.5: it is a share"),
+        ("sampling.stride", 0, "sampling.stride is 0: it must be at least 1"),
+        ("validation_share", 1.0, "validation_share is 1.0: it is a share, from 0 to below 1"),
         ("batch_size", 0, "batch_size is 0: it must be at least 1"),
         ("global_batch_size", -1, "global_batch_size is -1: it must be at least 0"),
         ("activation_checkpointing", "some", "is 'some': choose one of none, full, selective"),

@@ -23,6 +23,7 @@ ORDER = [
     "teachers",
     "data",
     "sprites",
+    "wan_root",
     "backbone",
     "guidance",
     "sampler",
@@ -31,11 +32,12 @@ ORDER = [
     "distributed",
     "export embedded",
     "errors generation telemetry",
-    "trainer assemble loop",
+    "frozen trainer training_data assemble caching loop",
     "evaluation",
     "previews",
     "__init__",
-    "launch cli",
+    "rebase",
+    "launch sprites_commands data_options convert_commands data_commands cli",
     "__main__",
 ]
 RANK = {part: rank for rank, part in enumerate(" ".join(ORDER).split())}

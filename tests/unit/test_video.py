@@ -417,6 +417,30 @@ def test_bounds_on_what_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_clip(path, 3, SIZE)
 
 
+def test_only_what_is_needed_is_scaled_and_files_without_times_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = render(tmp_path / "a.mp4", 240)
+    fitted, original = [], video._fitted
+    monkeypatch.setattr(video, "_fitted", lambda *given: fitted.append(1) or original(*given))
+    by_seeking = read_clip(path, 9, SIZE, 0.8)
+    assert len(fitted) == 9
+    monkeypatch.setattr(video, "_decode_from", lambda *given: None)
+    by_counting = read_clip(path, 9, SIZE, 0.8)
+    assert len(fitted) == 18
+    assert torch.equal(by_seeking, by_counting)
+    assert numbers(by_seeking) == list(range(184, 193))
+
+
+def test_scaled_and_cropped_around_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 120), np.uint8)
+    pixels[:, 40:80] = 255  # only the centre is white
+    path = render(tmp_path / "wide.mp4", [pixels] * 5)
+    assert read_clip(path, 5, (16, 16)).min() > 0.5
+    wide = read_clip(path, 5, (48, 16))
+    assert wide[..., :12].max() < -0.8 and wide[..., 20:28].min() > 0.8
+
+
 def test_a_cover_picture_is_not_the_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:

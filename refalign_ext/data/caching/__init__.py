@@ -1,0 +1,1 @@
+"""Latents, text and teacher features computed before training."""

@@ -1,0 +1,1 @@
+"""Looking at data before it is trained on: every row checked, and a sheet of samples to look at."""

@@ -1,0 +1,123 @@
+"""Which clips and references a conversion keeps: RefAlign's own rules as defaults, each with a switch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from refalign_ext.data.schema import ClipScores, ReferenceScores
+
+OVERFLOW = ("drop", "clamp")
+
+_HUMANS = """
+    actor actress adult athlete audience baby boy bride chef child children couple crowd dancer doctor driver elder family
+    father female gentleman girl groom guy human individual infant kid kids ladies lady male man men mother musician nurse
+    officer people performer person persons player singer soldier speaker student teacher teenager toddler woman women
+    worker
+"""
+_HUMAN_WORDS = frozenset(_HUMANS.split())
+_FACE_WORDS = frozenset({"face", "faces", "head", "heads"})
+_ENDING_WORDS = frozenset(
+    {"of", "with", "in", "on", "for", "wearing"}
+)  # what follows is not the thing itself
+
+
+def frames_needed(frame_num: int, stride: int) -> int:
+    """Frames a clip must have so that `frame_num` can be taken, every `stride`-th: 81 at stride 3 need 241."""
+    return (frame_num - 1) * stride + 1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept; None switches a rule off. A score that a data set does not give is not judged.
+
+    Attributes:
+        min_aesthetic, min_gme: a reference is kept if its aesthetic score or its text match (gme) reaches its limit.
+        min_area_ratio: least share of the frame that a reference's box takes.
+        max_references: of a clip's subjects, so many with the largest boxes are kept; a background is not counted.
+        max_cross: of a subject's cross references, so many with the best likeness are kept.
+        max_mask_iou: from this overlap on, two masks of a frame are one thing under two names; the better is kept.
+        min_text_similarity, min_image_similarity: cross pairs below are dropped (the image's must be above).
+        min_frames: least length of a clip in frames; see `frames_needed`.
+        min_clip_aesthetic, min_clip_motion, min_clip_tech: least scores of a clip.
+        overflow: what to do with a box that protrudes from its frame by more than rounding: "drop" or "clamp".
+
+    Raises:
+        ValueError: naming the flag with a value that cannot be.
+    """
+
+    min_aesthetic: float | None = 4.5
+    min_gme: float | None = 0.6
+    min_area_ratio: float | None = 0.1
+    max_references: int | None = 3
+    max_cross: int | None = 8
+    max_mask_iou: float | None = 0.8
+    min_text_similarity: float | None = 0.6
+    min_image_similarity: float | None = 0.6
+    min_frames: int | None = frames_needed(81, 3)
+    min_clip_aesthetic: float | None = None
+    min_clip_motion: float | None = None
+    min_clip_tech: float | None = None
+    overflow: str = "drop"
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            flag = f"--{item.name}"
+            if item.name == "overflow":
+                if value not in OVERFLOW:
+                    raise ValueError(f"{flag} {value}: choose one of {', '.join(OVERFLOW)}")
+            elif value is not None and not math.isfinite(value):
+                raise ValueError(f"{flag} {value}: expected a number")
+        if self.max_mask_iou is not None and not 0 < self.max_mask_iou <= 1:
+            raise ValueError(f"--max_mask_iou {self.max_mask_iou}: expected an overlap above 0 and at most 1")
+        for name, least in (("max_references", 1), ("max_cross", 0), ("min_frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: expected at least {least}")
+
+    def clip_problem(self, frames: int | None, scores: ClipScores) -> str | None:
+        """Under which reason a clip of so many frames is dropped; None if it is kept."""
+        if self.min_frames is not None and frames is not None and frames < self.min_frames:
+            return "too_short"
+        for name in ("aesthetic", "motion", "tech"):
+            if _is_below(getattr(scores, name), getattr(self, f"min_clip_{name}")):
+                return f"clip_{name}_low"
+        return None
+
+    def reference_problem(self, scores: ReferenceScores) -> str | None:
+        """Under which reason a reference with these scores is dropped; None if it is kept."""
+        if _is_below(scores.area_ratio, self.min_area_ratio):
+            return "area_small"
+        rules = [(scores.aes, self.min_aesthetic), (scores.gme, self.min_gme)]
+        judged = [(score, least) for score, least in rules if score is not None and least is not None]
+        if judged and all(score < least for score, least in judged):
+            return "quality_low"
+        return None
+
+    def pair_problem(self, text: float | None, image: float | None) -> str | None:
+        """Under which reason a cross pair with these similarities is dropped; None if it is kept."""
+        if _is_below(text, self.min_text_similarity):
+            return "cross_text_low"
+        if None not in (image, self.min_image_similarity) and image <= self.min_image_similarity:
+            return "cross_image_low"
+        return None
+
+
+def kind_of_class(name: str) -> str:
+    """ "face", "human" or "object" for the name of a class: "young woman" is human, "human head" a face.
+
+    The last word before "in", "with" and the like decides, so what only describes does not ("baby stroller").
+    """
+    last = ""
+    for word in name.lower().replace("-", " ").split():
+        if last and word in _ENDING_WORDS:
+            break
+        last = word
+    if last in _FACE_WORDS:
+        return "face"
+    return "human" if last in _HUMAN_WORDS else "object"
+
+
+def _is_below(score: float | None, least: float | None) -> bool:
+    return score is not None and least is not None and score < least

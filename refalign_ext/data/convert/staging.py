@@ -1,0 +1,113 @@
+"""Large inputs read once into sqlite files of their own, which later runs use again if nothing has changed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from refalign_ext.data.convert.report import Report
+
+_META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
+_CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file
+
+
+class Busy(ValueError):
+    """Another process of this machine is writing the same file."""
+
+
+def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> str:
+    """What a staged file depends on: settings, and the inputs' names, sizes and times of change."""
+    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
+    text = json.dumps([dict(settings), states], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_staged(target: Path, expected: str) -> bool:
+    """Whether `target` is a complete staged file with this fingerprint."""
+    try:
+        with open_staged(target) as staged:
+            return staged.execute("SELECT fingerprint FROM meta").fetchone() == (expected,)
+    except sqlite3.Error:
+        return False
+
+
+def staged_report(target: Path) -> Report:
+    """What was dropped while a file was staged."""
+    with open_staged(target) as staged:
+        return Report.from_dict(json.loads(staged.execute("SELECT report FROM meta").fetchone()[0]))
+
+
+@contextmanager
+def open_staged(target: Path) -> Iterator[sqlite3.Connection]:
+    """A staged file for reading.
+
+    Raises:
+        sqlite3.Error: if there is no such file.
+    """
+    # A "?" or "#" of the path would end it in a URI.
+    connection = sqlite3.connect(f"{target.absolute().as_uri()}?mode=ro", uri=True)
+    try:
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        yield connection
+    finally:
+        connection.close()
+
+
+@contextmanager
+def staging(target: Path, mark: str, tables: str, report: Report) -> Iterator[sqlite3.Connection]:
+    """An empty staged file to be filled; it takes its name, with `report`, once the block ends without an error.
+
+    Raises:
+        Busy: (a ValueError) if another process of this machine is staging the same file.
+        OSError: if the file cannot be written.
+    """
+    aside = target.with_name(target.name + ".part")
+    with locked(target):
+        aside.unlink(missing_ok=True)
+        connection = sqlite3.connect(aside)
+        try:
+            # The file is thrown away if it is not finished: a journal would only cost time.
+            connection.executescript(
+                f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
+                f"{_META};{tables}"
+            )
+            yield connection
+            connection.execute("INSERT INTO meta VALUES (?, ?)", (mark, json.dumps(report.to_dict())))
+            connection.commit()
+            connection.close()
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, target)
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{aside}: cannot be written ({error})") from None
+        finally:
+            connection.close()
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Holds a lock on what is to be `target` that ends with the process.
+
+    The empty file `<target>.lock` stays, since another process may have opened it.
+
+    Raises:
+        Busy: (a ValueError) if another process has it.
+    """
+    with target.with_name(target.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"{target}: another process is writing it: give every process its own --shard"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,1 @@
+"""What chance decides: which clip, stretch, references and augmentation a position of training shows."""

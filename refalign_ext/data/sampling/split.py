@@ -1,0 +1,118 @@
+"""Which clips train and which validate: decided by a clip's group, so that no source ends up on both sides.
+
+Groups and ids are handled as 64-bit digests, which makes millions of them an array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from refalign_ext.data.schema import Clip, Reference
+
+PARTS = ("all", "train", "validation")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One side of a division of clips by their groups.
+
+    Attributes:
+        share: of the groups that validate, by chance; 0 divides nothing.
+        seed: what the chance depends on, besides the group's name.
+        part: "train", "validation", or "all" for both.
+
+    Raises:
+        ValueError: naming `validation_share`, if it is not a share.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+    part: str = "all"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"validation_share is {self.share}: it is a share, from 0 to below 1")
+        assert self.part in PARTS
+
+    @property
+    def divides(self) -> bool:
+        """Whether anything is left out."""
+        return self.part != "all" and (self.share > 0 or self.part == "validation")
+
+    def holds(self, groups: np.ndarray) -> np.ndarray:
+        """Which groups [n], uint64 digests, are on this side: [n] booleans."""
+        if not self.divides:
+            return np.ones(len(groups), bool)
+        lots = _mix(groups ^ np.uint64(digest(f"split {self.seed}")))
+        # Compared as floats of 53 bits: 2**64 * share does not fit into 64 bits for every share.
+        validates = (lots >> np.uint64(11)).astype(np.float64) / 2.0**53 < self.share
+        return validates if self.part == "validation" else ~validates
+
+    def holds_group(self, group: str) -> bool:
+        """Whether clips of a group are on this side."""
+        return bool(self.holds(np.array([digest(group)], np.uint64))[0])
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTable:
+    """The groups of clips by their ids: two arrays [n] uint64 of digests, ids ascending."""
+
+    ids: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def of(cls, ids: np.ndarray, groups: np.ndarray) -> GroupTable:
+        """A table of ids [n] in any order."""
+        order = np.argsort(ids, kind="stable")
+        return cls(ids[order], groups[order])
+
+    def groups_of(self, ids: np.ndarray) -> np.ndarray:
+        """The groups [m] of ids [m]; an unknown clip is taken to be a group of its own, named like it."""
+        if not len(self.ids):
+            return ids
+        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        return np.where(self.ids[places] == ids, self.groups[places], ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Allowed:
+    """Tells whether a reference of a clip may be used on one side of a split.
+
+    References that name no source belong to the clip. A source is known by its group, or by its id and the table.
+    """
+
+    split: Split
+    table: GroupTable
+
+    def of(self, clip: Clip, reference: Reference) -> bool:
+        """Whether what the reference shows is on this side."""
+        known, is_group = source_digest(clip, reference)
+        if known is None:
+            return True
+        source = np.array([known], np.uint64)
+        return bool(self.split.holds(source if is_group else self.table.groups_of(source))[0])
+
+
+def source_digest(clip: Clip, reference: Reference) -> tuple[int | None, bool]:
+    """Where a reference comes from: (digest, whether of a group or of a clip's id); None: from the clip's own group."""
+    if reference.source_group is not None:
+        return (None if reference.source_group == clip.group else digest(reference.source_group)), True
+    if reference.source_id is not None and reference.source_id != clip.id:
+        return digest(reference.source_id), False
+    return None, True
+
+
+def digest(text: str) -> int:
+    """64 bits of a name, the same everywhere."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014) over uint64 values."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,275 @@
+"""Tar shards in webdataset's layout: `<key>.json` with the clip, `<key>.mp4` with its video, `<key>.0.png` and so on.
+
+A packed folder holds `shards/00000.tar` onwards and `shards.json` with the samples, size and SHA-256 of each. The key of
+a sample is the number of its row in the manifest that was packed, so keys are unique and sort in its order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+LISTING = "shards.json"
+SHARD_FOLDER = "shards"
+MAX_MEMBER_BYTES = 2 << 30
+_MAX_LISTING_BYTES = 256 << 20
+_MAX_MEMBERS = 1 << 20  # of one shard
+_BLOCK = tarfile.BLOCKSIZE
+_NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_.-]{1,64})")  # key and extension
+_SHARD_NAME = re.compile(r"shards/[0-9]{5,9}\.tar")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One line of `shards.json`: the shard's name relative to the folder, its samples, bytes and SHA-256."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+def shard_name(number: int) -> str:
+    """The name of shard `number` within its folder."""
+    return f"{SHARD_FOLDER}/{number:05d}.tar"
+
+
+@dataclass
+class ShardTable:
+    """Where the members of one shard lie.
+
+    Attributes:
+        name: of the shard, for errors.
+        file: open for reading.
+        keys: of the samples, in the order of the shard.
+        members: (offset, bytes) of each usable member, or why it is not usable.
+        damage: why the shard could not be read to its end, or None.
+    """
+
+    name: str
+    file: BinaryIO
+    keys: list[str] = field(default_factory=list)
+    members: dict[str, tuple[int, int] | str] = field(default_factory=dict)
+    damage: str | None = None
+
+    def place_of(self, member: str) -> tuple[int, int]:
+        """Offset and bytes of a member.
+
+        Raises:
+            ValueError: if the shard has no such member, or it is no plain file.
+        """
+        found = self.members.get(member)
+        if found is None:
+            rest = f"; the shard is {self.damage}" if self.damage else ""
+            raise ValueError(f"{self.name} has no member {member!r}{rest}")
+        if isinstance(found, str):
+            raise ValueError(f"{self.name}: member {member!r} {found}")
+        return found
+
+    def read(self, member: str, limit: int = MAX_MEMBER_BYTES) -> bytes:
+        """The bytes of a member.
+
+        Raises:
+            ValueError: if the shard has no such member, or it is no plain file, too large or cut off.
+        """
+        offset, size = self.place_of(member)
+        if size > limit:
+            raise ValueError(f"{self.name}: member {member!r} has {size} bytes; {limit} are the most")
+        blocks: list[bytes] = []
+        while size:  # one call reads 2 GiB at most
+            block = os.pread(self.file.fileno(), min(size, 1 << 30), offset)
+            if not block:
+                raise ValueError(f"{self.name}: member {member!r} is cut off: the shard was changed")
+            blocks.append(block)
+            offset, size = offset + len(block), size - len(block)
+        return b"".join(blocks)
+
+
+def scan_shard(path: Path) -> ShardTable:
+    """Reads the headers of a shard, not its contents; what is wrong with it is noted in the table.
+
+    Only plain files with names `<key>.<extension>` can be used: links, folders, devices and names with a slash are
+    noted as unusable.
+
+    Raises:
+        ValueError: if the shard cannot be opened.
+    """
+    try:
+        table = ShardTable(str(path), path.open("rb"))
+    except OSError as error:
+        raise ValueError(f"{path}: the shard cannot be opened ({error.strerror})") from None
+    total, offset = os.fstat(table.file.fileno()).st_size, 0
+    seen: set[str] = set()
+    for _ in range(_MAX_MEMBERS):
+        block = os.pread(table.file.fileno(), _BLOCK, offset)
+        if block == bytes(_BLOCK):  # the end mark
+            return table
+        if len(block) < _BLOCK:
+            table.damage = f"cut off at byte {total}"
+            return table
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            table.damage = f"damaged at byte {offset} ({error})"
+            return table
+        offset += _BLOCK
+        if header.size < 0:
+            table.damage = f"damaged at byte {offset - _BLOCK} (a negative size)"
+            return table
+        name = _NAME.fullmatch(header.name)
+        if name:
+            if name[1] not in seen:
+                seen.add(name[1])
+                table.keys.append(name[1])
+            table.members[header.name] = _place(header, offset, total, header.name in table.members)
+        offset += -(-header.size // _BLOCK) * _BLOCK
+        if offset > total:
+            table.damage = f"cut off at byte {total}"
+            return table
+    table.damage = f"not read beyond its first {_MAX_MEMBERS} members"
+    return table
+
+
+def _place(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
+    if is_known:
+        return "occurs twice"
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return "is not a plain file"
+    if header.size > MAX_MEMBER_BYTES:
+        return f"has {header.size} bytes; {MAX_MEMBER_BYTES} are the most"
+    if offset + header.size > total:
+        return "is cut off"
+    return offset, header.size
+
+
+class ShardWriter:
+    """Writes one shard; its bytes depend on the members and their order alone."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.samples = 0
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115, see close
+
+    def add(self, row: bytes, key: str, media: Iterable[tuple[str, BinaryIO, int]]) -> None:
+        """Adds a sample: its row as JSON and its files as (member name, contents, bytes).
+
+        Raises:
+            OSError: if a file is shorter than it should be.
+        """
+        self._member(f"{key}.json", io.BytesIO(row), len(row))
+        for name, contents, size in media:
+            self._member(name, contents, size)
+        self.samples += 1
+
+    def _member(self, name: str, contents: BinaryIO, size: int) -> None:
+        header = tarfile.TarInfo(name)  # everything else is 0: no time, no owner
+        header.size = size
+        self._tar.addfile(header, contents)
+
+    def close(self) -> None:
+        """Writes the end mark."""
+        self._tar.close()
+
+
+def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
+    """Writes `shards.json`, aside and then renamed."""
+    infos = list(shards)
+    listing = {
+        "version": _VERSION,
+        "samples": sum(info.samples for info in infos),
+        "shards": [asdict(info) for info in infos],
+    }
+    with written_aside(folder / LISTING) as file:
+        file.write(json.dumps(listing, indent=1).encode("utf-8") + b"\n")
+
+
+def read_listing(folder: Path) -> list[ShardInfo]:
+    """What `shards.json` of a packed folder says.
+
+    Raises:
+        ValueError: if it is missing or not as `write_listing` leaves it.
+    """
+    path = folder / LISTING
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_LISTING_BYTES + 1)
+        if len(data) > _MAX_LISTING_BYTES:
+            raise ValueError(f"it has more than {_MAX_LISTING_BYTES} bytes")
+        listing = json.loads(data)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not a list of shards ({error}): pack the folder again") from None
+    if not isinstance(listing, dict) or listing.get("version") != _VERSION:
+        raise ValueError(f"{path}: is not a list of shards of version {_VERSION}: pack the folder again")
+    entries = listing.get("shards")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: has no list of shards: pack the folder again")
+    return [_parse_info(entry, f"{path}, shard {number}") for number, entry in enumerate(entries, 1)]
+
+
+def _parse_info(entry: object, place: str) -> ShardInfo:
+    if not isinstance(entry, dict) or set(entry) != {"name", "samples", "bytes", "sha256"}:
+        raise ValueError(f"{place}: expected name, samples, bytes and sha256")
+    if not isinstance(entry["name"], str) or not _SHARD_NAME.fullmatch(entry["name"]):
+        raise ValueError(f"{place}: its name is not like {shard_name(0)!r}")
+    for key in ("samples", "bytes"):
+        if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 60:
+            raise ValueError(f"{place}: its {key} are not a number")
+    if not isinstance(entry["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
+        raise ValueError(f"{place}: its sha256 is not one")
+    return ShardInfo(**entry)
+
+
+def verify_shard(folder: Path, info: ShardInfo) -> str | None:
+    """What is wrong with a shard compared to `shards.json`, or None."""
+    path = folder / info.name
+    try:
+        size = path.stat().st_size
+        if size != info.bytes:
+            return f"{path}: has {size} bytes, {LISTING} says {info.bytes}: copy or pack it again"
+        if sha256_of(path) != info.sha256:
+            return f"{path}: its contents differ from what was packed (SHA-256): copy or pack it again"
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def written_aside(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file under a temporary name that takes the place of `target` if nothing goes wrong.
+
+    Args:
+        folder: where it lies until then, on the same file system; None: next to the target.
+    """
+    folder = target.parent if folder is None else folder
+    for needed in (target.parent, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
+    try:
+        with aside.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
