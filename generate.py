@@ -112,15 +112,24 @@ def parse_device(text: str) -> str:
     return text
 
 
-def parse_task(text: str) -> str:
-    """Reads a task name."""
-    if text in TASKS:
-        return text
-    if text in LATER_TASKS:
-        raise argparse.ArgumentTypeError(f"{text} is not available yet, choose one of {', '.join(TASKS)}")
-    close = difflib.get_close_matches(text, TASKS, n=1)
+def check_task(task: str) -> None:
+    """Refuses a task that is none, or that the tree of WAN_ROOT has but references do not go with.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if task in TASKS:
+        return
+    if os.environ.get("WAN_ROOT"):
+        from refalign_ext.backbone import REFUSED_TASKS
+
+        if task in REFUSED_TASKS:
+            raise ValueError(f"--task {task}: {REFUSED_TASKS[task]}")
+    if task in LATER_TASKS:
+        raise ValueError(f"--task {task} is not available yet, choose one of {', '.join(TASKS)}")
+    close = difflib.get_close_matches(task, TASKS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise argparse.ArgumentTypeError(f"unknown task {text!r}: {hint}choose one of {', '.join(TASKS)}")
+    raise ValueError(f"--task {task}: unknown, {hint}choose one of {', '.join(TASKS)}")
 
 
 def parse_finite(text: str) -> float:
@@ -141,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Generates a video or an image from a prompt; the r2v tasks also take reference images.",
     )
     add = parser.add_argument
-    add("--task", type=parse_task, default="r2v-tiny", metavar="TASK", help=f"one of {', '.join(TASKS)}")
+    add("--task", default="r2v-tiny", metavar="TASK", help=f"one of {', '.join(TASKS)}")
     add("--size", type=parse_size, metavar="W*H", help="width*height in pixels; default: the task's own")
     add(
         "--frame_num",
@@ -191,6 +200,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
+    add(
+        "--wan_root",
+        metavar="DIR",
+        help="official Wan checkout whose model to use; default: WAN_ROOT, else ours",
+    )
     add("--device", type=parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add(
         "--dtype",
@@ -273,6 +287,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag and the remedy.
     """
+    check_task(args.task)
     for name, (default, remedy) in LATER_FLAGS.items():
         if getattr(args, name) != default:
             raise ValueError(f"--{name}: {remedy}")
@@ -401,6 +416,8 @@ def output_paths(args: argparse.Namespace) -> OutputPaths:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; gives its exit code."""
     args = build_parser().parse_args(arguments)
+    if args.wan_root is not None:
+        os.environ["WAN_ROOT"] = args.wan_root
     rank = _environment("RANK", 0)
     # The log goes to standard output, as upstream's; standard error carries the progress bar and the one error line.
     logging.basicConfig(

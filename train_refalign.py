@@ -87,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume", default="auto", help="auto (default: newest checkpoint in --out), off, or a folder"
     )
+    parser.add_argument(
+        "--wan_root",
+        metavar="DIR",
+        help="official Wan checkout whose model to train (default: WAN_ROOT, else ours)",
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan (who holds what, memory) and stop"
@@ -125,6 +130,8 @@ def read_overrides(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
     options = build_parser().parse_args(arguments)
+    if options.wan_root is not None:
+        os.environ["WAN_ROOT"] = options.wan_root
     if options.threads is not None and options.threads < 1:
         fail(f"--threads {options.threads}: it must be at least 1")
     if options.world_size is not None and (options.world_size < 1 or not options.dry_run):
@@ -138,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = read_overrides(options)
     except KeyboardInterrupt:
         return 130
+    except ValueError as error:
+        fail(str(error))
     try:
         train(
             options.recipe,

@@ -1,4 +1,4 @@
-"""The attachment of RefAlign to a Wan model, and the only file here that imports `wan`.
+"""The attachment of RefAlign to a Wan model, and the only file here that imports `wan` (or the tree of WAN_ROOT).
 
 A RefAlign model is the official WanModel, fed latents with the references appended on the frame axis, whose reference
 tokens skip text cross-attention and whose last M output frames are dropped. Appending and dropping happen outside the
@@ -9,6 +9,7 @@ as they are and `detach` leaves the model as it was found.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,8 +20,20 @@ from torch import Tensor, nn
 
 from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
-from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+from refalign_ext.wan_root import check_own_wan, selected_tree
 
+check_own_wan()
+from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402 - only of a tree that has it all
+
+TREE = selected_tree()
+"""The official checkout that WAN_ROOT names; None: `wan` is this repository's."""
+
+REFUSED_TASKS: dict[str, str] = {}
+"""Reference-to-video tasks that the tree's own models suggest and that there are not, each with the reason."""
+
+if TREE is not None:
+    REFUSED_TASKS = TREE.refused(WAN_CONFIGS)
+    WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES = TREE.register(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
 register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
 
 TAPS = ("block", "self_attn")
@@ -76,6 +89,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     value = getattr(importlib.import_module(_FROM_WAN[name]), name)
+    if TREE is not None:
+        value = TREE.substitute(name, value)
     globals()[name] = value
     return value
 
@@ -194,10 +209,14 @@ class ReferenceBackbone(nn.Module):
         extended = [
             torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
         ]
+        # The text encoder's bfloat16 would not fit a float32 model that leaves rounding to autocast.
+        wide = torch.promote_types(self.model.patch_embedding.weight.dtype, torch.float32)
+        texts = [text.to(wide) for text in context]
         current = self._begin(layout, tap_depth, tap, latents[0].device)
         self._pass = current
         try:
-            outputs = self.model(extended, t=timestep, context=list(context), seq_len=layout.seq_len)
+            with self._precision(latents[0].device):
+                outputs = self.model(extended, t=timestep, context=texts, seq_len=layout.seq_len)
             taps = [current.taps[index] for index in range(tap_depth)]
         finally:
             self._pass, self._active = None, None
@@ -210,6 +229,14 @@ class ReferenceBackbone(nn.Module):
         held = current.held
         tapped = [layout.cut_references(tokens, held) for tokens in taps]
         return BackboneOutput(prediction, tapped, layout, layout.reference_spans(held))
+
+    def _precision(self, device: torch.device) -> AbstractContextManager:
+        """Autocast around a half model that relies on it, as upstream's pipelines put it; ours handles its own dtypes."""
+        dtype = self.model.patch_embedding.weight.dtype
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        if not is_half or hasattr(self.model, "float32_modules") or torch.is_autocast_enabled(device.type):
+            return nullcontext()
+        return torch.autocast(device.type, dtype)
 
     def _begin(self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device) -> _Pass:
         held = layout.tokens_of_rank(self.sequence_rank, self.sequence_size)

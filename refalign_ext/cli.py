@@ -10,7 +10,12 @@ import click
 # Loaded when they are called: each brings its own libraries, and --help should not wait for those of the others.
 COMMANDS = {
     "data": ("refalign_ext.data_commands", "Convert, check, cut, cache and describe training data."),
+    "doctor": ("refalign_ext.rebase.commands", "What fits in a Wan tree, and what this machine can do."),
     "export": ("refalign_ext.export", "Write a training checkpoint or adapter as safetensors."),
+    "patch": (
+        "refalign_ext.rebase.commands",
+        "What an official Wan checkout needs for CPU, several GPUs, training.",
+    ),
     "sprites": ("refalign_ext.sprites_commands", "The sprite world and the embedded model."),
 }
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, file_sha256, require_files, required_files
+from refalign_ext.backbone import (
+    REFUSED_TASKS,
+    WAN_CONFIGS,
+    T5EncoderModel,
+    file_sha256,
+    require_files,
+    required_files,
+)
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.caching.names import cache_fingerprint
 from refalign_ext.data.sampling.choice import Sampling
@@ -31,6 +38,8 @@ def task_config(config: TrainConfig) -> EasyDict:
         ValueError: for a task that is not reference-to-video.
     """
     known = [name for name in WAN_CONFIGS if name.startswith("r2v-")]
+    if config.task in REFUSED_TASKS:
+        raise ValueError(f"--task {config.task}: {REFUSED_TASKS[config.task]}")
     if config.task not in known:
         raise ValueError(
             f"--task {config.task}: training is for reference-to-video: choose one of {', '.join(known)}"

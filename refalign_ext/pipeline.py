@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refalign_ext.backbone import (
+    REFUSED_TASKS,
     WAN_CONFIGS,
     DiTCheckpoint,
     PeakMemory,
@@ -480,6 +481,8 @@ def r2v_config(task: str) -> EasyDict:
         ValueError: for an unknown task or one that takes no references.
     """
     known = [name for name in WAN_CONFIGS if name.startswith("r2v-")]
+    if task in REFUSED_TASKS:
+        raise ValueError(f"task {task}: {REFUSED_TASKS[task]}")
     if task not in known:
         raise ValueError(f"{task!r} is not a reference-to-video task: choose one of {', '.join(known)}")
     return WAN_CONFIGS[task]

@@ -50,7 +50,7 @@ def attach_sequence_parallel(backbone: ReferenceBackbone, parallel: Parallel) ->
     if lacking:
         raise ValueError(
             f"{type(model).__name__} computes attention inside blocks.{lacking[0]}.self_attn: sequence parallelism needs "
-            "it as a child module `core`, as in this repository's wan/"
+            "it as a child module `core`, as in this repository's wan/ (for another tree: python -m refalign_ext patch apply)"
         )
     hooks = _Hooks(backbone, parallel)
     handles: list[RemovableHandle] = []

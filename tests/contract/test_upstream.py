@@ -1,17 +1,14 @@
-"""WanModel against the official one, where WAN_ROOT in the environment names a checkout of Wan-Video/Wan2.1.
+"""WanModel against the official one, where WAN_ROOT names a checkout of Wan-Video/Wan2.1 or Wan2.2.
 
-The checkout is imported under names of its own, beside this repository's `wan`, and its files stay as found.
-Its model asks for a CUDA kernel and CUDA's autocast; here it gets an attention written below and no autocast.
+A copy of the checkout is imported under names of its own, beside this repository's `wan`; see `released_root`. Its model
+asks for a CUDA kernel and CUDA's autocast; here it gets an attention written below and no autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 import os
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,26 +19,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import wan
 from refalign_ext.backbone import ReferenceBackbone
+from refalign_ext.wan_root import WanTree
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.utils.dit_checkpoint import dit_arguments
 
-ROOT = os.environ.get("WAN_ROOT", "")
-PACKAGE = "official_wan"
+ROOT = os.environ.get("CONTRACT_WAN_ROOT", "")  # what WAN_ROOT was: see conftest.py
 TEXT_DIM = 20
 TEXT_LEN = 16
 DTYPES = (torch.float32, torch.float64)
 # largest difference allowed, relative to the largest value of the prediction
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 KEYS = {"t2v-1.3B": 825, "t2v-14B": 1095}
+# official task -> ours of the same shape
+TASKS = {"t2v-1.3B": "t2v-1.3B", "t2v-14B": "t2v-14B", "t2v-A14B": "t2v-14B"}
 
 pytestmark = [
     pytest.mark.skipif(
-        not ROOT, reason="set WAN_ROOT to a checkout of https://github.com/Wan-Video/Wan2.1 to run this"
+        not ROOT,
+        reason="set WAN_ROOT to a checkout of https://github.com/Wan-Video/Wan2.1 or 2.2 to run this",
     ),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:User provided device_type"),
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore:User provided device_type", "ignore:.*autocast"
+    ),
 ]
 
 
@@ -60,28 +61,15 @@ def exact_attention(
 
 
 @pytest.fixture(scope="module")
-def official() -> Iterator[SimpleNamespace]:
+def official(released_root: Path) -> Iterator[SimpleNamespace]:
     """The official `wan.modules.model` as `model` and `wan.configs` as `configs`."""
-    folder = Path(ROOT).expanduser().resolve() / "wan"
-    if not (folder / "modules" / "model.py").is_file():
-        pytest.fail(f"WAN_ROOT={ROOT} has no wan/modules/model.py: name the root of an official checkout")
-    if folder == Path(wan.__file__).resolve().parent:
-        pytest.fail(f"WAN_ROOT={ROOT} is this repository: name the root of an official checkout")
-    # Bare packages: the checkout's own __init__ files import its pipelines, which need a CUDA device.
-    for name in (PACKAGE, f"{PACKAGE}.modules"):
-        sys.modules[name] = ModuleType(name)
-        sys.modules[name].__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = importlib.import_module(f"{PACKAGE}.modules.model")
-            configs = importlib.import_module(f"{PACKAGE}.configs")
-        without_autocast = SimpleNamespace(autocast=lambda *_, **__: contextlib.nullcontext())
-        with mock.patch.multiple(model, flash_attention=exact_attention, amp=without_autocast):
-            yield SimpleNamespace(model=model, configs=configs)
-    finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
-            del sys.modules[name]
+    tree = WanTree(released_root, "official_wan")
+    model = tree.module("modules.model")
+    replaced = {"flash_attention": exact_attention}
+    if hasattr(model, "amp"):
+        replaced["amp"] = SimpleNamespace(autocast=lambda *_, **__: contextlib.nullcontext())
+    with mock.patch.multiple(model, **replaced):
+        yield SimpleNamespace(model=model, configs=tree.module("configs"))
 
 
 class Float64Torch:
@@ -146,13 +134,17 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
         assert (mine - theirs).abs().max() < TOLERANCE[dtype] * largest
 
 
-@pytest.mark.parametrize("task", KEYS)
-def test_keys_shapes_and_configurations_are_equal(official: SimpleNamespace, task: str) -> None:
-    config = official.configs.WAN_CONFIGS[task]
+@pytest.mark.parametrize("theirs", TASKS)
+def test_keys_shapes_and_configurations_are_equal(official: SimpleNamespace, theirs: str) -> None:
+    if theirs not in official.configs.WAN_CONFIGS:
+        pytest.skip(f"this release has no {theirs}")
+    task = TASKS[theirs]
+    # Wan2.2 adds fields: how its own command line samples, and where its experts lie.
+    is_newer = "frame_num" in official.configs.WAN_CONFIGS[theirs]
     differing = {
         name: value
-        for name, value in config.items()
-        if name != "__name__" and WAN_CONFIGS[task][name] != value
+        for name, value in official.configs.WAN_CONFIGS[theirs].items()
+        if name != "__name__" and WAN_CONFIGS[task].get(name, value if is_newer else None) != value
     }
     assert not differing
     arguments = dit_arguments(WAN_CONFIGS[task])

@@ -1,0 +1,75 @@
+"""Which state a checkout is in: version, commit, edits."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+
+def head_commit(root: Path) -> str | None:
+    """The commit that is checked out, 40 digits; None if `root` is not the top of a git checkout."""
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    return _git(root, "rev-parse", "HEAD")
+
+
+def commit_date(root: Path) -> str | None:
+    """The day of that commit, as 2026-03-05."""
+    return _git(root, "log", "-1", "--format=%cs")
+
+
+def changed_files(root: Path) -> list[str]:
+    """Python files below `wan/` that differ from the commit or that git does not know and does not ignore.
+
+    Raises:
+        ValueError: if git does not tell.
+    """
+    lines = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames", "--", "wan")
+    if lines is None:
+        raise ValueError(f"{root}: git status fails, so edits cannot be told from the release")
+    return sorted(entry[3:] for entry in lines.split("\0") if entry.endswith(".py"))
+
+
+def stated_version(root: Path) -> str | None:
+    """The version in the tree's pyproject.toml."""
+    path = root / "pyproject.toml"
+    if not path.is_file():
+        return None
+    found = re.search(
+        r'^version\s*=\s*"([^"]+)"', path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
+    return found[1] if found else None
+
+
+def describe(root: Path) -> str:
+    """Version, commit and edits in one line."""
+    parts = [f"version {stated_version(root) or 'unknown'}"]
+    commit = head_commit(root)
+    if commit is None:
+        parts.append("no git checkout")
+    else:
+        parts.append(f"commit {commit[:7]} of {commit_date(root)}")
+        if edited := changed_files(root):
+            parts.append(f"differs from it in {len(edited)} file{'s'[: len(edited) != 1]}")
+    return ", ".join(parts)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    # A tree from elsewhere may configure programs that git runs by itself; none is wanted here.
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(root),
+        "-c",
+        "core.fsmonitor=false",
+        "-c",
+        "core.hooksPath=/dev/null",
+    ]
+    try:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip("\n") if done.returncode == 0 else None
