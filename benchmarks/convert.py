@@ -1,7 +1,7 @@
-"""The OpenS2V-5M converter on one part in the native schema: speed, and memory of all its processes, sampled.
+"""The OpenS2V-5M converter on parts in the native schema, with cross pairs: speed, and memory of all its processes.
 
-Next to it, what json.load takes for a small slice of the same file, as a multiple of the slice's size. The files are deleted at
-the end.
+Both passes are run, then the second one again, with and without its pairs, from what the first has staged. Next to them,
+what json.load takes for a small slice of the same file, as a multiple of the slice's size. The files are deleted at the end.
 
     python benchmarks/convert.py                              # 2.2 GB
     python benchmarks/convert.py --gigabytes 50 --folder /big --workers 4 --parts 4
@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from tests.opens2v_fixture import Thing, make_entry, make_pair
 TITLE = "Converting OpenS2V-5M"
 SIZE = (1280, 720)
 _SLICE_BYTES = 64 << 20
-_SAMPLE_S = 0.05
+_SAMPLE_S = 0.25  # looking at every process of the machine costs several milliseconds
 _CONVERT = """
 import json, sys
 from pathlib import Path
@@ -44,7 +46,8 @@ from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.work import Share
 folder, workers = Path(sys.argv[1]), int(sys.argv[2])
 report = convert_opens2v(sorted(folder.glob("total_part*.json")), folder / "out.jsonl", video_root=folder,
-    cross_pairs=folder / "pairs", selection=Selection(), share=Share(), workers=workers, check_videos=False)
+    cross_pairs=folder / sys.argv[3] if sys.argv[3:] else None, selection=Selection(), share=Share(), workers=workers,
+    check_videos=False)
 print(json.dumps(report.to_dict()))
 """
 _LOAD = """
@@ -81,10 +84,13 @@ def pool_of_things(count: int) -> list[tuple[Thing, dict[str, Any]]]:
     return pool
 
 
-def write_entries(path: Path, size: int, things: int, seed: int) -> None:
-    """A part of about `size` bytes; entries repeat a few dozen, under keys and paths of their own."""
+def write_entries(path: Path, size: int, things: int, seed: int) -> tuple[int, list[list[str]]]:
+    """Writes a part of about `size` bytes: (entries, the things' names of each of the few that they repeat in turn).
+
+    Repeated entries have keys and paths of their own; four in a row are of one source.
+    """
     pool, rng = pool_of_things(48), random.Random(seed)
-    texts = []
+    texts, names = [], []
     for _ in range(64):
         drawn = rng.sample(pool, things)
         entry = make_entry(
@@ -98,98 +104,167 @@ def write_entries(path: Path, size: int, things: int, seed: int) -> None:
         )
         entry["annotation"]["mask_annotation"] = {"0": {str(i): mask for i, (_, mask) in enumerate(drawn, 1)}}
         texts.append(json.dumps(entry, indent=4))
+        names.append([thing.name for thing, _ in drawn])
     with path.open("w", encoding="utf-8") as file:
         number, separator = 0, "{"
         while file.tell() < size:
             text = texts[number % len(texts)].replace("PATH", str(number))
-            file.write(f'{separator}\n"clip{number // 4:07}_segment_{number % 4}": {text}')
+            file.write(f'{separator}\n"{key_of(number)}": {text}')
             number, separator = number + 1, ","
         file.write("\n}")
+    return number, names
 
 
-def write_pairs(folder: Path, entries: int) -> None:
-    """One pair between the first two clips of every source of part 1."""
-    folder.mkdir()
-    ids = [(f"total_part1/clip{source:07}_segment_{end}" for end in (0, 1)) for source in range(entries // 4)]
-    pairs = [make_pair((cur, None, "woman"), (aft, None, "woman")) for cur, aft in ids]
-    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+def key_of(number: int) -> str:
+    """The key of an entry by its place in the part."""
+    return f"clip{number // 4:07}_segment_{number % 4}"
 
 
-def tree_memory(process: psutil.Process) -> int:
-    """Resident bytes of a process and all below it; pages they share count for each."""
+def write_pairs(folder: Path, part: str, count: int, names: Sequence[Sequence[str]]) -> int:
+    """Pairs between neighbouring clips of each source, one for every name that both have: how many.
+
+    As in the data set, a file lists the pairs of one source; things are meant by their number and name.
+    """
+    folder.mkdir(exist_ok=True)
+    written = 0
+    for first in range(0, count, 4):
+        pairs = []
+        for number in range(first, min(first + 3, count - 1)):
+            here, there = (names[place % len(names)] for place in (number, number + 1))
+            ids = [f"{part}/{key_of(place)}" for place in (number, number + 1)]
+            for name in sorted(set(here) & set(there)):
+                ends = [(ids[0], here.index(name) + 1, name), (ids[1], there.index(name) + 1, name)]
+                pairs.append(make_pair(*ends, image=round(0.65 + 0.3 * (len(pairs) % 7) / 7, 4)))
+        (folder / f"{part}_{first // 4:07}.json").write_text(json.dumps(pairs), encoding="utf-8")
+        written += len(pairs)
+    return written
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command gave, and what it took.
+
+    Attributes:
+        output: its standard output.
+        wall_s, used_s: seconds, and processor seconds of all its processes.
+        peak: the most bytes that all its processes had together at a time when this was looked at.
+        peaks: the sum of what each of them had at its own peak, which no moment exceeds; 0 where the system does not tell.
+    """
+
+    output: str
+    wall_s: float
+    used_s: float
+    peak: int
+    peaks: int
+
+
+def tree_memory(process: psutil.Process, own_peaks: dict[int, int]) -> int:
+    """Resident bytes of a process and all below it, and the highest of each; pages they share count for each."""
     total = 0
     for member in (process, *process.children(recursive=True)):
         try:
             total += member.memory_info().rss
-        except psutil.NoSuchProcess:
+            status = Path(f"/proc/{member.pid}/status").read_text(encoding="utf-8")
+        except (psutil.NoSuchProcess, OSError):
             continue
+        highest = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+        own_peaks[member.pid] = max([own_peaks.get(member.pid, 0), *(int(kib) << 10 for kib in highest)])
     return total
 
 
-def run_sampled(command: list[str]) -> tuple[str, float, int, float]:
-    """(output, wall seconds, peak bytes of the process tree, processor seconds)."""
+def run_sampled(command: Iterable[str]) -> Run:
+    """Runs a command to its end.
+
+    Raises:
+        SystemExit: if it fails.
+    """
     start = time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     before = os.times()
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(list(command), stdout=subprocess.PIPE, text=True, env=environment)
     process, peak = psutil.Process(child.pid), 0
+    own_peaks: dict[int, int] = {}
     while child.poll() is None:
         try:
-            peak = max(peak, tree_memory(process))
+            peak = max(peak, tree_memory(process, own_peaks))
         except psutil.NoSuchProcess:
             break
         time.sleep(_SAMPLE_S)
     output = child.communicate()[0]
+    wall_s = time.perf_counter() - start
     if child.returncode:
         raise SystemExit(f"the conversion ended with {child.returncode}")
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    return output, time.perf_counter() - start, peak, used
+    return Run(output, wall_s, used, peak, sum(own_peaks.values()))
+
+
+def count_cross(manifest: Path) -> int:
+    """References of other clips in a manifest."""
+    with manifest.open(encoding="utf-8") as file:
+        rows = (json.loads(line) for line in file)
+        references = (ref for row in rows for subject in row["subjects"] for ref in subject["refs"])
+        return sum(reference["pair"] == "cross" for reference in references)
 
 
 def load_ratio(folder: Path, things: int) -> float:
     """Memory of json.load for a small part, as a multiple of the file's size."""
     small = folder / "slice.json"
     write_entries(small, _SLICE_BYTES, things, 0)
-    output, _, peak, _ = run_sampled([sys.executable, "-c", _LOAD, str(small)])
-    return (peak - int(output)) / small.stat().st_size
+    run = run_sampled([sys.executable, "-c", _LOAD, str(small)])
+    return (run.peak - int(run.output)) / small.stat().st_size
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> str:
     """The results as a Markdown section."""
     per_part = int(arguments.gigabytes * 1e9 / arguments.parts)
     paths = [folder / f"total_part{number}.json" for number in range(1, arguments.parts + 1)]
+    count = pairs = 0
     for number, path in enumerate(paths):
-        write_entries(path, per_part, arguments.things, number)
+        entries, names = write_entries(path, per_part, arguments.things, number)
+        count += entries
+        pairs += write_pairs(folder / "pairs", path.stem, entries, names)
     size = sum(path.stat().st_size for path in paths)
-    write_pairs(folder / "pairs", arguments.pairs)
-    idle = run_sampled([sys.executable, "-c", "import refalign_ext.data.convert.opens2v"])[2]
+    idle = run_sampled([sys.executable, "-c", "import refalign_ext.data.convert.opens2v"]).peak
     command = [sys.executable, "-c", _CONVERT, str(folder), str(arguments.workers)]
-    output, seconds, peak, used = run_sampled(command)
-    report = json.loads(output.splitlines()[-1])
-    count = report["clips"]["kept"] + sum(item["count"] for item in report["clips"]["dropped"].values())
+    before = os.getloadavg()[0]
+    both = run_sampled([*command, "pairs"])
+    load = f"{before:.1f} before and {os.getloadavg()[0]:.1f} after both passes"
+    cross = count_cross(folder / "out.jsonl")
+    (folder / "out.jsonl.staging" / "pairs.sqlite").unlink()
+    second, without_pairs = run_sampled([*command, "pairs"]), run_sampled(command)
+    report = json.loads(both.output.splitlines()[-1])
+    if json.loads(second.output.splitlines()[-1]) != report:
+        raise SystemExit("the second pass alone gave another manifest")
     ratio = load_ratio(folder, arguments.things)
     note = f"; {arguments.note}" if arguments.note else ""
     lines = [
         f"## {TITLE}",
         "",
         f"- Date: {datetime.date.today().isoformat()}",
-        f"- Machine: {processor()}, {os.cpu_count()} cores{note}",
+        f"- Machine: {processor()}, {os.cpu_count()} cores, load average {load}{note}",
         f"- Versions: Python {platform.python_version()}, ijson {ijson.__version__} ({ijson.backend})",
-        f"- Setting: `benchmarks/convert.py`: {size / 1e9:.2f} GB in {len(paths)} part(s), {count:,} entries of "
-        f"{size / count / 1e3:.0f} kB with {arguments.things} masks of {SIZE[0]} x {SIZE[1]}, "
-        f"{arguments.workers} worker processes; {report['clips']['kept']:,} clips and "
-        f"{report['references']['kept']:,} references kept",
+        f"- Setting: `benchmarks/convert.py --gigabytes {arguments.gigabytes:g} --parts {arguments.parts} "
+        f"--workers {arguments.workers}`: {size / 1e9:.2f} GB in {len(paths)} part(s), "
+        f"{count:,} entries of {size / count / 1e3:.0f} kB with {arguments.things} masks of {SIZE[0]} x {SIZE[1]}, "
+        f"{pairs:,} cross pairs in {count // 4:,} files, {arguments.workers} worker processes",
+        f"- Kept: {report['clips']['kept']:,} clips and {report['references']['kept']:,} references, {cross:,} of them "
+        "of other clips",
         "",
-        "| | convert_opens2v | json.load |",
-        "|---|---|---|",
-        f"| wall time, both passes | {seconds:.0f} s | |",
-        f"| CPU time, both passes | {used:.0f} s | |",
-        f"| per second of wall time | {size / 1e6 / seconds:.1f} MB, {count / seconds:.0f} entries | |",
-        f"| per second of CPU time | {size / 1e6 / used:.1f} MB, {count / used:.0f} entries | |",
-        f"| peak memory of all processes | {peak / 2**20:.0f} MiB, {idle / 2**20:.0f} of it imports | "
-        f"{ratio * size / 2**20:.0f} MiB, from a slice of {_SLICE_BYTES >> 20} MiB |",
-        f"| relative to the file | {peak / size:.3f} | {ratio:.3f} |",
+        "| convert_opens2v | wall time | CPU time | per second of CPU time | peak memory of all processes |",
+        "|---|---|---|---|---|",
+    ]
+    runs = {"both passes": both, "second pass": second, "second pass without pairs": without_pairs}
+    lines += [
+        f"| {name} | {run.wall_s:.0f} s | {run.used_s:.0f} s | {size / 1e6 / run.used_s:.1f} MB, "
+        f"{count / run.used_s:.0f} entries | {run.peak / 2**20:.0f} MiB |"
+        for name, run in runs.items()
+    ]
+    lines += [
+        "",
+        f"Memory: {idle / 2**20:.0f} MiB of each process are imports. The peaks of the processes, each at its own time, "
+        f"add up to {both.peaks / 2**20:.0f} MiB, {both.peaks / size:.3f} of the file. json.load takes {ratio:.2f} times "
+        f"a slice of {_SLICE_BYTES >> 20} MiB, so {ratio * size / 2**20:.0f} MiB for all of it.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -202,7 +277,6 @@ def main() -> None:
         "--workers", type=int, default=0, help="processes that read a part each; 0: one for all"
     )
     parser.add_argument("--things", type=int, default=14, help="annotated things of an entry")
-    parser.add_argument("--pairs", type=int, default=20000, help="entries of part 1 that pairs are made of")
     parser.add_argument("--folder", type=Path, help="where to put the files; default: the temporary folder")
     parser.add_argument("--note", default="", help="a remark on the machine for the record")
     arguments = parser.parse_args()

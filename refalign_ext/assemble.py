@@ -24,6 +24,7 @@ from refalign_ext.training_data import (
     require_clip_sets,
     sampling_of,
     sprite_sources,
+    with_cached_variants,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
     """
     task, folder, device = task_config(config), checkpoint_folder(config), parallel.device
     if config.data is None and config.task != "r2v-tiny":
-        raise ValueError(f"--task {config.task} needs --data MANIFEST.jsonl (docs/training.md shows a line)")
+        raise ValueError(f"--task {config.task} needs --data MANIFEST.jsonl (docs/data.md)")
     if config.recipe == "paper_stage2" and config.dit_ckpt is None:
         raise ValueError(
             "--recipe paper_stage2 goes on from the first stage: name its result with --dit_ckpt"
@@ -46,7 +47,9 @@ def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
     if config.lora_rank and config.from_scratch:
         raise ValueError("--lora_rank adapts weights that exist: leave --from_scratch out")
     require_clip_sets(config)
-    caches = open_caches(config, sampling_of(config, task), parallel)
+    config = with_cached_variants(config)
+    sampling = sampling_of(config, task)
+    caches = open_caches(config, sampling, parallel)
     teacher = None
     if config.alignment.weight:
         path = teacher_folder(config, task, folder)
@@ -62,7 +65,7 @@ def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
     if config.data is None:
         source, validation = sprite_sources(config, task, folder, vae, teacher)
     else:
-        source, validation = clip_sources(config, task, vae, teacher, caches, parallel)
+        source, validation = clip_sources(config, task, sampling, vae, teacher, caches, parallel)
 
     def load_text_encoder() -> EncodeText:
         return text_encoder(folder, task, torch.device("cpu") if config.t5_cpu else device, device)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from refalign_ext.data.convert.selection import (
+    FOLDER_SELECTION,
+    OPENS2V_SELECTION,
+    PHANTOM_SELECTION,
+    Selection,
+)
 from refalign_ext.data_options import (
     EXISTING,
     PATH,
     SHOW_DEFAULTS,
     given_length,
+    is_helper,
     length_options,
     share_option,
     tell,
@@ -29,12 +35,26 @@ def convert() -> None:
     """Write the manifest of a data set, and a report of what was dropped and why."""
 
 
-def _selection(limits: dict[str, Any], base: Any) -> Any:
-    """`base` with the limits that the command line gives; "off" switches a rule off."""
-    given = {name: value for name, value in limits.items() if value is not None}
-    return dataclasses.replace(
-        base, **{key: None if value == "off" else value for key, value in given.items()}
-    )
+def _selection(limits: dict[str, Any]) -> Selection:
+    """The rules that the command line gives; "off" switches one off, and those that a data set has no options for."""
+    given = {name: None if value == "off" else value for name, value in limits.items()}
+    return Selection(**dict.fromkeys(_RULES) | given)
+
+
+_RULES = {
+    "min_aesthetic": (float, "Keep a reference that reaches this aesthetic score or --min_gme."),
+    "min_gme": (float, "Keep a reference that reaches this text match or --min_aesthetic."),
+    "min_area_ratio": (float, "Least share of the frame that a reference takes."),
+    "max_references": (int, "Subjects of a clip."),
+    "max_cross": (int, "Cross references of a subject."),
+    "max_mask_iou": (float, "Masks that overlap more are one thing under two names."),
+    "min_text_similarity": (float, "Of cross pairs."),
+    "min_image_similarity": (float, "Of cross pairs; they have to be above it."),
+    "min_frames": (int, "Least frames of a clip in its file."),
+    "min_clip_aesthetic": (float, "Least aesthetic score of a clip."),
+    "min_clip_motion": (float, "Least motion score of a clip."),
+    "min_clip_tech": (float, "Least technical score of a clip."),
+}
 
 
 class _Limit(click.ParamType):
@@ -52,26 +72,15 @@ class _Limit(click.ParamType):
             self.fail(f"{value!r}: give a number, or off", param, ctx)
 
 
-def _selection_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    texts = {
-        "min_aesthetic": (float, "Keep a reference that reaches this aesthetic score or --min_gme."),
-        "min_gme": (float, "Keep a reference that reaches this text match or --min_aesthetic."),
-        "min_area_ratio": (float, "Least share of the frame that a reference takes."),
-        "max_references": (int, "Subjects of a clip, the largest first."),
-        "max_cross": (int, "Cross references of a subject, the most alike first."),
-        "max_mask_iou": (float, "Masks that overlap more are one thing under two names."),
-        "min_text_similarity": (float, "Of cross pairs."),
-        "min_image_similarity": (float, "Of cross pairs."),
-        "min_frames": (int, "Least frames of a clip in its file."),
-        "min_clip_aesthetic": (float, "Least aesthetic score of a clip."),
-        "min_clip_motion": (float, "Least motion score of a clip."),
-        "min_clip_tech": (float, "Least technical score of a clip."),
-    }
+def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options for the rules that a data set has what it takes for, with its usual values as their defaults."""
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            kind, text = texts[name]
-            command = click.option(f"--{name}", type=_Limit(kind), help=text)(command)
+            kind, text = _RULES[name]
+            default = getattr(usual, name)
+            default = "off" if default is None else default
+            command = click.option(f"--{name}", type=_Limit(kind), default=default, help=text)(command)
         return command
 
     return add
@@ -105,7 +114,7 @@ def _selection_options(*names: str) -> Callable[[Callable[..., Any]], Callable[.
     help="regular: cut out of the clip itself.",
 )
 @length_options
-@_selection_options("min_frames", "max_references", "max_cross")
+@_selection_options(FOLDER_SELECTION, "min_frames", "max_references", "max_cross")
 @workers_option(2)
 def folder(
     source: Path,
@@ -122,8 +131,10 @@ def folder(
     **limits: Any,
 ) -> None:
     """SOURCE is a folder with clip.mp4, clip.txt, clip.ref1.png ..., or a table (.csv, .tsv, .jsonl) that lists clips."""
-    from refalign_ext.data.convert.folder import FOLDER_SELECTION, convert_folder
+    from refalign_ext.data.convert.folder import convert_folder
 
+    if is_helper():
+        return
     named = {}
     for column in columns:
         what, is_given, name = column.partition("=")
@@ -141,7 +152,7 @@ def folder(
         group=group,
         pair=pair,
         length=given_length(frames, fps, stride),
-        selection=_selection(limits, FOLDER_SELECTION),
+        selection=_selection(limits),
         workers=workers,
     )
     tell(report, out)
@@ -158,6 +169,7 @@ def folder(
     "--keep_staging/--no_keep_staging", default=True, help="Keep what was read, for other rules later."
 )
 @_selection_options(
+    OPENS2V_SELECTION,
     "min_aesthetic",
     "min_gme",
     "min_area_ratio",
@@ -190,13 +202,12 @@ def opens2v(
 ) -> None:
     """PARTS are OpenS2V-5M's total_part*.json with masks and boxes; they are read as streams."""
     from refalign_ext.data.convert.opens2v import convert_opens2v
-    from refalign_ext.data.convert.selection import Selection
 
     report = convert_opens2v(
         parts,
         out,
         video_root=video_root,
-        selection=_selection(limits, Selection()),
+        selection=_selection(limits),
         share=share,
         cross_pairs=cross_pairs,
         backgrounds=backgrounds,
@@ -221,7 +232,9 @@ def opens2v(
 @click.option("--both_ways", is_flag=True, help="Pairs are seen from the referenced clip too.")
 @click.option("--only_existing", is_flag=True, help="Drop clips and references whose video is not there.")
 @length_options
-@_selection_options("min_area_ratio", "max_references", "max_cross", "min_image_similarity", "min_frames")
+@_selection_options(
+    PHANTOM_SELECTION, "min_area_ratio", "max_references", "max_cross", "min_image_similarity", "min_frames"
+)
 @workers_option(2)
 @share_option
 def phantom(
@@ -241,7 +254,7 @@ def phantom(
     **limits: Any,
 ) -> None:
     """PAIRS is Phantom-Data's filtered parquet with cross pairs, INFO the parquet with the meta info of all clips."""
-    from refalign_ext.data.convert.phantom import PHANTOM_SELECTION, convert_phantom
+    from refalign_ext.data.convert.phantom import convert_phantom
 
     report = convert_phantom(
         pairs,
@@ -253,7 +266,7 @@ def phantom(
         both_ways=both_ways,
         only_existing=only_existing,
         length=given_length(frames, fps, stride),
-        selection=_selection(limits, PHANTOM_SELECTION),
+        selection=_selection(limits),
         share=share,
         workers=workers,
     )

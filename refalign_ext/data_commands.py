@@ -12,9 +12,13 @@ from refalign_ext.data_options import (
     EXISTING,
     PATH,
     SHOW_DEFAULTS,
+    beside,
     given_length,
+    is_helper,
     length_options,
+    named_png,
     share_option,
+    start_together,
     tell,
     workers_option,
 )
@@ -80,16 +84,18 @@ def check(
 ) -> None:
     """Check every row of the manifest or packed folder CLIPS; exit code 2 if there are errors."""
     from refalign_ext.data.checking.check import check as look
-    from refalign_ext.data.checking.contact import contact_sheet
+    from refalign_ext.data.checking.contact import contact_sheet, write_contact_sheet
     from refalign_ext.data.clip_set import open_clip_set
 
     length = given_length(frames, fps, stride)
+    sheet = named_png("--sheet", sheet, beside(clips, ".check.png"))
+    finished = start_together()
     result = look(clips, workers=workers, share=share, decode=decode, length=length, max_errors=max_errors)
     click.echo(result.table())
     if samples and not share.index:
-        sheet = sheet or clips.with_name(f"{clips.name}.check.png")
-        contact_sheet(open_clip_set(clips), samples=samples, seed=seed).save(sheet)
+        write_contact_sheet(contact_sheet(open_clip_set(clips), samples=samples, seed=seed), sheet)
         click.echo(f"contact sheet: {sheet}")
+    finished()
     if result.errors:
         click.get_current_context().exit(2)
 
@@ -114,17 +120,21 @@ def stats(
     workers: int,
 ) -> None:
     """Count clips, lengths, sizes, references and pairs of the manifest or packed folder CLIPS: a table and a plot."""
+    from refalign_ext.data.aside import written_aside
     from refalign_ext.data.statistics.plot import plot_stats
     from refalign_ext.data.statistics.stats import DEFAULT_LENGTHS, collect_stats
     from refalign_ext.data.statistics.table import stats_table
 
+    if is_helper():
+        return
     length = given_length(frames, fps, stride)
+    out = named_png("--out", out, beside(clips, ".stats.png"))
     lengths = DEFAULT_LENGTHS if length is None else (length,)
     found = collect_stats(clips, lengths=lengths, workers=workers, measure=measure)
     click.echo(stats_table(found))
-    out = out or clips.with_name(f"{clips.name}.stats.png")
     plot_stats(found, out)
-    out.with_suffix(".json").write_text(found.to_json(), encoding="utf-8")
+    with written_aside(out.with_suffix(".json")) as file:
+        file.write(found.to_json().encode())
     click.echo(f"wrote {out} and {out.with_suffix('.json').name}")
 
 
@@ -165,7 +175,7 @@ def cache(
     from refalign_ext.backbone import resolve_device
     from refalign_ext.caching import build_cache
     from refalign_ext.config import configure, read_settings
-    from refalign_ext.data.caching.files import default_folder
+    from refalign_ext.data.caching.files import chunk_path, default_folder, read_header
     from refalign_ext.distributed.mesh import rank_device
     from refalign_ext.frozen import task_config
     from refalign_ext.training_data import sampling_of
@@ -195,4 +205,11 @@ def cache(
     )
     for example in summary.examples:
         click.echo(f"  {example}", err=True)
-    click.echo("training with these settings uses it" if is_found else f"training uses it with --cache {out}")
+    chunks = read_header(out).chunks
+    missing = sum(not chunk_path(out, number).exists() for number in range(chunks))
+    if missing:
+        click.echo(f"{missing:,} of {chunks:,} chunks are still to be made")
+    else:
+        click.echo(
+            "training with these settings uses it" if is_found else f"training uses it with --cache {out}"
+        )

@@ -125,14 +125,14 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
         out,
         first_step=trainer.step,
         wandb_project=config.wandb,
-        settings=config.to_dict(),
+        settings=trainer.config.to_dict(),
         is_main=parallel.is_main,
     )
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
         for moved in set_aside_after(out / "checkpoints", trainer.step):
             logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
-        (out / "settings.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
     parallel.barrier()
     with log, _stop_on_signal(parallel.is_main) as received:
         trainer.stop_requested = lambda: bool(received)

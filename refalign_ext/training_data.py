@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,10 +37,10 @@ CACHED_COUNTS = (0.7, 0.25, 0.05)
 
 
 def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
-    """What samples take of clips, with the task's own size, length and rate, and the variants that a cache has.
+    """What samples take of clips, with the task's own size, length and rate where nothing else is set.
 
     Raises:
-        ValueError: for a setting that cannot be, or a cache that cannot be read.
+        ValueError: for a setting that cannot be.
     """
     settings = dict(vars(config.sampling))
     frames, ratios = settings.pop("bucket_frames"), settings.pop("bucket_ratios")
@@ -50,11 +51,23 @@ def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
         settings["fps"] = None
     else:
         settings["fps"] = settings["fps"] or float(task.sample_fps)
+    return Sampling(buckets=buckets, seed=config.seed, **settings)
+
+
+def with_cached_variants(config: TrainConfig) -> TrainConfig:
+    """The configuration with the numbers of variants that its cache has, where it leaves them open.
+
+    Raises:
+        ValueError: for a cache that cannot be read.
+    """
     for folder in cache_folders(config)[:1]:
         stored = read_header(folder).fingerprint.get("settings", {})
-        for name in ("clip_variants", "reference_variants"):
-            settings[name] = settings[name] or stored.get(name, 0)
-    return Sampling(buckets=buckets, seed=config.seed, **settings)
+        found = {
+            name: getattr(config.sampling, name) or stored.get(name, 0)
+            for name in ("clip_variants", "reference_variants")
+        }
+        config = replace(config, sampling=replace(config.sampling, **found))
+    return config
 
 
 def cache_folders(config: TrainConfig) -> list[Path]:
@@ -108,23 +121,46 @@ def open_caches(config: TrainConfig, sampling: Sampling, parallel: Parallel) -> 
     folders = cache_folders(config)
     if not folders:
         return []
-    # Digests of all weights and a look at every row take a while: one rank does it.
-    expected = parallel.from_main(lambda: frozen_fingerprint(config, sampling))
-    caches = [LatentCache(folder, expected) for folder in folders]
 
-    def check() -> None:
+    def open_all() -> list[LatentCache]:
+        expected = frozen_fingerprint(config, sampling)
+        caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
             check_rows(cache, open_clip_set(path))
+            logger.info(
+                "using the cache %s: %d clips, %d stretches of each, %s, %d failures",
+                cache.folder,
+                len(cache),
+                sampling.clip_variants,
+                f"{sampling.reference_variants} augmented pictures of each reference"
+                if sampling.reference_variants
+                else "augmented references computed as needed",
+                cache.failures,
+            )
+        return caches
 
-    parallel.from_main(check)
-    for cache in caches:
-        logger.info("using the cache %s: %d clips, %d failures", cache.folder, len(cache), cache.failures)
-    return caches
+    # Digests of all weights, the headers of all files and a look at every row take a while: one rank does it.
+    return _from_patient_main(parallel, open_all)
+
+
+def _from_patient_main(parallel: Parallel, find: Callable[[], Any]) -> Any:
+    """`parallel.from_main` for work that may outlast the time-out."""
+
+    def find_and_tell() -> Any:
+        try:
+            return find()
+        finally:
+            parallel.wait_for_main()
+
+    if not parallel.is_main:
+        parallel.wait_for_main()
+    return parallel.from_main(find_and_tell)
 
 
 def clip_sources(
     config: TrainConfig,
     task: EasyDict,
+    sampling: Sampling,
     vae: WanVAE,
     teacher: Teacher | None,
     caches: list[LatentCache],
@@ -136,7 +172,7 @@ def clip_sources(
         ValueError: for sets that cannot be opened or do not fit the mix.
     """
     assert config.data is not None
-    sampling, sizes = sampling_of(config, task), parallel.sizes
+    sizes = parallel.sizes
     settings = LoaderSettings(workers=config.data_workers, max_bad_share=config.max_bad_share)
 
     def source(paths: str, split: Split, settings: LoaderSettings, **order: Any) -> Source:
@@ -150,6 +186,7 @@ def clip_sources(
             data_rank=parallel.data_rank,
             data_size=sizes.data,
             settings=settings,
+            surveys=Path(config.out) / "surveys",
             **order,
         )
 

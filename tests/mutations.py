@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
+import re
 from typing import Any
+
+CASES_FACTOR = int(os.environ.get("REFALIGN_FUZZ", "1"))
+"""How many times the usual number of cases to try: REFALIGN_FUZZ=10 takes ten times as long."""
 
 # Values that parsers trip over: wrong types, extremes, text that leads elsewhere.
 STRANGE = (
@@ -13,6 +19,7 @@ STRANGE = (
     0,
     -1,
     10**30,
+    10**400,  # larger than any float
     1e308,
     float("nan"),
     float("inf"),
@@ -32,7 +39,21 @@ STRANGE = (
     [1, 2, 3, "4"],
     "0.5",
     "[1, 2",
+    "<700 lists>",  # see json_text
+    "<100000 lists>",
 )
+STRANGE_KEYS = ("", " ", "\ud800", "\0", "../x", "a" * 5000, "1", "subjects")
+
+
+def cases(count: int) -> range:
+    """As many cases as a test tries: `count`, or a multiple of it."""
+    return range(count * CASES_FACTOR)
+
+
+def json_text(value: Any) -> str:
+    """JSON in which "<700 lists>" has become lists within lists, which `distort` could not handle itself."""
+    text = json.dumps(value)
+    return re.sub(r'"<(\d+) lists>"', lambda match: "[" * int(match[1]) + "]" * int(match[1]), text)
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
@@ -60,7 +81,10 @@ def damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def distort(value: Any, rng: random.Random) -> Any:
-    """A copy of decoded JSON in which one to three places hold something else, are missing, or stand twice."""
+    """A copy of decoded JSON in which one to three places hold something else, are missing, or stand twice.
+
+    It may hold what `json_text` alone can write.
+    """
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         places = list(_places(value))
@@ -73,8 +97,8 @@ def distort(value: Any, rng: random.Random) -> Any:
         elif kind == 1 and isinstance(holder, list):
             holder.insert(key, copy.deepcopy(holder[key]))
         elif kind == 1:
-            holder[f"{key}_"] = holder.pop(key)
-        elif kind == 2 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
+            holder[rng.choice((f"{key}_", *STRANGE_KEYS))] = holder.pop(key)
+        elif kind == 2 and type(holder[key]) in (int, float) and abs(holder[key]) < 1e300:
             holder[key] = rng.choice((-holder[key], holder[key] * 1000, holder[key] + 0.5, str(holder[key])))
         else:
             holder[key] = copy.deepcopy(rng.choice(STRANGE))

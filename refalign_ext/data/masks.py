@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class RunLengthMask:
             return _lengths(self.counts)
         if not isinstance(self.counts, tuple) or not all(_is_length(count) for count in self.counts):
             raise ValueError(
-                f"the counts of a mask are a string or integers from 0 to {MAX_PIXELS}, got {_short(self.counts)}"
+                f"the counts of a mask are a string or integers from 0 to {MAX_PIXELS}, got {shortened(self.counts)}"
             )
         return np.array(self.counts, np.int64)
 
@@ -80,12 +80,18 @@ def parse_mask(entry: object) -> RunLengthMask:
         ValueError: for anything that is not a well-formed mask.
     """
     if not isinstance(entry, Mapping) or "size" not in entry or "counts" not in entry:
-        raise ValueError(f'a mask is an object {{"size": [h, w], "counts": ...}}, got {_short(entry)}')
+        raise ValueError(f'a mask is an object {{"size": [h, w], "counts": ...}}, got {shortened(entry)}')
     size, counts = entry["size"], entry["counts"]
-    return RunLengthMask(
-        tuple(size) if isinstance(size, (list, tuple)) else size,
-        tuple(counts) if isinstance(counts, list) else counts,
-    )
+    size = tuple(size) if isinstance(size, (list, tuple)) else size
+    if isinstance(counts, str) and isinstance(size, tuple) and all(type(side) is int for side in size):
+        return _checked_mask(size, counts)
+    return RunLengthMask(size, tuple(counts) if isinstance(counts, list) else counts)
+
+
+@lru_cache(maxsize=64)
+def _checked_mask(size: tuple[int, int], counts: str) -> RunLengthMask:
+    """A converter meets each mask when it reads, joins and writes its clip; checking one takes a while."""
+    return RunLengthMask(size, counts)
 
 
 def decode(mask: RunLengthMask) -> np.ndarray:
@@ -154,37 +160,6 @@ def iou(first: RunLengthMask, second: RunLengthMask) -> float:
     return intersection / union if union else 0.0
 
 
-def deduplicate(
-    masks: Sequence[RunLengthMask], scores: Sequence[float | None], threshold: float
-) -> list[int]:
-    """Which masks to keep when one thing was found several times, under several names.
-
-    From the best score down, a mask is dropped if its IoU with one that is kept reaches the threshold. Equal scores
-    go by position, None ranks last.
-
-    Args:
-        masks: of one frame, all of one size; scores: one for each; threshold: IoU in (0, 1].
-
-    Returns:
-        Ascending indices of the masks that are kept.
-
-    Raises:
-        ValueError: for lengths or sizes that differ, a score that is NaN or a threshold out of range.
-    """
-    if len(masks) != len(scores):
-        raise ValueError(f"{len(masks)} masks have {len(scores)} scores")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"the IoU threshold is {threshold}: it must be above 0 and at most 1")
-    ranked = [-math.inf if score is None else float(score) for score in scores]
-    if any(math.isnan(score) for score in ranked):
-        raise ValueError("a mask's score is NaN: give None where there is no score")
-    kept: list[int] = []
-    for index in sorted(range(len(masks)), key=lambda position: -ranked[position]):
-        if all(iou(masks[index], masks[other]) < threshold for other in kept):
-            kept.append(index)
-    return sorted(kept)
-
-
 def cut_reference(
     frame: np.ndarray,
     box: Sequence[float] | None,
@@ -211,12 +186,12 @@ def cut_reference(
     columns, rows = slice(0, width), slice(0, height)
     if box is not None:
         if len(box) != 4 or not all(math.isfinite(value) for value in box):
-            raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {_short(box)}")
+            raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {shortened(box)}")
         columns = slice(max(0, math.floor(box[0])), min(width, math.ceil(box[2])))
         rows = slice(max(0, math.floor(box[1])), min(height, math.ceil(box[3])))
     if columns.start >= columns.stop or rows.start >= rows.stop:
         raise ValueError(
-            f"the box {_short(box)} has no pixel in common with the frame of {width}x{height} pixels"
+            f"the box {shortened(box)} has no pixel in common with the frame of {width}x{height} pixels"
         )
     cut = frame[rows, columns]
     if background == "white":
@@ -239,10 +214,12 @@ def _checked_size(size: object) -> tuple[int, int]:
         or len(size) != 2
         or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
     ):
-        raise ValueError(f"the size of a mask is [height, width] in pixels, both above 0, got {_short(size)}")
+        raise ValueError(
+            f"the size of a mask is [height, width] in pixels, both above 0, got {shortened(size)}"
+        )
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
-            f"a mask of {_short(size)} has more than {MAX_PIXELS // 1_000_000} megapixels, the limit for pictures"
+            f"a mask of {shortened(size)} has more than {MAX_PIXELS // 1_000_000} megapixels, the limit for pictures"
         )
     return size
 
@@ -262,7 +239,7 @@ def _lengths(text: str) -> np.ndarray:
         raise ValueError("the counts of the mask are an empty string")
     if codes.min() < 0 or codes.max() > 63:
         raise ValueError(
-            f"the counts of the mask hold characters outside of '0' (48) to 'o' (111): {_short(text)}"
+            f"the counts of the mask hold characters outside of '0' (48) to 'o' (111): {shortened(text)}"
         )
     goes_on = (codes & 32) != 0
     if goes_on[-1]:
@@ -296,7 +273,8 @@ def _compressed(runs: np.ndarray) -> str:
     return codes[used].astype(np.uint8).tobytes().decode("ascii")
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as an error shows it: at most 60 characters."""
     with suppress(ValueError, RecursionError):  # integers too long, objects too deep
         text = repr(value)
         return text if len(text) <= 60 else f"{text[:57]}..."

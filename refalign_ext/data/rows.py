@@ -6,11 +6,11 @@ import json
 import os
 import struct
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from refalign_ext.data.aside import written_aside
 from refalign_ext.data.schema import Clip, parse, parse_line, to_dict
 
 MAX_ROW_BYTES = 16 << 20
@@ -31,21 +31,29 @@ def write_manifest(path: str | os.PathLike[str], clips: Iterable[Clip]) -> int:
         ValueError: for a clip that `parse` would refuse, a value that is not JSON, or a row above `MAX_ROW_BYTES`.
     """
     target = Path(path)
-    with _Aside(target) as manifest, _Aside(index_path(target)) as index:
-        writer = _IndexWriter(index.file)
-        for row, clip in enumerate(clips, 1):
-            place = f"{target}, row {row}"
-            entry = to_dict(clip)
-            parse(entry, place)
-            line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-            if len(line) > MAX_ROW_BYTES:
-                raise ValueError(f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}")
-            writer.add(manifest.file.tell())
-            manifest.file.write(line)
-        manifest.keep()
+    with written_aside(index_path(target)) as index:
+        writer = _IndexWriter(index)
+        with written_aside(target) as manifest:
+            for row, clip in enumerate(clips, 1):
+                writer.add(manifest.tell())
+                manifest.write(checked_line(clip, f"{target}, row {row}"))
         writer.finish(target.stat())
-        index.keep()
     return writer.rows
+
+
+def checked_line(clip: Clip, place: str) -> bytes:
+    """The line of a clip, with its end, checked as it will be when it is read.
+
+    Raises:
+        ValueError: starting with `place`, for a clip that `parse` would refuse, a value that is not JSON, or a row above
+            `MAX_ROW_BYTES`.
+    """
+    entry = to_dict(clip)
+    parse(entry, place)
+    line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    if len(line) > MAX_ROW_BYTES:
+        raise ValueError(f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}")
+    return line
 
 
 def index_path(manifest: Path) -> Path:
@@ -110,6 +118,8 @@ class ManifestReader:
         stored = os.pread(self._index.fileno(), 2 * _OFFSET.size, _HEADER.size + row * _OFFSET.size)
         start = _OFFSET.unpack_from(stored)[0]
         end = _OFFSET.unpack_from(stored, _OFFSET.size)[0] if row + 1 < self._rows else self._size
+        if not start <= end <= self._size:
+            raise ValueError(f"{index_path(self.path)} is damaged: delete it, it is made anew")
         data = os.pread(self._file.fileno(), min(end - start, MAX_ROW_BYTES + 1), start)
         text, newline, rest = data.partition(b"\n")
         if len(text) >= MAX_ROW_BYTES:
@@ -136,28 +146,6 @@ class ManifestReader:
 
     def __setstate__(self, path: Path) -> None:
         ManifestReader.__init__(self, path)
-
-
-class _Aside:
-    """A file under a temporary name in the same folder, which takes its own name only if it is kept."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        # Ranks on several machines may do the same at once: a process number would not be unique.
-        self.name = target.with_name(f".{target.name[:32]}.{uuid.uuid4().hex}.part")
-        self.file = self.name.open("x+b")
-
-    def keep(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.name, self.target)
-
-    def __enter__(self) -> _Aside:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.name.unlink(missing_ok=True)
 
 
 class _IndexWriter:
@@ -197,10 +185,9 @@ def _build_index(manifest: BinaryIO, path: Path) -> BinaryIO:
     """Scans a manifest line by line and stores where its rows start; the file stays usable if it cannot be kept."""
     status = os.fstat(manifest.fileno())
     try:
-        with _Aside(path) as aside:
-            _scan(manifest, status, aside.file)
-            aside.keep()
-            return os.fdopen(os.dup(aside.file.fileno()), "rb")
+        with written_aside(path) as aside:
+            _scan(manifest, status, aside)
+            return os.fdopen(os.dup(aside.fileno()), "rb")
     except OSError:
         file = tempfile.TemporaryFile()  # noqa: SIM115, the reader closes it
         _scan(manifest, status, file)

@@ -24,14 +24,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, NoReturn
 
 from refalign_ext.data.boxes import BOX_SPACES, Box
-from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask, parse_mask
+from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask, parse_mask, shortened
 from refalign_ext.references import MAX_REFERENCES
 
 SOURCES = ("opens2v", "phantom", "custom")
@@ -264,7 +263,7 @@ class _Fields:
     def __init__(self, value: object, place: str, where: str, known: Sequence[str]) -> None:
         self.place, self.where = place, where
         if not isinstance(value, dict):
-            self.fail("", f"expected an object with {', '.join(known)}, got {_short(value)}")
+            self.fail("", f"expected an object with {', '.join(known)}, got {shortened(value)}")
         self.values = {key: item for key, item in value.items() if item is not None and item not in ([], {})}
         for key in value:
             if key not in known:
@@ -274,7 +273,9 @@ class _Fields:
 
     def fail(self, key: str, message: str) -> NoReturn:
         where = ".".join(filter(None, (self.where, key)))
-        raise ValueError(": ".join(filter(None, (self.place, where, message))))
+        text = ": ".join(filter(None, (self.place, where, message)))
+        # A key may hold half of a surrogate pair, which no log takes.
+        raise ValueError(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def has(self, key: str) -> bool:
         return key in self.values
@@ -294,11 +295,11 @@ class _Fields:
 
     def _checked_text(self, key: str, value: object) -> str:
         if not isinstance(value, str) or not value.strip():
-            self.fail(key, f"expected text that is not empty, got {_short(value)}")
+            self.fail(key, f"expected text that is not empty, got {shortened(value)}")
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            self.fail(key, f"holds half of a surrogate pair, which is not text: {_short(value)}")
+            self.fail(key, f"holds half of a surrogate pair, which is not text: {shortened(value)}")
         return value
 
     def path(self, key: str) -> str | None:
@@ -315,13 +316,13 @@ class _Fields:
     def choice(self, key: str, options: Sequence[str]) -> str:
         value = self.need(key)
         if value not in options or not isinstance(value, str):
-            self.fail(key, f"expected one of {', '.join(options)}, got {_short(value)}")
+            self.fail(key, f"expected one of {', '.join(options)}, got {shortened(value)}")
         return value
 
     def integer(self, key: str, least: int) -> int | None:
         value = self.values.get(key)
         if value is not None and not (_is_number(value) and isinstance(value, int) and value >= least):
-            self.fail(key, f"expected a whole number, at least {least}, got {_short(value)}")
+            self.fail(key, f"expected a whole number, at least {least}, got {shortened(value)}")
         return value
 
     def number(self, key: str, least: float = -_LARGEST, below: float = _LARGEST) -> float | None:
@@ -329,10 +330,10 @@ class _Fields:
         if value is None:
             return None
         if not _is_number(value):
-            self.fail(key, f"expected a finite number, got {_short(value)}")
+            self.fail(key, f"expected a finite number, got {shortened(value)}")
         if not least <= value < below:
             limits = f"at least {least:g}" + (f" and below {below:g}" if below < _LARGEST else "")
-            self.fail(key, f"expected a number of {limits}, got {_short(value)}")
+            self.fail(key, f"expected a number of {limits}, got {shortened(value)}")
         return value
 
     def box(self, key: str, *, pixels: bool = False) -> Any:
@@ -340,11 +341,11 @@ class _Fields:
         if value is None:
             return None
         if not isinstance(value, list) or len(value) != 4 or not all(_is_number(item) for item in value):
-            self.fail(key, f"expected four finite numbers [x0, y0, x1, y1], got {_short(value)}")
+            self.fail(key, f"expected four finite numbers [x0, y0, x1, y1], got {shortened(value)}")
         if value[0] >= value[2] or value[1] >= value[3]:
-            self.fail(key, f"expected x0 < x1 and y0 < y1, got {_short(value)}")
+            self.fail(key, f"expected x0 < x1 and y0 < y1, got {shortened(value)}")
         if pixels and not all(isinstance(item, int) and item >= 0 for item in value):
-            self.fail(key, f"expected whole pixels, none negative, got {_short(value)}")
+            self.fail(key, f"expected whole pixels, none negative, got {shortened(value)}")
         return tuple(value)
 
     def mask(self, key: str) -> RunLengthMask | None:
@@ -371,13 +372,13 @@ class _Fields:
     def _list(self, key: str) -> list[Any]:
         value = self.values.get(key, [])
         if not isinstance(value, list):
-            self.fail(key, f"expected a list, got {_short(value)}")
+            self.fail(key, f"expected a list, got {shortened(value)}")
         return value
 
     def free(self, key: str) -> dict[str, Any]:
         value = self.values.get(key, {})
         if not isinstance(value, dict):
-            self.fail(key, f"expected an object, got {_short(value)}")
+            self.fail(key, f"expected an object, got {shortened(value)}")
         try:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
         except (TypeError, ValueError, RecursionError) as error:
@@ -570,10 +571,3 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number in JSON")
-
-
-def _short(value: object) -> str:
-    with suppress(ValueError, RecursionError):  # integers too long, objects too deep
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    return "a value that is too large to print"

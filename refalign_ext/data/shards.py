@@ -12,12 +12,12 @@ import json
 import os
 import re
 import tarfile
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+from refalign_ext.data.aside import written_aside
 
 LISTING = "shards.json"
 SHARD_FOLDER = "shards"
@@ -226,6 +226,8 @@ def _parse_info(entry: object, place: str) -> ShardInfo:
     for key in ("samples", "bytes"):
         if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 60:
             raise ValueError(f"{place}: its {key} are not a number")
+    if entry["samples"] > _MAX_MEMBERS:
+        raise ValueError(f"{place}: {entry['samples']} samples; {_MAX_MEMBERS} are the most")
     if not isinstance(entry["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
         raise ValueError(f"{place}: its sha256 is not one")
     return ShardInfo(**entry)
@@ -252,24 +254,3 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def written_aside(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """A file under a temporary name that takes the place of `target` if nothing goes wrong.
-
-    Args:
-        folder: where it lies until then, on the same file system; None: next to the target.
-    """
-    folder = target.parent if folder is None else folder
-    for needed in (target.parent, folder):
-        needed.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
-    try:
-        with aside.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)

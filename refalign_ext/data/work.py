@@ -124,7 +124,9 @@ def _run_each(
     from tqdm import tqdm
 
     total = sum(weight(item) for item in items)
-    with tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True, disable=None) as bar:
+    with tqdm(
+        total=total, desc=description, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, disable=None
+    ) as bar:
         pairs = _in_pool(work, items, min(workers, len(items))) if workers else _here(work, items)
         try:
             for item, result in pairs:
@@ -172,9 +174,13 @@ def _begin_worker() -> None:
     import signal
     from multiprocessing import parent_process
 
+    from tqdm import tqdm
+
     # Ctrl-C reaches every process of a terminal: workers end at once and say nothing.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = "1"
+    # A lock between processes, which tqdm would make, is reported as leaked when Ctrl-C ends this one.
+    tqdm.set_lock(threading.RLock())
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     parent = parent_process()

@@ -21,6 +21,7 @@ from refalign_ext.backbone import WAN_CONFIGS, WanVAE
 from refalign_ext.caching import FrozenParts, build_cache, fill_cache
 from refalign_ext.config import TrainConfig, tiny, with_overrides
 from refalign_ext.data.caching.files import (
+    CacheError,
     CacheHeader,
     ChunkRecord,
     chunk_path,
@@ -285,6 +286,21 @@ def test_a_truncated_chunk_is_named_and_made_again(tmp_path: Path, caplog: pytes
     assert fill(tmp_path, Rows(6)).made == 1
     assert path.name in caplog.text
     assert contents(tmp_path) == before
+
+
+def test_damage_that_comes_late_is_no_matter_of_a_clip(tmp_path: Path) -> None:
+    fill(tmp_path, Rows(6, broken=(5,)))
+    cache, path = LatentCache(tmp_path), chunk_path(tmp_path, 1)
+    with pytest.raises(ValueError, match="cannot be decoded") as caught:
+        cache.video("dog-5", BUCKET, 0)
+    assert not isinstance(caught.value, CacheError)
+    cache = pickle.loads(pickle.dumps(cache))  # as a loader process gets it, with no file open
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(CacheError, match=f"{path} is damaged or cut off"):
+        cache.video("dog-4", BUCKET, 0)
+    path.unlink()
+    with pytest.raises(CacheError, match=f"{path} is missing"):
+        cache.reference("dog-4", BUCKET, PLAIN)
 
 
 def test_foreign_and_invalid_files_are_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from refalign_ext.data.checking import processes as check_processes
 from refalign_ext.data.checking.check import CheckResult, check, report_path
 from refalign_ext.data.checking.row import Finding, RowSettings, check_row
+from refalign_ext.data.checking.spool import Spool
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.masks import encode
 from refalign_ext.data.rows import write_manifest
@@ -164,7 +165,7 @@ DEFECTS = [  # what is changed, how it is found
     ),
     (changed(*TARGET, "mask_rle", value=SMALL), "error", "mask_size", "subjects[0].target.mask_rle"),
     (changed(*TARGET, "mask_rle", value=EMPTY), "error", "mask_empty", "subjects[0].target.mask_rle"),
-    (changed(*TARGET, "box_space", value="long768"), "error", "mask_space", "subjects[0].target.box_space"),
+    (changed(*TARGET, "box_space", value="long768"), "error", "mask_space", "subjects[0].target.mask_rle"),
     (changed(*IMAGE, "image", value="lost.png"), "error", "file_missing", "subjects[0].refs[0].image"),
     (changed(*IMAGE, "image", value="broken.png"), "error", "unreadable", "subjects[0].refs[0].image"),
     (changed(*IMAGE, "image", value="white.png"), "error", "reference_empty", "subjects[0].refs[0]"),
@@ -287,7 +288,6 @@ def test_table_groups_by_reason_and_field(tmp_path: Path, media: Path) -> None:
     assert [item.row for item in group.examples] == [1, 2, 3]
     assert "10  error file_missing at subjects[].refs[].image" in result.table()
     assert "row 2 (clip-1), subjects[0].refs[0].image: lost1.png does not exist" in result.table()
-    json.dumps(result.to_dict())
 
 
 def test_it_stops_after_too_many_errors(tmp_path: Path, media: Path) -> None:
@@ -340,6 +340,18 @@ def test_a_spool_that_is_cut_off_or_of_another_check_is_not_believed(tmp_path: P
     spool.write_text("another check\n" + json.dumps({"start": 0, "rows": [[[], 1]] * 16}) + "\n")
     assert check(path, workers=0, decode="none").rows == 20
     assert not spool.exists()
+
+
+def test_the_same_check_does_not_run_twice_at_once(tmp_path: Path, media: Path) -> None:
+    path = put(tmp_path, media, [line()])
+    with (
+        Spool(tmp_path / ".data.jsonl.check.jsonl.part", "the first"),
+        pytest.raises(ValueError, match="the same check is running already"),
+    ):
+        check(path, workers=0, decode="none")
+    assert check(path, workers=0, decode="none").rows == 1
+    with pytest.raises(ValueError, match="has no rows"):
+        check(put(tmp_path, media, []), workers=0)
 
 
 def test_unexpected_errors_are_findings(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:

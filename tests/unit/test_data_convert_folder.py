@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from refalign_ext.data.convert import folder_probe
-from refalign_ext.data.convert.folder import FOLDER_SELECTION, convert_folder
+from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.report import Report
-from refalign_ext.data.convert.selection import Selection
+from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.rows import ManifestReader
 from refalign_ext.data.schema import Clip
@@ -240,7 +240,7 @@ def test_an_existing_manifest_survives_a_conversion_that_finds_nothing(place: Pl
 def test_the_manifest_has_to_lie_above_the_clips(place: Place, tmp_path_factory: Any) -> None:
     place.clip("clips/one.mp4", "one.ref1.png")
     other = tmp_path_factory.mktemp("other") / "data.jsonl"
-    with pytest.raises(ValueError, match=rf"write it to {place.root / 'clips' / 'data.jsonl'}"):
+    with pytest.raises(ValueError, match=rf"give an --out such as {place.root / 'clips' / 'manifest.jsonl'}"):
         place.convert(place.root / "clips", out=other)
     clips, _ = place.convert(place.root / "clips")
     assert clips[0].video.path == "clips/one.mp4"
@@ -258,6 +258,7 @@ def test_the_manifest_has_to_lie_above_the_clips(place: Place, tmp_path_factory:
         ({"pair": "generated"}, "--pair generated"),
         ({"prompt_suffix": "txt"}, "--prompt_suffix 'txt': give a suffix with its dot"),
         ({"workers": -1}, "--workers -1"),
+        ({"columns": {"video": "movie"}}, "--column is for tables"),
     ],
 )
 def test_options_that_cannot_be(place: Place, options: dict[str, Any], message: str) -> None:
@@ -293,12 +294,37 @@ def test_videos_are_probed_once_even_after_a_kill(place: Place, monkeypatch: pyt
     assert len(place.convert()[0]) == 6 and len(probed) == 13
 
 
+def test_a_video_of_many_rows_is_probed_once_and_a_broken_one_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.clip("one.mp4", "one.ref1.png")
+    row = {"prompt": "x", "ref1": "one.ref1.png", "start_frame": 0}
+    (place.root / "two.mp4").write_bytes(b"nothing")
+    rows = [row | {"video": "one.mp4", "start_frame": start} for start in range(3)]
+    table = place.table("list.csv", [*rows, row | {"video": "two.mp4"}])
+    probed: list[str] = []
+    original = folder_probe._probe
+    monkeypatch.setattr(folder_probe, "_probe", lambda item: probed.append(item[1]) or original(item))
+    assert len(place.convert(table)[0]) == 3 and sorted(probed) == ["one.mp4", "two.mp4"]
+    place.convert(table)
+    assert probed[2:] == ["two.mp4"]  # what could not be read may have been on a disk that was away
+
+
+def test_two_processes_do_not_probe_into_one_file(place: Place) -> None:
+    place.clip("one.mp4", "one.ref1.png")
+    other = folder_probe.ProbedVideos(place.root / "data.jsonl.probed", place.root)
+    with pytest.raises(ValueError, match=r"data\.jsonl\.probed: .*another process"):
+        place.convert()
+    other.close()
+    assert len(place.convert()[0]) == 1
+
+
 def test_workers_find_the_same(place: Place) -> None:
     for number in range(3):
         place.clip(f"{number}.mp4", f"{number}.ref1.png")
     (place.root / "1.mp4").write_bytes(b"nothing")
     alone, first = place.convert(out=place.root / "alone.jsonl")
-    pooled, second = place.convert(out=place.root / "pooled.jsonl", workers=2)
+    pooled, second = place.convert(out=place.root / "pooled.jsonl", workers=1)
     assert pooled == alone and second.to_dict() == first.to_dict() and len(alone) == 2
 
 

@@ -425,7 +425,7 @@ def test_names_of_clips(vid: str, uuid: str | None, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"video_root": Path("/")}, "does not hold --video_root /"),
+        ({"video_root": Path("/")}, "--video_root /: not inside"),
         ({"video_root": Path("/gone")}, "--video_root /gone: no such folder"),
         ({"video_name": "{uuid}.mp4"}, "--video_name '{uuid}.mp4': give the name"),
         ({"video_name": "{vid.__class__}.mp4"}, "--video_name"),
@@ -493,7 +493,7 @@ def test_shares_and_workers_and_a_kill_give_the_same_manifest(
     last = convert_phantom(pairs, info, outs["shares"], share=Share(1, 3), **options)
     assert last.next_step is None
 
-    convert_phantom(pairs, info, outs["pool"], workers=2, **options)
+    convert_phantom(pairs, info, outs["pool"], workers=1, **options)
 
     original, done = phantom._convert_piece, []
 
@@ -514,6 +514,33 @@ def test_shares_and_workers_and_a_kill_give_the_same_manifest(
     texts = {out.read_bytes() for out in outs.values()}
     assert len(texts) == 1 and report.to_dict() == last.to_dict() == alone.to_dict()
     assert not list(place.root.glob("*.parts")) and not list(place.root.glob(".*"))
+
+
+def test_two_shares_that_end_at_once_both_tell_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Place(tmp_path)
+    pairs, info = many(tmp_path, 10)
+    original = phantom._finish
+
+    def late(job: Any, out: Path) -> Report:
+        original(job, out)
+        job.parts.mkdir()  # which the other share is removing
+        return original(job, out)
+
+    monkeypatch.setattr(phantom, "_finish", late)
+    report = convert_phantom(
+        pairs, info, tmp_path / "data.jsonl", video_root=tmp_path / "videos", selection=ANY
+    )
+    assert report.kept["clips"] == 10 and report.next_step is None
+
+
+def test_a_hidden_folder_of_videos_keeps_its_name(place: Place) -> None:
+    (place.root / ".videos").mkdir()
+    for folder, path in ((".videos", f".videos/{A}.mp4"), (".", f"{A}.mp4")):
+        row = (A, "p", {"x": pair([], [referred(B, 0.5, BIG)])})
+        clips, _ = place.convert([row], video_root=place.root / folder)
+        assert clips[0].video.path == path
 
 
 def test_other_settings_do_not_take_up_old_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

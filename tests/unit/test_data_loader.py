@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader, PlaceBatches, stateful_loader
@@ -274,10 +278,75 @@ def test_what_is_cached_is_not_decoded(clips: ClipSet, sampling: Sampling) -> No
     assert all(one.levels is None and one.features is None for one in without[place].references)
 
 
+def test_a_damaged_cache_stops_training_and_costs_no_clip(clips: ClipSet, sampling: Sampling) -> None:
+    class Damaged(Cache):
+        def video(self, clip_id: str, bucket: Bucket, cut: int) -> None:
+            raise CacheError("chunk 3 is damaged")
+
+    sample = ClipDataset([clips], sampling, caches=[Damaged(set(), False)])[make_order().at(0)]
+    assert (sample.stop, sample.failures, sample.choice) == ("chunk 3 is damaged", (), None)
+
+
 def test_a_worker_that_dies_is_a_clear_error(clips: ClipSet, sampling: Sampling) -> None:
     loader = ClipLoader(Deadly([clips], sampling), make_order(), batch_size=2, workers=1, start_method="fork")
+    before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(OSError, match="a loader process was killed .*--data_workers"):
         by_position(loader, 1)
+    loader.close()
+    assert signal.getsignal(signal.SIGCHLD) is before  # nothing is raised between batches
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_leave_it_to_their_parent_when_to_stop(
+    clips: ClipSet, sampling: Sampling, expected: dict[int, tuple], method: str
+) -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loader = ClipLoader(
+        ClipDataset([clips], sampling), make_order(), batch_size=2, workers=2, start_method=method
+    )
+    found = by_position(loader, 1)
+    workers = loader._batches._workers
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked
+    for name in ("-TERM", "-INT", "-TERM"):  # from elsewhere, as a terminal or torchrun sends them to all
+        subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
+    found |= by_position(loader, 5)
+    assert found == {position: expected[position] for position in range(12)}
+    workers[0].terminate()
+    workers[0].join(5)
+    assert workers[0].exitcode == 0
+    loader.close()
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_end_with_their_parent(clips: ClipSet, sampling: Sampling) -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def train() -> None:
+        loader = ClipLoader(
+            ClipDataset([clips], sampling), make_order(), batch_size=2, workers=2, start_method="fork"
+        )
+        next(loader)
+        there.send([worker.pid for worker in loader._batches._workers])
+        time.sleep(60)
+
+    parent = context.Process(target=train)
+    parent.start()
+    assert here.poll(60)
+    workers = here.recv()
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Deadly(ClipDataset):

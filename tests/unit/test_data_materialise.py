@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refalign_ext.data.aside import locked
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.cutting import materialise as module
 from refalign_ext.data.cutting.materialise import materialise
@@ -264,6 +265,39 @@ def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
         assert not (shared / "report.json").exists()
     assert materialise(source, shared, share=Share(1, 3), **settings).to_dict() == first.to_dict()
     assert digests(shared) == expected
+
+
+def test_a_share_is_done_by_one_process(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".work").mkdir(parents=True)
+    with (
+        locked(out / ".work" / "share-0-of-1"),
+        pytest.raises(ValueError, match="another process .* its own --shard"),
+    ):
+        materialise(source, out)
+    assert materialise(source, out).kept["clips"]
+
+
+def test_a_listing_does_not_outlive_its_shards(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "packed"
+    materialise(source, out, pack=True, shard_size=2)
+    original = module.pack_piece
+
+    def killed(place: Any, number: int, rows: range, report: Any) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(place, number, rows, report)
+
+    monkeypatch.setattr(module, "pack_piece", killed)
+    with pytest.raises(KeyboardInterrupt):
+        materialise(source, out, pack=True, shard_size=3)
+    with pytest.raises(ValueError, match="has neither"):
+        open_clip_set(out)
+    monkeypatch.setattr(module, "pack_piece", original)
+    materialise(source, out, pack=True, shard_size=3)
+    assert all(verify_shard(out, info) is None for info in read_listing(out))
 
 
 def test_rows_broken_off_in_the_middle_leave_nothing_half_written(

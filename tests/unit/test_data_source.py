@@ -17,6 +17,7 @@ from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.cutting.materialise import materialise
 from refalign_ext.data.loading import source as source_module
@@ -26,7 +27,7 @@ from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.sampling import survey as survey_module
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
 from refalign_ext.data.sampling.split import Split, digest
-from refalign_ext.data.sampling.survey import BAD_ROW, BAD_VIDEO, USABLE, survey, survey_path
+from refalign_ext.data.sampling.survey import BAD_ROW, BAD_VIDEO, USABLE, survey, survey_paths
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKET = Bucket(32, 32, 5)
@@ -298,6 +299,20 @@ def test_too_many_bad_clips_stop_training(folder: Path, monkeypatch: pytest.Monk
         make(broken).prepare()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_breaks_stops_training_at_once(folder: Path, workers: int) -> None:
+    class Damaged:
+        def video(self, clip_id: str, bucket: Bucket, cut: int) -> None:
+            raise CacheError("chunk-000003.safetensors is damaged: delete it")
+
+    settings = LoaderSettings(workers=workers, max_bad_share=1.0, start_method="fork")
+    source = make(clip_set(folder, row("a"), row("b")), caches=[Damaged()], settings=settings)
+    with pytest.raises(ValueError, match="^chunk-000003.safetensors is damaged: delete it$"):
+        source.samples(0, range(1))
+    assert source.bad_clips == 0
+    source.close()
+
+
 @pytest.mark.parametrize("name", ["workers", "prefetch", "together", "max_bad_share"])
 def test_settings_out_of_range_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1"):
@@ -305,6 +320,10 @@ def test_settings_out_of_range_are_named(name: str) -> None:
 
 
 # --- split
+
+
+def holds(split: Split, group: str) -> bool:
+    return bool(split.holds(np.array([digest(group)], np.uint64))[0])
 
 
 def test_training_and_validation_share_no_group(folder: Path) -> None:
@@ -324,7 +343,7 @@ def test_training_and_validation_share_no_group(folder: Path) -> None:
         source.prepare()
         order_rows = np.concatenate(source._sets[0].rows)
         seen[part] = {rows[number].group for number in order_rows}
-        assert all(split.holds_group(group) for group in seen[part])
+        assert all(holds(split, group) for group in seen[part])
         dataset = source._dataset
         loader = source._start(range(1))
         used = set()
@@ -338,7 +357,7 @@ def test_training_and_validation_share_no_group(folder: Path) -> None:
                 if reference.source_id is not None:
                     owner = rows[int(reference.source_id)].group
                 used.add(owner or clip.group)
-                assert owner is None or split.holds_group(owner)
+                assert owner is None or holds(split, owner)
         assert len(used) > 1 and dataset is source._dataset
     assert seen["train"] and seen["validation"]
     assert not seen["train"] & seen["validation"]
@@ -349,8 +368,8 @@ def test_clips_whose_references_are_all_on_the_other_side_are_left_out(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     split = Split(0.5, 0, "train")
-    here = [f"g{n}" for n in range(40) if split.holds_group(f"g{n}")]
-    there = [f"g{n}" for n in range(40) if not split.holds_group(f"g{n}")]
+    here = [f"g{n}" for n in range(40) if holds(split, f"g{n}")]
+    there = [f"g{n}" for n in range(40) if not holds(split, f"g{n}")]
     lost = row("lost", "long.mp4", Reference("cross", image="b.png", source_group=there[0]), group_id=here[0])
     lost_by_id = row(
         "lost too", "long.mp4", Reference("cross", image="b.png", source_id="other"), group_id=here[0]
@@ -399,7 +418,7 @@ def test_a_survey_knows_every_clip_and_is_kept(
     assert found[["width", "height"]].tolist()[:3] == [(640, 360), (16, 32), (64, 32)]
     assert found["fps"].tolist()[:3] == [25.0, 8.0, 8.0]
     assert found["group"][0] == digest("g") and found["id"][1] == digest("1") and found["is_free"][0]
-    assert sum(message.startswith("skipping clip") for message in caplog.messages) == 3
+    assert sum(message.startswith("skipping ") for message in caplog.messages) == 3
     monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
     again = survey(clips)
     assert isinstance(again, np.memmap) and again.tobytes() == found.tobytes()
@@ -422,8 +441,8 @@ def test_an_interrupted_survey_goes_on(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(survey_module, "measure", failing)
     with pytest.raises(KeyboardInterrupt):
         survey(clips)
-    assert not survey_path(clips).exists()
-    part = survey_path(clips).with_name("data.jsonl.survey.part")
+    assert not survey_paths(clips)[0].exists()
+    part = survey_paths(clips)[0].with_name("data.jsonl.survey.part")
     part.write_bytes(part.read_bytes() + b"half a record")
     looked += [-1] * 10
     found = survey(clips)
@@ -442,14 +461,61 @@ def test_a_survey_that_cannot_be_kept_is_made_each_time(
 
     monkeypatch.setattr(survey_module, "_continued", refused)
     assert (survey(clips)["state"] == USABLE).all()
-    assert "cannot be kept" in caplog.text and not survey_path(clips).exists()
+    assert "cannot be kept" in caplog.text and not survey_paths(clips)[0].exists()
+
+
+def test_a_survey_is_kept_elsewhere_if_the_set_cannot_be_written_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips, original = clip_set(folder, *(row(f"{n}") for n in range(3))), survey_module._continued
+
+    def refused(path: Path, mark: bytes) -> object:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return original(path, mark)
+
+    monkeypatch.setattr(survey_module, "_continued", refused)
+    elsewhere = tmp_path / "run" / "surveys"
+    first = survey(clips, elsewhere=elsewhere)
+    assert isinstance(first, np.memmap) and list(elsewhere.iterdir()) == survey_paths(clips, elsewhere)[1:]
+    monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
+    assert survey(clips, elsewhere=elsewhere).tobytes() == first.tobytes()
+    assert not caplog.messages
+
+
+def test_a_survey_needs_no_locks_but_does_not_share_a_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
+
+    def without_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(survey_module.fcntl, "flock", without_locks)
+    assert isinstance(survey(clips), np.memmap)
+    survey_paths(clips)[0].unlink()
+    monkeypatch.undo()
+    with survey_module._continued(Path(f"{survey_paths(clips)[0]}.part"), b"busy"):
+        assert not isinstance(survey(clips), np.memmap)
+    assert "cannot be kept" in caplog.text
+
+
+def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "LEAST_TRIED", 2)
+    clips = clip_set(folder, *(row(f"{n}") for n in range(4)))
+    (folder / "long.mp4").rename(folder / "away.mp4")
+    for share, message in ((0.1, "4 of 4 clips cannot be used, more than"), (1.0, "no clip can be used")):
+        with pytest.raises(ValueError, match=message):
+            make(clips, settings=replace(HERE, max_bad_share=share)).prepare()
+    (folder / "away.mp4").rename(folder / "long.mp4")
+    assert make(clips).samples(0, range(1))[0].name in "0123"
 
 
 def test_damaged_surveys_are_made_anew(folder: Path) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
     good = survey(clips).tobytes()
-    for damage in (b"", b"RASURV1\n", survey_path(clips).read_bytes()[:-5], b"x" * 500):
-        survey_path(clips).write_bytes(damage)
+    for damage in (b"", b"RASURV1\n", survey_paths(clips)[0].read_bytes()[:-5], b"x" * 500):
+        survey_paths(clips)[0].write_bytes(damage)
         assert survey(clips).tobytes() == good
 
 

@@ -14,7 +14,6 @@ from refalign_ext.data.masks import (
     bounding_box,
     cut_reference,
     decode,
-    deduplicate,
     encode,
     iou,
     parse_mask,
@@ -160,32 +159,6 @@ def test_iou_agrees_with_pixels() -> None:
     assert iou(RunLengthMask((1, 4), (1, 1, 0, 1, 1)), RunLengthMask((1, 4), (0, 0, 1, 2, 1))) == 1.0
     with pytest.raises(ValueError, match="2x3 and 3x2"):
         iou(encode(np.ones((2, 3), bool)), encode(np.ones((3, 2), bool)))
-
-
-def test_duplicates_are_dropped_from_the_best_score_down() -> None:
-    person = disc(60, 60, 20, 20, 12)
-    woman, dog = disc(60, 60, 20, 21, 12), disc(60, 60, 45, 45, 8)
-    masks = [encode(pixels) for pixels in (person, woman, dog, person)]
-    assert deduplicate(masks, [0.5, 0.9, 0.1, 0.7], 0.8) == [1, 2]
-    assert deduplicate(masks, [0.9, 0.5, 0.1, 0.9], 0.8) == [0, 2]
-    assert deduplicate(masks, [None, 0.5, None, None], 0.8) == [1, 2]
-    assert deduplicate(masks, [0.1, 0.2, 0.3, 0.4], 1.0) == [1, 2, 3]
-    # A mask that is dropped does not drop others: of a chain the ends stay.
-    chain = [np.zeros((1, 12), bool) for _ in range(3)]
-    for start, pixels in enumerate(chain):
-        pixels[0, start * 2 : start * 2 + 6] = True
-    assert deduplicate([encode(pixels) for pixels in chain], [0.9, 0.5, 0.4], 0.5) == [0, 2]
-    empty = encode(np.zeros((4, 4), bool))
-    assert deduplicate([empty, empty], [0.1, 0.2], 0.5) == [0, 1]
-    assert deduplicate([], [], 0.5) == []
-    for scores, threshold, message in (
-        ([1.0], 0.5, "4 masks have 1 scores"),
-        ([1.0] * 4, 0.0, "threshold is 0.0"),
-        ([1.0] * 4, math.nan, "threshold is nan"),
-        ([1.0, math.nan, 1.0, 1.0], 0.5, "NaN"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            deduplicate(masks, scores, threshold)
 
 
 @pytest.mark.parametrize(

@@ -494,7 +494,7 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     def refuse(_: Path) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(rows, "_Aside", refuse)
+    monkeypatch.setattr(rows, "written_aside", refuse)
     assert list(ManifestReader(path)) == clips(3)
     assert list(tmp_path.iterdir()) == [path]
 

@@ -2,7 +2,7 @@
 
 A cache is a folder with `cache.json` (what it was made from, how many rows) and one safetensors file for every
 `chunk_rows` rows. A chunk's header says what it was made from too, each row's id and digest, and what could not be
-computed and why. Tensors are named as `cache_plan` says; a prompt is stored once in a chunk.
+computed and why. Tensors are named as `refalign_ext.data.caching.names` says; a prompt is stored once in a chunk.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 HEADER = "cache.json"
 _KEY = "refalign_cache"  # the one key of a file's metadata: with several their order would be by chance
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_ROWS = 1 << 48
 _DIGEST = re.compile("[0-9a-f]{16}")
 _NAME = re.compile("(video|reference|features|text)-[0-9a-f]{32}")
+
+
+class CacheError(ValueError):
+    """A file of a cache is missing or damaged."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,18 @@ def read_header(folder: Path) -> CacheHeader:
         with path.open("rb") as file:
             entry = json.loads(file.read(_MAX_HEADER_BYTES))
         header = CacheHeader(**entry)
-        if header.rows < 0 or header.chunk_rows < 1 or not _is_fingerprint(header.fingerprint):
+        are_counts = all(type(value) is int for value in (header.rows, header.chunk_rows))
+        if (
+            not are_counts
+            or not 0 <= header.rows < _MAX_ROWS
+            or header.chunk_rows < 1
+            or not _is_fingerprint(header.fingerprint)
+        ):
             raise ValueError("its values cannot be")
     except FileNotFoundError:
         raise ValueError(f"{folder}: there is no {HEADER}: make the cache with `data cache`") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
+        raise ValueError(f"{path} is damaged ({_told(error)}): delete it and {AGAIN}") from None
     return header
 
 
@@ -119,7 +130,7 @@ def read_record(path: Path) -> tuple[ChunkRecord, list[str]]:
     """A chunk's record and the names of its tensors.
 
     Raises:
-        ValueError: if the file is missing, cut off or damaged, naming it.
+        CacheError: if the file is missing, cut off or damaged, naming it.
     """
     return opened_record(open_chunk(path), path)
 
@@ -137,27 +148,34 @@ def opened_record(file: Any, path: Path) -> tuple[ChunkRecord, list[str]]:
             raise ValueError("its header's values cannot be")
         return record, names
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
+        raise CacheError(f"{path} is damaged ({_told(error)}): delete it and {AGAIN}") from None
 
 
 def open_chunk(path: Path) -> Any:
     """A chunk as a `safe_open` file, whose tensors are read one by one.
 
     Raises:
-        ValueError: as `read_record`.
+        CacheError: as `read_record`.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {AGAIN}") from None
+        raise CacheError(f"{path} is missing: {AGAIN}") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut off ({error}): delete it and {AGAIN}") from None
+        raise CacheError(f"{path} is damaged or cut off ({error}): delete it and {AGAIN}") from None
+
+
+def _told(error: Exception) -> str:
+    """What an error says; a key of a damaged file may hold half of a surrogate pair, which no log takes."""
+    return str(error).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_fingerprint(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), dict) for key in ("files", "settings"))
+    return (
+        isinstance(value, dict) and _is_text(value.get("files")) and isinstance(value.get("settings"), dict)
+    )
 
 
 def _is_text(value: object) -> bool:

@@ -106,9 +106,9 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
 
     What `expected` does not name is not compared: a run without a teacher reads a cache that has its features.
     """
-    if stored.get("format") != expected["format"]:
+    if stored.get("format") != expected.get("format"):
         return [
-            f"made by another version (format {stored.get('format')}, this one reads {expected['format']})"
+            f"made by another version (format {stored.get('format')!r}, this one reads {expected.get('format')!r})"
         ]
     found = []
     for name, digest in expected["files"].items():
@@ -121,10 +121,11 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
         old = stored["settings"].get(name)
         if old != value:
             found.append(f"{name} {_plain(old)}, this run asks for {_plain(value)}")
-    return found
+    # A damaged header may hold half of a surrogate pair, which no log takes.
+    return [reason.encode("utf-8", "backslashreplace").decode("utf-8") for reason in found]
 
 
 def _plain(value: object) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], list):
+    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
         return ", ".join("x".join(map(str, item)) for item in value)
     return str(value)

@@ -8,13 +8,21 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from refalign_ext.data.caching.files import chunk_path, open_chunk, opened_record, read_header, read_record
+from refalign_ext.data.caching.files import (
+    CacheError,
+    chunk_path,
+    open_chunk,
+    opened_record,
+    read_header,
+    read_record,
+)
 from refalign_ext.data.caching.names import (
     AGAIN,
     differences,
@@ -58,14 +66,17 @@ class LatentCache:
         if found:
             raise ValueError(
                 f"the cache {self.folder} does not fit: {'; '.join(found)}: make one for this run with `data cache` in "
-                "another folder, or train without it"
+                "another folder, or train without it (--cache off)"
             )
         numbers = range(self.header.chunks)
-        missing = [str(number) for number in numbers if not chunk_path(self.folder, number).exists()]
+        # No more are looked for than are told: a damaged header may say that there are billions.
+        absent = (str(number) for number in numbers if not chunk_path(self.folder, number).exists())
+        missing = list(islice(absent, 9))
         if missing:
             listed = ", ".join(missing[:8]) + (" and more" if len(missing) > 8 else "")
             raise ValueError(
-                f"{self.folder}: chunks {listed} of {self.header.chunks} are missing: {AGAIN}, it goes on with them"
+                f"{self.folder}: chunks {listed} of {self.header.chunks} are missing: {AGAIN}, it goes on with them "
+                "(or train with --cache off)"
             )
         self.failures = 0
         self._read_tables()
@@ -127,7 +138,8 @@ class LatentCache:
         """Latents [C, F, h, w] float32 of a cut; None: not in the cache.
 
         Raises:
-            ValueError: saying why, if the cut could not be loaded when the cache was made, or a file is damaged.
+            ValueError: saying why, if the cut could not be loaded when the cache was made.
+            CacheError: if a file is missing or damaged.
         """
         return self._of_row(clip_id, video_name(clip_id, bucket, cut))
 
@@ -147,7 +159,7 @@ class LatentCache:
         """Text features [L, D] float32 of a prompt; None: not in the cache.
 
         Raises:
-            ValueError: if a file is damaged.
+            CacheError: if a file is missing or damaged.
         """
         name = text_name(prompt)
         found = _find(self._prompts, short_hash(name))
@@ -168,7 +180,7 @@ class LatentCache:
         try:
             return chunk.file.get_tensor(name).float()
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise CacheError(
                 f"{chunk_path(self.folder, number)} is damaged ({error}): delete it and {AGAIN}"
             ) from None
 

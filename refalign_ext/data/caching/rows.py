@@ -11,7 +11,7 @@ import numpy as np
 
 from refalign_ext.data.caching.names import reference_name, row_digest, video_name
 from refalign_ext.data.sampling.buckets import assign
-from refalign_ext.data.sampling.choice import Sampling, possible_cuts, possible_prompts, possible_references
+from refalign_ext.data.sampling.choice import Sampling, possible_prompts, possible_references
 from refalign_ext.data.sampling.survey import measure
 from refalign_ext.data.schema import Clip
 
@@ -117,7 +117,7 @@ class RowLoader:
     def _items(self, row: int, clip: Clip, bucket: Bucket) -> Iterator[LoadedItem]:
         from refalign_ext.data.loading.pixels import load_reference, to_levels, video_levels
 
-        for cut in possible_cuts(clip, self.sampling):
+        for cut in range(self.sampling.clip_variants):
             name = video_name(clip.id, bucket, cut)
             try:
                 video = video_levels(self.clip_set, row, clip, bucket, cut, self.sampling)

@@ -11,16 +11,16 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from refalign_ext.data.aside import written_aside
 from refalign_ext.data.checking.processes import run_rows
 from refalign_ext.data.checking.row import DECODE_MODES, Finding, RowSettings
 from refalign_ext.data.checking.spool import Spool
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.length import Length
-from refalign_ext.data.shards import LISTING, ShardInfo, read_listing, verify_shard, written_aside
+from refalign_ext.data.shards import LISTING, ShardInfo, read_listing, verify_shard
 from refalign_ext.data.work import Share, chunks, run_each
 
 CHUNK = 16  # rows that a process does at once: what is lost and done again if the check is killed
@@ -88,11 +88,6 @@ class CheckResult:
             lines.append(f"\nall of them: {self.report}")
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The summary, ready for JSON."""
-        plain = asdict(self)
-        return plain | {"path": str(self.path), "report": self.report and str(self.report)}
-
 
 def check(
     path: str | os.PathLike[str],
@@ -102,14 +97,12 @@ def check(
     decode: str = "ends",
     length: Length | None = None,
     max_errors: int | None = None,
-    report: Path | None = None,
-    resume: bool = True,
 ) -> CheckResult:
     """Checks every row of a manifest or packed folder; what is found never ends the check.
 
-    Findings are collected in a file next to the report. If the check is killed, the next one with the same settings
-    goes on from it: rows without errors are not read again. A row that kills the process reading it (a fault in a
-    decoder) is named too, unless `workers` is 0.
+    All findings go to `<path>.check.jsonl`, those of a share to `<path>.check.<i>of<n>.jsonl`. If the check is killed, the
+    next one with the same settings goes on from it: rows without errors are not read again. A row that kills the process
+    reading it (a fault in a decoder) is named too, unless `workers` is 0.
 
     Args:
         path: a JSON-lines manifest, or a folder written by `data materialise --pack`.
@@ -119,8 +112,6 @@ def check(
             only looks whether files exist.
         length: a training clip; videos too short for it are errors.
         max_errors: stop once there are more; None never does.
-        report: where all findings go; None means `<path>.check.jsonl`, for a share `<path>.check.<i>of<n>.jsonl`.
-        resume: go on from a check that was killed.
 
     Raises:
         ValueError: if the data set cannot be opened or an argument is out of range.
@@ -131,12 +122,14 @@ def check(
         raise ValueError(f"--max_errors {max_errors}: it cannot be negative")
     share = share or Share()
     clip_set = open_clip_set(Path(path))
-    report = report or report_path(Path(path), share)
+    if not len(clip_set):
+        raise ValueError(f"{path} has no rows")
+    report = report_path(Path(path), share)
     parts = share.take(chunks(len(clip_set), CHUNK))
     settings = RowSettings(decode, length)
     result = CheckResult(Path(path), len(clip_set), share, report=report)
     spool_path = report.with_name(f".{report.name}.part")
-    with Spool(spool_path, _fingerprint(clip_set.path, len(clip_set), settings, share), resume) as spool:
+    with Spool(spool_path, _fingerprint(clip_set.path, len(clip_set), settings, share)) as spool:
         left = [part for part in parts if part.start not in spool.clean]
         errors = 0
         with closing(run_rows(clip_set.path, settings, left, workers)) as found:
@@ -154,7 +147,7 @@ def check(
 
 
 def report_path(path: Path, share: Share) -> Path:
-    """Where the findings of a check go unless another place is named."""
+    """Where the findings of a check go."""
     path = Path(os.path.abspath(path))
     part = f".{share.index}of{share.count}" if share.count > 1 else ""
     return path.with_name(f"{path.name}.check{part}.jsonl")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from refalign_ext.data.aside import written_aside
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.checking.contact_layout import (
     FAINT,
@@ -24,10 +25,8 @@ from refalign_ext.data.checking.contact_layout import (
     text_line,
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.cutting.reference import FrameMemory, read_reference, span_arguments
-from refalign_ext.data.masks import decode
-from refalign_ext.data.schema import Clip, Reference, Subject, Target, VideoSpan
-from refalign_ext.data.shards import written_aside
+from refalign_ext.data.cutting.reference import FrameMemory, mask_in_frame, read_reference, span_arguments
+from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
 MAX_TARGETS = 3  # frames of targets shown per sample
@@ -166,7 +165,7 @@ def _with_targets(
     pixels, crop = pixels.copy(), video.crop_xyxy
     for number, subject in subjects:
         if subject.target.mask_rle is not None:
-            inside = _mask_in_frame(subject.target, (width, height), crop)
+            inside = mask_in_frame(subject.target, (width, height), crop)
             colour = np.array(_SUBJECTS[number % len(_SUBJECTS)])
             pixels[inside] = (0.65 * pixels[inside] + 0.35 * colour).astype(np.uint8)
             pixels[_edge(inside, max(1, width // 400))] = colour
@@ -180,20 +179,6 @@ def _with_targets(
                 raise ValueError(f"box {list(target.bbox_xyxy)} ({target.box_space}): {box.value}")
             _outline(picture, box, _SUBJECTS[number % len(_SUBJECTS)])
     return np.asarray(picture)
-
-
-def _mask_in_frame(
-    target: Target, size: tuple[int, int], crop: tuple[int, int, int, int] | None
-) -> np.ndarray:
-    """The mask [H, W] of the whole frame of `size` (width, height)."""
-    left, top, right, bottom = crop if target.box_space == "cropped_frame" else (0, 0, *size)
-    inside = np.zeros((size[1], size[0]), bool)
-    mask = decode(target.mask_rle)
-    if mask.shape != inside[top:bottom, left:right].shape:
-        height, width = mask.shape
-        raise ValueError(f"the mask of {width}x{height} pixels does not fit into the {target.box_space}")
-    inside[top:bottom, left:right] = mask
-    return inside
 
 
 def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:

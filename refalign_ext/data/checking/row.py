@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING
 
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.cutting.reference import CutError, FrameMemory, read_reference, span_arguments
+from refalign_ext.data.cutting.reference import (
+    CutError,
+    FrameMemory,
+    mask_in_frame,
+    read_reference,
+    span_arguments,
+)
 from refalign_ext.data.length import Length
-from refalign_ext.data.masks import area
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
 from refalign_ext.data.statistics.stats import frames_of
 
@@ -110,7 +115,7 @@ class _Row:
         self._check_video()
         for number, subject in enumerate(self.clip.subjects):
             for index, reference in enumerate(subject.refs):
-                self._check_reference(f"subjects[{number}].refs[{index}]", reference)
+                self._check_reference(f"subjects[{number}].refs[{index}]", reference, subject.kind)
 
     @property
     def decodes(self) -> bool:
@@ -121,7 +126,7 @@ class _Row:
     def _check_video(self) -> None:
         span = self.clip.video
         info = self._probe("video.path", span.path)
-        size = (info.width, info.height) if info else _recorded_size(span)
+        size = (info.width, info.height) if info else span.size
         if size is not None and _has_crop_beyond(span, size):
             self.error(
                 BoxProblem.CROP_BEYOND_FRAME.value,
@@ -168,7 +173,7 @@ class _Row:
 
     def _compare(self, where: str, span: VideoSpan, info: VideoInfo, *, depends: bool) -> None:
         """The size and rate that a row tells of a file with those that it has."""
-        recorded = _recorded_size(span)
+        recorded = span.size
         if recorded is not None and recorded != (info.width, info.height):
             message = (
                 f"the row says {recorded[0]}x{recorded[1]} pixels, frames of {span.path} are shown at "
@@ -254,21 +259,17 @@ class _Row:
                 self.error(box.value, f"{where}.bbox_xyxy", message)
         if region.mask_rle is None:
             return
-        if region.box_space == "long768":
-            message = "a mask cannot be given in long768: use frame or cropped_frame"
-            self.error("mask_space", f"{where}.box_space", message)
+        try:
+            inside = mask_in_frame(region, size, crop)
+        except CutError as error:
+            self.error(error.reason, f"{where}.mask_rle", str(error))
             return
-        left, top, right, bottom = crop if region.box_space == "cropped_frame" else (0, 0, *size)
-        if region.mask_rle.size != (bottom - top, right - left):
-            height, width = region.mask_rle.size
-            message = f"the mask has {width}x{height} pixels, its {region.box_space} has {right - left}x{bottom - top}"
-            self.error("mask_size", f"{where}.mask_rle", message)
-        elif not area(region.mask_rle):
+        if not inside.any():
             self.error("mask_empty", f"{where}.mask_rle", "the mask is empty")
 
     # References
 
-    def _check_reference(self, where: str, reference: Reference) -> None:
+    def _check_reference(self, where: str, reference: Reference, kind: str) -> None:
         span = reference.video
         if not self.decodes:
             self._check_undecoded(where, reference)
@@ -285,7 +286,7 @@ class _Row:
         except ValueError as error:
             self.error("unreadable", where, str(error))
         else:
-            self._check_picture(where, picture)
+            self._check_picture(where, picture, kind)
 
     def _check_undecoded(self, where: str, reference: Reference) -> None:
         span = reference.video
@@ -294,24 +295,20 @@ class _Row:
             self.clip_set.media(self.row, name)
         except ValueError as error:
             self.error("file_missing", f"{where}.{key}", str(error))
-        size = None if span is None else _recorded_size(span)
+        size = None if span is None else span.size
         if size is not None and not _has_crop_beyond(span, size):
             self._check_region(where, reference, size, span.crop_xyxy)
 
-    def _check_picture(self, where: str, picture: Image.Image) -> None:
+    def _check_picture(self, where: str, picture: Image.Image, kind: str) -> None:
         extremes = picture.getextrema()
         size = f"{picture.width}x{picture.height} pixels"
         if all(darkest >= _WHITE for darkest, _ in extremes):
             self.error("reference_empty", where, f"the reference ({size}) is all white")
-        elif all(lightest - darkest < _FLAT for darkest, lightest in extremes):
+        elif kind != "background" and all(lightest - darkest < _FLAT for darkest, lightest in extremes):
             colour = tuple(darkest for darkest, _ in extremes)
             self.warn("reference_flat", where, f"the reference ({size}) is of one colour, {colour}")
         elif min(picture.size) < _SMALL:
             self.warn("reference_small", where, f"the reference has only {size}")
-
-
-def _recorded_size(span: VideoSpan) -> tuple[int, int] | None:
-    return None if span.width is None or span.height is None else (span.width, span.height)
 
 
 def _has_crop_beyond(span: VideoSpan, size: tuple[int, int]) -> bool:

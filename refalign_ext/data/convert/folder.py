@@ -11,15 +11,15 @@ from pathlib import Path
 from refalign_ext.data.convert.folder_files import Found, clips_in_folder
 from refalign_ext.data.convert.folder_probe import Probed, ProbedVideos
 from refalign_ext.data.convert.folder_table import TableOptions, clips_in_table
+from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.report import Report, report_path
-from refalign_ext.data.convert.selection import Selection
+from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.rows import ManifestReader, write_manifest
 from refalign_ext.data.schema import Clip, VideoSpan
 
 GROUPS = ("folder", "none")
 FOLDER_PAIRS = ("cross", "regular")
-FOLDER_SELECTION = Selection(min_frames=None, min_area_ratio=None, max_references=None)
 _TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
 
 
@@ -58,7 +58,9 @@ def convert_folder(
         ValueError: if there is no such source, an option cannot be, `out` lies elsewhere than the clips, or no clip can
             be used: with the reason and what to do.
     """
-    root = _checked_root(source, out, media_root, prompt_suffix, group, pair)
+    from tqdm import tqdm
+
+    root = _checked_root(source, out, media_root, columns, prompt_suffix, group, pair)
     report, found = Report(), Found()
     if source.is_dir():
         suffix = prompt_suffix.lower()
@@ -69,7 +71,8 @@ def convert_folder(
     with tempfile.TemporaryDirectory(prefix=".convert-", dir=root) as scratch:
         # Millions of clips do not fit into memory while their videos are probed.
         draft = Path(scratch, "draft.jsonl")
-        if not write_manifest(draft, drafts):
+        shown = tqdm(drafts, desc="looking for clips", unit="clip", dynamic_ncols=True, disable=None)
+        if not write_manifest(draft, shown):
             raise ValueError(_nothing_fits(source, root, report, found, prompt_suffix))
         videos = ProbedVideos(out.with_name(out.name + ".probed"), root)
         try:
@@ -87,7 +90,13 @@ def convert_folder(
 
 
 def _checked_root(
-    source: Path, out: Path, media_root: Path | None, prompt_suffix: str, group: str, pair: str
+    source: Path,
+    out: Path,
+    media_root: Path | None,
+    columns: Mapping[str, str] | None,
+    prompt_suffix: str,
+    group: str,
+    pair: str,
 ) -> Path:
     if not source.exists():
         raise ValueError(f"{source}: no such folder or table")
@@ -99,18 +108,14 @@ def _checked_root(
         raise ValueError(f"--group {group}: choose one of {', '.join(GROUPS)}")
     if pair not in FOLDER_PAIRS:
         raise ValueError(f"--pair {pair}: choose one of {', '.join(FOLDER_PAIRS)}")
+    if source.is_dir() and (media_root or columns):
+        flag = "--column" if columns else "--media_root"
+        raise ValueError(f"{flag} is for tables, and {source} is a folder")
     if not prompt_suffix.startswith(".") or len(prompt_suffix) < 2:
         raise ValueError(f"--prompt_suffix {prompt_suffix!r}: give a suffix with its dot, such as .txt")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its folder does not exist")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file, such as {out / 'data.jsonl'}")
-    root, media = out.parent.resolve(), (source if source.is_dir() else media_root or source.parent).resolve()
-    if source.is_dir() and not media.is_relative_to(root):
-        raise ValueError(
-            f"{out}: paths in a manifest are relative to its folder, which does not hold {source}: write it to "
-            f"{media / out.name}"
-        )
+    root = manifest_root(out)
+    if source.is_dir():
+        inside(source, root, "SOURCE")
     if source.is_file() and source.resolve() == out.resolve():
         raise ValueError(f"{out} is the table itself: choose another name for the manifest")
     return root
@@ -176,13 +181,8 @@ def _nothing_fits(source: Path, root: Path, report: Report, found: Found, prompt
     hint = found.hint(prompt_suffix) if source.is_dir() else None
     if hint:
         return f"{source}: {hint}"
-    reasons = sorted(report.dropped["clips"].items(), key=lambda item: -item[1])
-    if not reasons:
-        return f"{source}: it has no rows"
-    reason, count = reasons[0]
-    example = report.examples["clips"][reason][0]
-    lines = [f"{source}: no clip can be used: {count} x {reason}, such as {example}"]
-    if reason == "outside_folder":
+    lines = [nothing_left(source, report)]
+    if "outside_folder" in report.dropped["clips"]:
         lines.append(f"paths in a manifest are relative to its folder, {root}: write it above the clips")
     elif report.dropped["references"]:
         name, number = max(report.dropped["references"].items(), key=lambda item: item[1])

@@ -189,7 +189,7 @@ def inside(path: Path, root: Path) -> str | None:
     name = Path(os.path.relpath(path, root)).as_posix()
     try:
         resolve_inside(root, name)
-    except (ValueError, OSError):
+    except (ValueError, OSError, RuntimeError):  # links in circles are a RuntimeError
         return None
     return name
 
@@ -220,6 +220,8 @@ def _read_prompt(path: Path, root: Path) -> tuple[str, str | None]:
     if inside(path, root) is None:
         return "", "prompt_outside_folder"
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return "", "prompt_unreadable"
         with path.open("rb") as file:
             data = file.read(MAX_PROMPT_BYTES + 1)
         text = " ".join(text_of(data).split())

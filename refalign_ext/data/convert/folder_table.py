@@ -24,14 +24,16 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from refalign_ext.data.convert.folder_files import inside, is_valid, picture
 from refalign_ext.data.convert.report import Report
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+
+T = TypeVar("T")
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "id": ("id", "clip_id", "video_id"),
@@ -85,7 +87,7 @@ def clips_in_table(path: Path, options: TableOptions, report: Report) -> Iterato
         place = f"row {number}"
         # The columns of JSON lines are those of their first row and whatever the others add.
         if row.keys() - fields.keys():
-            fields |= _known_columns(path, row.keys(), options.columns or {})
+            fields |= _known_columns(path, row.keys(), options.columns or {}, fields)
         clip = _clip(row, fields, place, options, report)
         if clip is None:
             continue
@@ -98,8 +100,13 @@ def clips_in_table(path: Path, options: TableOptions, report: Report) -> Iterato
             yield clip
 
 
-def _known_columns(path: Path, names: Any, chosen: Mapping[str, str]) -> dict[str, str]:
-    """Column name -> what it holds, a key of `ALIASES`, "ref1a" or "ref1_phrase"; "" for those that are not used."""
+def _known_columns(
+    path: Path, names: Any, chosen: Mapping[str, str], before: Mapping[str, str]
+) -> dict[str, str]:
+    """Column name -> what it holds, a key of `ALIASES`, "ref1a" or "ref1_phrase"; "" for those that are not used.
+
+    `before`: what is known from other rows, whose columns this one need not have.
+    """
     plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names}
     result = dict.fromkeys(names, "")
     for name, simple in plain.items():
@@ -114,6 +121,8 @@ def _known_columns(path: Path, names: Any, chosen: Mapping[str, str]) -> dict[st
             raise ValueError(
                 f"--column {field}={name}: unknown {field!r}; known are {', '.join(ALIASES)} and ref1, ..."
             )
+        if name in before and name not in result:
+            continue
         if name not in result:
             close = difflib.get_close_matches(name, list(names), 1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
@@ -122,7 +131,7 @@ def _known_columns(path: Path, names: Any, chosen: Mapping[str, str]) -> dict[st
             if held == field:
                 result[other] = ""
         result[name] = field
-    held = set(result.values())
+    held = {*result.values(), *before.values()}
     for field in ("video", "prompt"):
         if field not in held:
             raise ValueError(
@@ -263,7 +272,7 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
     csv.field_size_limit(_MAX_FIELD)
     # One byte that is not text must cost its row alone: it becomes a lone surrogate, which no text holds.
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-        first = file.readline(_MAX_FIELD)
+        first = _decoded(path, lambda: file.readline(_MAX_FIELD))
         counts = [(first.count(mark), mark) for mark in (",", "\t", ";")]
         delimiter = _DELIMITERS.get(path.suffix.lower()) or max(counts, key=lambda item: item[0])[1]
         file.seek(0)
@@ -272,7 +281,7 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
         number = 0
         while True:
             try:
-                cells = next(reader)
+                cells = _decoded(path, lambda: next(reader))
             except StopIteration:
                 break
             except csv.Error as error:
@@ -292,6 +301,14 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
                 )
             else:
                 yield number, dict(zip(names, cells))
+
+
+def _decoded(path: Path, read: Callable[[], T]) -> T:
+    """What `read` gives. UTF-16 that is damaged cannot be read any further: where characters begin is not known."""
+    try:
+        return read()
+    except UnicodeError as error:
+        raise ValueError(f"{path}: the text is damaged ({error}): save the table as CSV in UTF-8") from None
 
 
 def _check_names(path: Path, names: list[str]) -> None:

@@ -17,21 +17,20 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from refalign_ext.data.aside import Busy, locked
 from refalign_ext.data.convert.opens2v_join import Join, Part
 from refalign_ext.data.convert.opens2v_pairs import stage_pairs
 from refalign_ext.data.convert.opens2v_record import EntryProblem, pack, read_entry
 from refalign_ext.data.convert.opens2v_stream import Incomplete, entries
+from refalign_ext.data.convert.places import inside, manifest_root
 from refalign_ext.data.convert.report import Report, report_path
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.convert.staging import (
-    Busy,
     fingerprint,
     is_staged,
-    locked,
     open_staged,
     staged_report,
     staging,
@@ -58,6 +57,7 @@ class _PartJob:
     target: Path
     mark: str
     selection: Selection
+    line: int = 1  # of the terminal, for its progress bar
 
 
 def convert_opens2v(
@@ -98,20 +98,20 @@ def convert_opens2v(
         OSError: if a file cannot be read or written.
     """
     out = Path(out)
-    root = out.parent.resolve()
-    if not root.is_dir():
-        raise ValueError(f"--out {out}: its folder does not exist")
-    videos = _inside(Path(video_root), root, "--video_root")
-    pictures = None if backgrounds is None else _inside(Path(backgrounds), root, "--backgrounds")
+    root = manifest_root(out)
+    videos = inside(Path(video_root), root, "--video_root")
+    pictures = None if backgrounds is None else inside(Path(backgrounds), root, "--backgrounds")
     if cross_pairs is not None and not Path(cross_pairs).is_dir():
         raise ValueError(f"--cross_pairs {cross_pairs}: no such folder")
     folder = out.with_name(out.name + ".staging")
     folder.mkdir(exist_ok=True)
     jobs = _jobs(parts, folder, selection)
     mine = [job for job in share.take(jobs) if not is_staged(job.target, job.mark)]
-    stage = partial(_stage_part, show=workers == 0)
+    # Parts have tens of gigabytes: each has a bar of its own below that of all of them.
+    for number, job in enumerate(mine):
+        mine[number] = replace(job, line=1 + number % max(workers, 1))
     for _ in run_each(
-        stage,
+        _stage_part,
         mine,
         workers=workers,
         description="parts",
@@ -200,13 +200,13 @@ def _jobs(parts: Sequence[Path], folder: Path, selection: Selection) -> list[_Pa
     return list(jobs.values())
 
 
-def _stage_part(job: _PartJob, show: bool) -> None:
+def _stage_part(job: _PartJob) -> None:
     """Stages one part; what cannot be used is counted in its report."""
     from tqdm import tqdm
 
     report, name = Report(), job.path.name
     size = job.path.stat().st_size
-    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, leave=False, disable=None if show else True)
+    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, leave=False, position=job.line, disable=None)
     with bar, staging(job.target, job.mark, _TABLES, report) as staged:
         try:
             for position, (key, entry) in enumerate(entries(job.path, bar.update), 1):
@@ -231,19 +231,6 @@ def _stage_entry(
     report.merge(things)
     if record["reason"]:
         report.drop("clips", record["reason"], place)
-
-
-def _inside(folder: Path, root: Path, flag: str) -> Path:
-    """A folder that a manifest in `root` may name files of."""
-    if not folder.is_dir():
-        raise ValueError(f"{flag} {folder}: no such folder")
-    resolved = folder.resolve()
-    if not resolved.is_relative_to(root):
-        raise ValueError(
-            f"{flag} {folder}: not inside {root}, the folder of --out, and a manifest's paths may not leave it: "
-            f"write --out next to the data"
-        )
-    return resolved
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -18,7 +18,8 @@ from refalign_ext.data.convert.report import Report
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
 
-_VERSION = 1
+_VERSION = 2
+_LARGEST = 1e6  # no similarity comes near
 _TABLES = """
     CREATE TABLE pair (clip TEXT, number INTEGER, name TEXT, source TEXT, source_number INTEGER, source_name TEXT,
                        likeness REAL);
@@ -95,7 +96,7 @@ def _add(
     staged: sqlite3.Connection, key: str, value: object, place: str, selection: Selection, report: Report
 ) -> None:
     items = value if isinstance(value, list) else [value]
-    members = [(item, key) for item in items if isinstance(item, str)]
+    members = [(item, key) for item in items if isinstance(item, str) and key.strip()]
     staged.executemany("INSERT INTO member VALUES (?, ?)", members)
     for item in items:
         if not isinstance(item, str):
@@ -121,7 +122,7 @@ def _directions(item: object, place: str, selection: Selection, report: Report) 
         all(number is None or (type(number) is int and 0 <= number < 1 << 31) for number in numbers)
         and all(name is None or isinstance(name, str) for name in classes)
         and all(number is not None or name is not None for number, name in zip(numbers, classes))
-        and all(type(score) in (int, float, type(None)) for score in scores)
+        and all(score is None or (type(score) in (int, float) and abs(score) < _LARGEST) for score in scores)
     )
     if not is_sound:
         report.drop("references", "cross_broken", f"{what}: a class or a similarity has the wrong type", 2)

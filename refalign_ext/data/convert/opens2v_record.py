@@ -130,7 +130,8 @@ def _video(metadata: dict[str, Any]) -> dict[str, Any]:
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         what = f"crop [x0, x1, y0, y1] = {[x0, x1, y0, y1]} exceeds {width}x{height} pixels or is empty"
         raise EntryProblem("crop_beyond_frame", what)
-    cut = metadata.get("face_cut", metadata.get("cut"))
+    cut = metadata.get("face_cut")
+    cut = metadata.get("cut") if cut is None else cut
     start, end = (0, frames) if cut is None else _integers(cut, 2, "face_cut")
     start, end = max(start, 0), min(end, frames)
     if start >= end:
@@ -237,7 +238,7 @@ def _distinct(
 ) -> tuple[list[_Thing], dict[int, int]]:
     """Things without those whose mask is another's, and which thing each of these is.
 
-    What is fit to be a reference goes before what is not, then the better text match, as `masks.deduplicate` ranks.
+    What is fit to be a reference goes before what is not, then the better text match, equal ones in their order.
     """
     least = selection.max_mask_iou
     if least is None:

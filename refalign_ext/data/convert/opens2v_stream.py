@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 MAX_ENTRY_BYTES = 32 << 20  # real ones have about 0.1 MB
+MAX_DEPTH = 256  # of lists and objects within each other: the parser takes memory by its square
 
 _CHUNK = 1 << 18
 _LOOK_BACK = 256
 _LONGEST_TOKEN = 16
 _WORDS = (b"NaN", b"-Infinity", b"Infinity")
+_STEPS = np.array([(chr(code) in "[{") - (chr(code) in "]}") for code in range(256)], np.int8)
 # A number as a value of an object, or in a list of numbers that is one: an unescaped quote ends the key before it.
 _BEFORE_NUMBER = re.compile(rb'[^\\:,\[{\s]"\s*:\s*(?:\[[\s\d.,eE+\-\[\]NaInfity]*)?\Z')
 
@@ -69,6 +73,7 @@ class _Mended:
         self.first = b""
         self.ended = False
         self.unclaimed = 0
+        self.depth = _Depth()
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
 
@@ -92,6 +97,8 @@ class _Mended:
             self.unclaimed += len(raw)
             if self.unclaimed > MAX_ENTRY_BYTES:
                 raise Incomplete(f"an entry has more than {MAX_ENTRY_BYTES >> 20} MiB")
+            if self.depth.most(raw) > MAX_DEPTH:
+                raise Incomplete(f"more than {MAX_DEPTH} lists and objects lie within each other")
             self.ended = not raw
             if not raw.isascii() or self.decoder.getstate()[0] or self.ended:
                 raw = self.decoder.decode(raw, self.ended).encode()
@@ -121,6 +128,28 @@ class _Mended:
         self.past = (self.past + data[max(safe - _LOOK_BACK, 0) : safe])[-_LOOK_BACK:]
         self.rest = data[safe:]
         return b"".join(pieces)
+
+
+class _Depth:
+    """How many lists and objects lie within each other in JSON that comes in pieces."""
+
+    def __init__(self) -> None:
+        self.now, self.in_text, self.rest = 0, False, b""
+
+    def most(self, data: bytes) -> int:
+        """The most of them within this piece; or fewer, if that is not more than `MAX_DEPTH`."""
+        data = self.rest + data
+        cut = (len(data) - len(data.rstrip(b"\\"))) % 2  # half of an escape, whose end comes next
+        self.rest = data[len(data) - cut :]
+        data = data[: len(data) - cut].replace(b"\\\\", b"").replace(b'\\"', b"")
+        pieces = data.split(b'"')
+        outside = b"".join(pieces[self.in_text :: 2])
+        self.in_text ^= len(pieces) % 2 == 0
+        opened, start = outside.count(b"[") + outside.count(b"{"), self.now
+        self.now += opened - outside.count(b"]") - outside.count(b"}")
+        if start + opened <= MAX_DEPTH:
+            return self.now
+        return start + int(np.cumsum(_STEPS[np.frombuffer(outside, np.uint8)], dtype=np.int64).max())
 
 
 def _words(data: bytes) -> list[tuple[int, int]]:

@@ -9,26 +9,25 @@ which makes five minutes for the published 651,031 rows.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import string
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refalign_ext.data.aside import locked, written_aside
 from refalign_ext.data.convert.phantom_info import InfoStore, batches, find_columns, open_parquet, stage_info
 from refalign_ext.data.convert.phantom_others import OthersStore, stage_others
 from refalign_ext.data.convert.phantom_rows import RowConverter, RowRules
+from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.report import Report, report_path
-from refalign_ext.data.convert.selection import Selection
+from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint
 from refalign_ext.data.length import Length
-from refalign_ext.data.rows import MAX_ROW_BYTES, ManifestReader, index_path
-from refalign_ext.data.schema import parse, to_dict
+from refalign_ext.data.rows import ManifestReader, checked_line, index_path
 from refalign_ext.data.work import Share, run_each
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ PAIR_COLUMNS = {
     "caption": ("video_caption", "caption", "prompt"),
     "pairs": ("cross_pair",),
 }
-# Areas as RefAlign selects them. What its likenesses are measured with is not published, so no limit is set.
-PHANTOM_SELECTION = Selection(min_frames=None, min_image_similarity=None)
 _ALONE = Share()
 
 
@@ -108,7 +105,9 @@ def convert_phantom(
     Raises:
         ValueError: if a file or an option cannot be used, or no clip is left.
     """
-    root, videos = _checked_folders(out, video_root)
+    root = manifest_root(out)
+    folder = inside(video_root, root, "--video_root")
+    videos = "" if folder == root else folder.relative_to(root).as_posix()
     _check_name(video_name)
     if selection.overflow != "drop":
         raise ValueError(
@@ -127,25 +126,26 @@ def convert_phantom(
     mark = fingerprint(settings, [pairs, info])
     pieces = range(min(PIECES, max(1, rows // PIECE_ROWS)))
     job = _Job(pairs, columns, staged, others, parts, mark, rows, pieces, first_rows, rules)
-    done = run_each(
-        partial(_convert_piece, job),
-        [number for number in share.take(job.pieces) if not job.is_done(number)],
-        workers=workers,
-        description="converting",
-        weight=lambda number: len(job.span(number)),
-    )
-    for _ in done:
-        pass
-    left = [number for number in job.pieces if not job.is_done(number)]
-    if left:
+    with locked(parts / f"share-{share.index}-of-{share.count}"):
+        done = run_each(
+            partial(_convert_piece, job),
+            [number for number in share.take(job.pieces) if not job.is_done(number)],
+            workers=workers,
+            description="converting",
+            weight=lambda number: len(job.span(number)),
+        )
+        for _ in done:
+            pass
+    try:
+        left = [number for number in job.pieces if not job.is_done(number)]
+        if not left:
+            return _finish(job, out)
         report = _merged(job, share.take(job.pieces))
         report.next_step = f"{len(left)} of {len(job.pieces)} pieces are left to other shares: whoever ends last writes {out}"
         return report
-    try:
-        return _finish(job, out)
     except FileNotFoundError:
-        # Another share found all pieces at the same time, and has joined and removed them.
-        if parts.exists():
+        # Another share found all pieces at the same time, has joined them and is removing them.
+        if not report_path(out).exists():
             raise
         return _read_report(report_path(out))
 
@@ -155,32 +155,11 @@ def _finish(job: _Job, out: Path) -> Report:
     report = _merged(job, job.pieces)
     if not report.kept["clips"]:
         shutil.rmtree(job.parts, ignore_errors=True)
-        reasons = sorted(report.dropped["clips"].items(), key=lambda item: -item[1]) or [("no_rows", 0)]
-        example = next(iter(report.examples["clips"].get(reasons[0][0], [])), "-")
-        raise ValueError(
-            f"{job.pairs}: no clip can be used: {reasons[0][1]} x {reasons[0][0]}, such as {example}"
-        )
+        raise ValueError(nothing_left(job.pairs, report))
     _join(out, [job.part(number) for number in job.pieces])
     report.write(report_path(out))
     shutil.rmtree(job.parts, ignore_errors=True)
     return report
-
-
-def _checked_folders(out: Path, video_root: Path) -> tuple[Path, str]:
-    """The manifest's folder, and that of the videos relative to it ("" if it is the same)."""
-    if not video_root.is_dir():
-        raise ValueError(f"--video_root {video_root}: no such folder")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its folder does not exist")
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file, such as {out / 'data.jsonl'}")
-    root, videos = out.parent.resolve(), video_root.resolve()
-    if not videos.is_relative_to(root):
-        raise ValueError(
-            f"{out}: paths in a manifest are relative to its folder, which does not hold --video_root {video_root}: write "
-            f"it to {videos / out.name} or above"
-        )
-    return root, "" if videos == root else videos.relative_to(root).as_posix()
 
 
 def _check_name(pattern: str) -> None:
@@ -202,7 +181,8 @@ def _check_name(pattern: str) -> None:
 def _convert_piece(job: _Job, number: int) -> None:
     """Writes one piece and, when it is complete, its report; runs in a worker."""
     report = Report()
-    _write(job.part(number), _lines(job, number, report))
+    with written_aside(job.part(number)) as file:
+        file.writelines(_lines(job, number, report))
     report.write(report_path(job.part(number)))
 
 
@@ -226,14 +206,9 @@ def _lines(job: _Job, number: int, report: Report) -> Iterator[bytes]:
                 if clip is None:
                     continue
                 try:
-                    entry = to_dict(clip)
-                    parse(entry, clip.id)
-                    line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+                    line = checked_line(clip, clip.id)
                 except ValueError as error:
                     report.drop("clips", "not_valid", str(error))
-                    continue
-                if len(line) > MAX_ROW_BYTES:
-                    report.drop("clips", "row_too_long", clip.id)
                     continue
                 report.keep("clips")
                 report.keep("references", sum(len(subject.refs) for subject in clip.subjects))
@@ -270,28 +245,10 @@ def _read_report(path: Path) -> Report:
 
 def _join(out: Path, parts: Sequence[Path]) -> None:
     """Writes the pieces one after the other, with an index."""
-
-    def contents() -> Iterator[bytes]:
+    with written_aside(out) as joined:
         for part in parts:
             with part.open("rb") as file:
-                while data := file.read(1 << 20):
-                    yield data
-
-    _write(out, contents())
+                shutil.copyfileobj(file, joined, 1 << 20)
     index_path(out).unlink(missing_ok=True)
     with ManifestReader(out):  # builds the index
         pass
-
-
-def _write(target: Path, pieces: Iterable[bytes]) -> None:
-    """Writes a file whole or not at all."""
-    aside = target.with_name(f".{target.name[:32]}.{uuid.uuid4().hex}.part")
-    try:
-        with aside.open("xb") as file:
-            for data in pieces:
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)

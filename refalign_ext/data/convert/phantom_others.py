@@ -84,7 +84,8 @@ def _pairs(vid: Any, cell: Any) -> Iterator[tuple[Any, ...]]:
         for phrase, entry in phrases_of(cell).items():
             own = [item for item in _usable(sightings(entry, TARGET, vid)) if item.vid == vid]
             for item in _usable(sightings(entry, REFERENCES, vid)):
-                if own and item.vid != vid and phrase.strip():
+                is_pair = own and item.vid != vid and phrase.strip()
+                if is_pair and _is_text(phrase, item.vid, item.cls, own[0].cls):
                     yield phrase, item.score, *_cells(item), *_cells(own[0])
     except (ValueError, RecursionError):
         return
@@ -93,6 +94,15 @@ def _pairs(vid: Any, cell: Any) -> Iterator[tuple[Any, ...]]:
 def _usable(found: Iterable[Sighting | str]) -> Iterator[Sighting]:
     # NaN would come back from sqlite as nothing.
     return (item for item in found if isinstance(item, Sighting) and all(map(math.isfinite, item.box)))
+
+
+def _is_text(*values: str | None) -> bool:
+    """Whether sqlite takes them: half of a surrogate pair, which JSON can name, is no text."""
+    try:
+        "".join(filter(None, values)).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cells(seen: Sighting) -> tuple[Any, ...]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from refalign_ext.data.aside import written_aside
 
 KINDS = ("clips", "references")
 EXAMPLES = 5  # names kept for each reason: the counts say how many there are
@@ -43,6 +43,8 @@ class Report:
         counts[reason] = counts.get(reason, 0) + count
         names = self.examples[kind].setdefault(reason, [])
         if len(names) < EXAMPLES:
+            # Names of files need not be UTF-8, and JSON can name half of a surrogate pair: the report holds text.
+            name = name.encode("utf-8", "backslashreplace").decode("utf-8")
             names.append(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}...")
 
     def total(self, kind: str) -> int:
@@ -98,14 +100,8 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Writes `to_dict` as JSON, whole or not at all."""
-        aside = path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex}.part")
-        try:
-            aside.write_text(
-                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        with written_aside(path) as file:
+            file.write(json.dumps(self.to_dict(), indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def report_path(manifest: Path) -> Path:

@@ -104,6 +104,12 @@ class Selection:
         return None
 
 
+OPENS2V_SELECTION = Selection()
+# Areas as RefAlign selects them. What its likenesses are measured with is not published, so no limit is set.
+PHANTOM_SELECTION = Selection(min_frames=None, min_image_similarity=None)
+FOLDER_SELECTION = Selection(min_frames=None, min_area_ratio=None, max_references=None)
+
+
 def kind_of_class(name: str) -> str:
     """ "face", "human" or "object" for the name of a class: "young woman" is human, "human head" a face.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,14 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.data.aside import locked
 from refalign_ext.data.convert.report import Report
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
 _CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file
-
-
-class Busy(ValueError):
-    """Another process of this machine is writing the same file."""
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> str:
@@ -90,24 +86,3 @@ def staging(target: Path, mark: str, tables: str, report: Report) -> Iterator[sq
         finally:
             connection.close()
             aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Holds a lock on what is to be `target` that ends with the process.
-
-    The empty file `<target>.lock` stays, since another process may have opened it.
-
-    Raises:
-        Busy: (a ValueError) if another process has it.
-    """
-    with target.with_name(target.name + ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(
-                f"{target}: another process is writing it: give every process its own --shard"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield

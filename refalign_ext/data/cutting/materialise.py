@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.data.aside import locked, written_aside
 from refalign_ext.data.clip_set import MANIFEST, ClipSet, open_clip_set
 from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.files import Place, cut_piece, pictures_folder
@@ -30,7 +31,6 @@ from refalign_ext.data.shards import (
     ShardInfo,
     shard_name,
     write_listing,
-    written_aside,
 )
 from refalign_ext.data.work import Share, chunks, run_each
 
@@ -92,7 +92,7 @@ def materialise(
         The report of all rows; `next_step` is set if other shares are not finished yet, whose rows are missing in it.
 
     Raises:
-        ValueError: if the clips cannot be opened, or `out` cannot take them.
+        ValueError: if the clips cannot be opened, `out` cannot take them, or another process does this share.
         OSError: if a file cannot be written, linked or copied.
     """
     out = Path(out)
@@ -107,12 +107,17 @@ def materialise(
         raise ValueError(f"{path} has no rows")
     report, keys = Report(), {}
     work = partial(_finish, job)
-    mine = (share or Share()).take(pieces)
-    for rows, header in run_each(
-        work, mine, workers=workers, description="packing" if pack else "cutting", weight=len
-    ):
-        report.merge(Report.from_dict(header["report"]))
-        keys[rows.start // job.size] = header["key"]
+    share = share or Share()
+    with locked(job.out / _WORK / f"share-{share.index}-of-{share.count}"):
+        for rows, header in run_each(
+            work,
+            share.take(pieces),
+            workers=workers,
+            description="packing" if pack else "cutting",
+            weight=len,
+        ):
+            report.merge(Report.from_dict(header["report"]))
+            keys[rows.start // job.size] = header["key"]
     finished = sum(
         _read_header(job, piece, keys.get(piece) or _key(job, rows)) is not None
         for piece, rows in enumerate(pieces)
@@ -156,6 +161,8 @@ def _finish(job: _Job, rows: range) -> dict[str, Any]:
     if header is not None:
         return header
     job.record(piece).unlink(missing_ok=True)
+    if job.pack:  # the listing of an earlier run would not be that of the shards any more
+        (job.out / LISTING).unlink(missing_ok=True)
     report, lines = Report(), []
     if job.pack:
         written: dict[str, Any] = {"shard": asdict(pack_piece(job.place, piece, rows, report))}

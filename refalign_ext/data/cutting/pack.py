@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from refalign_ext.data.aside import written_aside
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.files import Place
@@ -28,7 +29,6 @@ from refalign_ext.data.shards import (
     ShardWriter,
     sha256_of,
     shard_name,
-    written_aside,
 )
 
 

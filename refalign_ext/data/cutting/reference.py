@@ -10,9 +10,9 @@ from PIL import Image
 
 from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.masks import RunLengthMask, cut_reference, decode
+from refalign_ext.data.masks import cut_reference, decode
 from refalign_ext.data.media import Media
-from refalign_ext.data.schema import Reference, VideoSpan
+from refalign_ext.data.schema import Reference, Target, VideoSpan
 from refalign_ext.references import load_image
 
 _ROUNDING = 1  # frames that a data set's end of a span may lie beyond the end of the file
@@ -121,7 +121,7 @@ def _cut(frame: np.ndarray, reference: Reference, crop: tuple[int, int, int, int
             BoxProblem.CROP_BEYOND_FRAME.value,
         )
     box = _box(reference, (width, height), crop)
-    mask = None if reference.mask_rle is None else _mask(reference, (width, height), crop)
+    mask = None if reference.mask_rle is None else mask_in_frame(reference, (width, height), crop)
     background = reference.bg or ("raw" if mask is None else "white")
     if mask is None:
         background = "raw"  # a picture whose background is already white
@@ -151,18 +151,27 @@ def _box(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int,
     return box
 
 
-def _mask(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int, int] | None) -> np.ndarray:
-    """The mask [H, W] of the whole frame."""
-    mask: RunLengthMask = reference.mask_rle
+def mask_in_frame(
+    region: Reference | Target, size: tuple[int, int], crop: tuple[int, int, int, int] | None
+) -> np.ndarray:
+    """The mask of a region as booleans [H, W] of the whole frame.
+
+    Args:
+        size: (width, height) of the whole frame in pixels; crop: the part of it that is used, which lies in it.
+
+    Raises:
+        CutError: (a ValueError) if the mask does not belong to this frame.
+    """
+    mask = region.mask_rle
     left, top, right, bottom = (0, 0, *size)
-    if reference.box_space == "cropped_frame":
+    if region.box_space == "cropped_frame":
         left, top, right, bottom = crop  # the schema sees to it that there is one
-    if reference.box_space == "long768":
+    if region.box_space == "long768":
         raise CutError("a mask cannot be given in long768: use frame or cropped_frame", "mask_space")
     expected = (bottom - top, right - left)
     if mask.size != expected:
         raise CutError(
-            f"the mask has {mask.size[1]}x{mask.size[0]} pixels, its {reference.box_space} has "
+            f"the mask has {mask.size[1]}x{mask.size[0]} pixels, its {region.box_space} has "
             f"{expected[1]}x{expected[0]}",
             "mask_size",
         )

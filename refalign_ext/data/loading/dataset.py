@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.loading.pixels import load_reference, to_levels, video_levels
 from refalign_ext.data.sampling.choice import Bucket, Choice, ReferenceChoice, Sampling, choose
@@ -55,6 +56,7 @@ class LoadedSample:
         clip: the clip's id.
         levels: [3, T, H, W] uint8, or latents: [C, F, h, w] from the cache.
         failures: clips that were tried before it.
+        stop: why training cannot go on; empty: it can.
     """
 
     place: Place
@@ -64,6 +66,7 @@ class LoadedSample:
     latents: Tensor | None
     references: tuple[LoadedReference, ...]
     failures: tuple[Failure, ...] = ()
+    stop: str = ""
 
 
 class ClipDataset(Dataset):
@@ -98,6 +101,9 @@ class ClipDataset(Dataset):
                 clip = self.clip_sets[place.part][row]
                 name = clip.id
                 return replace(self._load(place, row, clip), failures=tuple(failures))
+            except CacheError as error:
+                # Not this clip's fault: passing over all clips of a file would change what is trained without a word.
+                return LoadedSample(place, None, name, None, None, (), tuple(failures), stop=str(error))
             except (ValueError, OSError) as error:
                 failures.append(Failure(place.part, row, name, " ".join(str(error).split())[:500]))
         return LoadedSample(place, None, "", None, None, (), tuple(failures))
@@ -120,7 +126,8 @@ class ClipDataset(Dataset):
         self, part: int, row: int, clip: Clip, choice: ReferenceChoice, bucket: Bucket
     ) -> LoadedReference:
         cache = self.caches[part]
-        latents, features = (cache and cache.reference(clip.id, bucket, choice)) or (None, None)
+        found = None if cache is None else cache.reference(clip.id, bucket, choice)
+        latents, features = found or (None, None)
         if latents is not None and not (self.needs_features and features is None):
             return LoadedReference(None, latents, features if self.needs_features else None)
         pixels = load_reference(self.clip_sets[part], row, clip, choice, bucket, self.sampling)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import Any
 
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
 from refalign_ext.data.sampling.order import Order, Place
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class PlaceBatches:
@@ -125,7 +130,8 @@ class ClipLoader:
 
     def __next__(self) -> list[LoadedSample]:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with _deaf_children() if self._options["workers"] else nullcontext():
+                self._batches = iter(self._loader)
         try:
             batch = next(self._batches)
         except RuntimeError as error:
@@ -154,17 +160,48 @@ class ClipLoader:
         """Ends the workers; the next batch starts new ones."""
         batches, self._batches = self._batches, None
         if batches is not None and hasattr(batches, "_shutdown_workers"):
-            with suppress(RuntimeError):  # a worker that was killed is not missed any more
-                batches._shutdown_workers()
+            batches._shutdown_workers()
 
 
 def _as_it_is(samples: list[LoadedSample]) -> list[LoadedSample]:
     return samples
 
 
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that are started in the block do not hear `_STOPS`, from their first moment on.
+
+    Ctrl-C in a terminal and SIGTERM from torchrun reach the workers too, but the training process decides when to stop:
+    it needs them for the step that it finishes and saves.
+    """
+    resource_tracker.ensure_running()  # starting it later would end the block
+    on_death = signal.getsignal(signal.SIGCHLD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # torch would raise in the middle of whatever runs when a worker dies; asking for a batch finds out as well.
+        if on_death is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_death)
+
+
 def _begin_worker(_: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the training process decides when it is time to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    else:  # macOS: without a way to tell who sends it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     # A worker that is ended while its samples are being passed on must not wait for Python to clean up: the thread that
     # passes them would be stopped inside of C++ code, which aborts the process.
     atexit.register(os._exit, 0)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent says so with SIGTERM, or is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        heard = signal.sigtimedwait([signal.SIGTERM], 1.0)
+        if heard is not None and heard.si_pid == parent.pid:
+            break
+    os._exit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +21,7 @@ from refalign_ext.data.sampling.buckets import assign
 from refalign_ext.data.sampling.choice import Sampling
 from refalign_ext.data.sampling.order import Order, SetOrder, check_mix
 from refalign_ext.data.sampling.split import Allowed, GroupTable, Split
-from refalign_ext.data.sampling.survey import BAD_ROW, BAD_VIDEO, MOST_SOURCES, USABLE, survey
+from refalign_ext.data.sampling.survey import MOST_SOURCES, USABLE, forget_survey, survey
 
 if TYPE_CHECKING:
     from refalign_ext.data.caching.reader import LatentCache
@@ -80,6 +81,7 @@ class ClipSource:
         batch_size, data_rank, data_size: as the trainer asks for samples.
         caches: what `data cache` made, for each set; None where there is none.
         settings: how samples are fetched.
+        surveys: folder for what is found out about the clips where it cannot be written beside them.
 
     Raises:
         ValueError: for a mix that does not fit the sets.
@@ -102,6 +104,7 @@ class ClipSource:
         data_size: int = 1,
         caches: Sequence[LatentCache | None] = (),
         settings: LoaderSettings = LoaderSettings(),
+        surveys: Path | None = None,
     ) -> None:
         check_mix(len(clip_sets), [1.0] * len(clip_sets) if mix is None else mix, schedule)
         self.clip_sets, self.sampling, self.settings = list(clip_sets), sampling, settings
@@ -109,7 +112,7 @@ class ClipSource:
         self.encode, self.features, self.device = encode, features, torch.device(device)
         self.mix, self.schedule, self.total = mix, schedule, total
         self.batch_size, self.data_rank, self.data_size = batch_size, data_rank, data_size
-        self.caches = list(caches)
+        self.caches, self.surveys = list(caches), surveys
         self._sets: list[SetOrder] = []
         self._dataset: ClipDataset | None = None
         self._loader: ClipLoader | None = None
@@ -125,7 +128,10 @@ class ClipSource:
         """
         if self._dataset is not None:
             return
-        records = [survey(clip_set, workers=self.settings.workers) for clip_set in self.clip_sets]
+        records = [
+            survey(clip_set, workers=self.settings.workers, elsewhere=self.surveys)
+            for clip_set in self.clip_sets
+        ]
         allowed = self._allowed(records)
         self._sets = [self._set_order(number, found, allowed) for number, found in enumerate(records)]
         self._tried = [np.zeros(len(found), bool) for found in records]
@@ -147,7 +153,7 @@ class ClipSource:
         """Samples for the global positions `indices`; see `Source`. Fast if they follow the ones asked for last.
 
         Raises:
-            ValueError: if too many clips are bad, or none of those for a position can be used.
+            ValueError: if too many clips are bad, none of those for a position can be used, or a cache is damaged.
             OSError: if a loader process was killed.
         """
         self.prepare()
@@ -202,8 +208,9 @@ class ClipSource:
 
     def _set_order(self, number: int, found: np.ndarray, allowed: list[Allowed] | None) -> SetOrder:
         path, is_usable = self.clip_sets[number].path, found["state"] == USABLE
-        broken = int(np.isin(found["state"], (BAD_ROW, BAD_VIDEO)).sum())
+        broken = int((~is_usable).sum())
         if len(found) >= LEAST_TRIED and broken > self.settings.max_bad_share * len(found):
+            forget_survey(self.clip_sets[number], self.surveys)
             raise ValueError(
                 f"{path}: {broken} of {len(found)} clips cannot be used, more than max_bad_share "
                 f"{self.settings.max_bad_share:g}: `data check` lists them"
@@ -213,7 +220,7 @@ class ClipSource:
         here = fits if allowed is None else fits & self.split.holds(np.array(found["group"]))
         supplied = here if allowed is None else here & _has_source(found, allowed[number])
         counts = {
-            "cannot be used": int((~is_usable).sum()),
+            "cannot be used": broken,
             f"are shorter than {min(bucket.frames for bucket in self.sampling.buckets)} frames": int(
                 (is_usable & ~fits).sum()
             ),
@@ -222,6 +229,8 @@ class ClipSource:
         }
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         if not supplied.any():
+            if broken:
+                forget_survey(self.clip_sets[number], self.surveys)
             where = "" if self.split.part == "all" else f" for {self.split.part}"
             raise ValueError(
                 f"{path}: no clip can be used{where}: of {len(found)} clips {told} (`data check` says why)"
@@ -239,6 +248,8 @@ class ClipSource:
 
     def _counted(self, sample: LoadedSample) -> LoadedSample:
         part = sample.place.part
+        if sample.stop:
+            raise ValueError(sample.stop)
         for failure in sample.failures:
             self._tried[part][failure.row] = True
             if not self._bad[part][failure.row]:

@@ -178,11 +178,6 @@ def is_augmented(reference: Reference, sampling: Sampling) -> bool:
     return sampling.augment and reference.pair == "regular"
 
 
-def possible_cuts(clip: Clip, sampling: Sampling) -> range:
-    """Every cut that samples of a clip may have; empty if their number is not limited."""
-    return range(sampling.clip_variants)
-
-
 def possible_prompts(clip: Clip, sampling: Sampling) -> tuple[str, ...]:
     """Every caption that samples of a clip may have."""
     return (clip.prompt, *clip.prompt_alt) if sampling.prompt_alternatives else (clip.prompt,)

@@ -16,11 +16,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from refalign_ext.config import DATA_SCHEDULES
 from refalign_ext.data.sampling.choice import Bucket, keyed_generator
 
 T = TypeVar("T")
 
-SCHEDULES = ("mixed", "stages")
 SPARE_ROWS = 8  # rows that may stand in for one that cannot be loaded
 _FEW_ROWS = 32
 _BLOCK = 128  # runs over which the shares of sets come out even
@@ -210,8 +210,8 @@ class Order:
 
 def check_mix(sets: int, shares: Sequence[float], schedule: str) -> None:
     """Raises ValueError unless the shares and the schedule fit the number of sets."""
-    if schedule not in SCHEDULES:
-        raise ValueError(f"mix_schedule is {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+    if schedule not in DATA_SCHEDULES:
+        raise ValueError(f"mix_schedule is {schedule!r}: choose one of {', '.join(DATA_SCHEDULES)}")
     if len(shares) != sets:
         raise ValueError(f"mix has {len(shares)} shares for {sets} clip sets: give one for each")
     if not all(math.isfinite(share) and share > 1e-6 for share in shares):

@@ -51,10 +51,6 @@ class Split:
         validates = (lots >> np.uint64(11)).astype(np.float64) / 2.0**53 < self.share
         return validates if self.part == "validation" else ~validates
 
-    def holds_group(self, group: str) -> bool:
-        """Whether clips of a group are on this side."""
-        return bool(self.holds(np.array([digest(group)], np.uint64))[0])
-
 
 @dataclass(frozen=True, eq=False)
 class GroupTable:

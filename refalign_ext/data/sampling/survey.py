@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -48,33 +49,48 @@ RECORD = np.dtype(
     ]
 )
 _MAGIC = b"RASURV1\n"
+_LARGEST = 2**31 - 1  # that a record holds
 _CHUNK = 512
 _NAMED = 20  # of a chunk
 _EXAMPLES = 5
 
 
-def survey(clip_set: ClipSet, *, workers: int = 0) -> np.ndarray:
+def survey(clip_set: ClipSet, *, workers: int = 0, elsewhere: Path | None = None) -> np.ndarray:
     """Records [rows] of `RECORD`; rows that cannot be used are logged, the first few by name.
 
-    They are kept in `survey_path` and used again until the set changes; where that cannot be written, in memory.
+    They are kept in a file and used again until the set changes, in memory if none can be written.
+
+    Args:
+        elsewhere: folder for the file if it cannot be written beside the set.
 
     Raises:
         ValueError: if the set has no rows.
     """
     if not len(clip_set):
         raise ValueError(f"{clip_set.path} has no clips")
-    path, mark = survey_path(clip_set), _MAGIC + _fingerprint(clip_set)
-    found = _opened(path, mark, len(clip_set))
+    paths, mark = survey_paths(clip_set, elsewhere), _MAGIC + _fingerprint(clip_set)
+    kept = (_opened(path, mark, len(clip_set)) for path in paths)
+    found = next((records for records in kept if records is not None), None)
     if found is None:
-        found = _made(clip_set, path, mark, workers)
+        found = _made(clip_set, paths, mark, workers)
     _tell(clip_set, found)
     return found
 
 
-def survey_path(clip_set: ClipSet) -> Path:
-    """Where the survey of a set is kept."""
+def survey_paths(clip_set: ClipSet, elsewhere: Path | None = None) -> list[Path]:
+    """Where the survey of a set may be kept, the preferred place first."""
     path = clip_set.path
-    return path / "survey.bin" if path.is_dir() else path.with_name(path.name + ".survey")
+    paths = [path / "survey.bin" if path.is_dir() else path.with_name(path.name + ".survey")]
+    if elsewhere is not None:
+        paths.append(elsewhere / f"{digest(str(path.absolute())):016x}.survey")
+    return paths
+
+
+def forget_survey(clip_set: ClipSet, elsewhere: Path | None = None) -> None:
+    """Has clips looked at again next time: a folder that was not mounted then may be there now."""
+    for path in survey_paths(clip_set, elsewhere):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _opened(path: Path, mark: bytes, rows: int) -> np.ndarray | None:
@@ -88,12 +104,18 @@ def _opened(path: Path, mark: bytes, rows: int) -> np.ndarray | None:
     return None
 
 
-def _made(clip_set: ClipSet, path: Path, mark: bytes, workers: int) -> np.ndarray:
-    aside = path.with_name(path.name + ".part")
-    try:
-        file = _continued(aside, mark)
-    except OSError as error:
-        logger.warning("%s cannot be kept (%s): clips will be looked at again next time", path, error)
+def _made(clip_set: ClipSet, paths: Sequence[Path], mark: bytes, workers: int) -> np.ndarray:
+    for path in paths:
+        aside = path.with_name(path.name + ".part")
+        try:
+            if path != paths[0]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            file = _continued(aside, mark)
+            break
+        except OSError as error:
+            reason = error
+    else:
+        logger.warning("%s cannot be kept (%s): clips will be looked at again next time", path, reason)
         return np.concatenate(list(_chunks(clip_set, 0, workers)))
     with file:
         done = (file.tell() - len(mark)) // RECORD.itemsize
@@ -101,7 +123,8 @@ def _made(clip_set: ClipSet, path: Path, mark: bytes, workers: int) -> np.ndarra
             file.write(records.tobytes())
             file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+        with suppress(FileNotFoundError):  # another run was a moment earlier
+            os.replace(aside, path)
     found = _opened(path, mark, len(clip_set))
     if found is None:
         raise ValueError(f"{clip_set.path} was changed while its clips were looked at: start again")
@@ -113,9 +136,11 @@ def _continued(path: Path, mark: bytes) -> BinaryIO:
     file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:  # another run is at it
         file.close()
         raise
+    except OSError:  # some file systems have no locks
+        pass
     file.seek(0)
     if file.read(len(mark)) != mark:
         file.truncate(0)
@@ -207,6 +232,8 @@ def measure(clip_set: ClipSet, row: int, span: VideoSpan) -> tuple[int, int, int
     if span.crop_xyxy is not None:
         left, top, right, bottom = span.crop_xyxy
         width, height = right - left, bottom - top
+    if max(width, height, end - start) > _LARGEST:
+        raise ValueError(f"{span.path}: {end - start} frames of {width}x{height} pixels are in no video")
     return width, height, end - start, float(fps)
 
 
@@ -226,11 +253,14 @@ def _tell(clip_set: ClipSet, records: np.ndarray) -> None:
         return
     counts = {name: int((records["state"] == state).sum()) for state, name in REASONS.items()}
     logger.warning(
-        "%s: %d of %d clips cannot be used (%s): %s%s",
+        "%s: %d of %d clips cannot be used (%s): %s%s%s",
         clip_set.path,
         len(unusable),
         len(records),
         ", ".join(f"{count} {name}" for name, count in counts.items() if count),
         "; ".join(clip_set.place(row) for row in unusable[:_EXAMPLES].tolist()),
         " and others" if len(unusable) > _EXAMPLES else "",
+        f" (delete {records.filename} to have them looked at again)"
+        if isinstance(records, np.memmap)
+        else "",
     )

@@ -23,7 +23,7 @@ from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.length import Length
 from refalign_ext.data.schema import Clip, VideoSpan
 from refalign_ext.data.statistics.tally import Distribution, Tally
-from refalign_ext.data.work import Share, chunks, run_each
+from refalign_ext.data.work import chunks, run_each
 
 if TYPE_CHECKING:
     from refalign_ext.data.video import VideoInfo
@@ -116,7 +116,6 @@ def collect_stats(
     *,
     lengths: Sequence[Length] = DEFAULT_LENGTHS,
     workers: int = 0,
-    share: Share | None = None,
     measure: bool = True,
 ) -> Stats:
     """Counts a manifest or packed folder.
@@ -125,16 +124,13 @@ def collect_stats(
         clips: the data set or its path.
         lengths: training clips to count the rows long enough for.
         workers: processes; 0 counts in this one.
-        share: count only this part of the rows.
         measure: open files of rows that lack length, rate or size; otherwise such clips count as unmeasured.
 
     Raises:
         ValueError: if it cannot be opened. Rows that are not valid are counted and named in `problems`.
     """
     clip_set = open_clip_set(clips) if isinstance(clips, (str, Path)) else clips
-    parts: Sequence[range] = chunks(len(clip_set), _CHUNK)
-    if share is not None:
-        parts = share.take(parts)
+    parts = chunks(len(clip_set), _CHUNK)
     total = Stats(str(clip_set.path), long_enough={str(length): 0 for length in lengths})
     groups = array("Q")
     work = partial(_count_rows, clip_set.path, uuid.uuid4().hex, tuple(lengths), measure)
