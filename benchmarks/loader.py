@@ -47,8 +47,8 @@ from refalign_ext.data.caching.rows import RowLoader
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.cutting.materialise import materialise
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, LoadedSample
-from refalign_ext.data.loading.pixels import _AUGMENTATIONS, _CUTS, to_levels
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_levels
 from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.choice import Bucket, Sampling, choose, keyed_generator

@@ -28,7 +28,7 @@ from refalign_ext.data.caching.files import (
 from refalign_ext.data.caching.names import LATENT_TYPES, differences, features_name, text_name
 from refalign_ext.data.caching.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.pixels import from_levels
+from refalign_ext.data.pixels import from_levels
 from refalign_ext.data.sampling.choice import Sampling
 from refalign_ext.data.work import Share, run_each
 from refalign_ext.frozen import (

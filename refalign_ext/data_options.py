@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from refalign_ext.data.convert.report import Report
     from refalign_ext.data.length import Length
+    from refalign_ext.data.report import Report
     from refalign_ext.data.work import Share
 
 EXISTING = click.Path(path_type=Path, exists=True)

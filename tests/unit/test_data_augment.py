@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.pixels import from_levels, load_reference, to_levels
+from refalign_ext.data.pixels import from_levels, load_reference, to_levels
 from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling, keyed_generator

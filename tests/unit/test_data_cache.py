@@ -39,8 +39,8 @@ from refalign_ext.data.caching.names import (
 from refalign_ext.data.caching.reader import CachedText, LatentCache
 from refalign_ext.data.caching.rows import LoadedItem, LoadedRow, RowLoader, check_rows
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.pixels import from_levels, load_reference, video_levels
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.pixels import from_levels, load_reference, video_levels
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
 from refalign_ext.data.schema import parse
 from refalign_ext.data.work import Share

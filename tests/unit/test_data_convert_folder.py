@@ -16,9 +16,9 @@ from PIL import Image
 
 from refalign_ext.data.convert import folder_probe
 from refalign_ext.data.convert.folder import convert_folder
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import ManifestReader
 from refalign_ext.data.schema import Clip
 from refalign_ext.data.video import read_clip

@@ -23,11 +23,11 @@ from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.convert import opens2v, opens2v_join, opens2v_stream
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.opens2v_record import read_entry
-from refalign_ext.data.convert.report import Report, report_path
 from refalign_ext.data.convert.selection import Selection, frames_needed, kind_of_class
 from refalign_ext.data.convert.staging import locked, staging
 from refalign_ext.data.cutting.reference import read_reference
 from refalign_ext.data.masks import decode, iou, parse_mask
+from refalign_ext.data.report import Report, report_path
 from refalign_ext.data.rows import ManifestReader
 from refalign_ext.data.schema import Clip
 from refalign_ext.data.work import Share

@@ -18,9 +18,9 @@ from refalign_ext.data.convert import phantom
 from refalign_ext.data.convert.phantom import convert_phantom
 from refalign_ext.data.convert.phantom_info import ClipName
 from refalign_ext.data.convert.phantom_pairs import Sighting, phrases_of, sightings
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.length import Length
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import ManifestReader
 from refalign_ext.data.schema import Clip, Target
 from refalign_ext.data.work import Share

@@ -38,11 +38,11 @@ from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.cutting.materialise import materialise
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.masks import decode, encode, parse_mask
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import ManifestReader, index_path
 from refalign_ext.data.sampling.choice import Bucket, Sampling, possible_references
 from refalign_ext.data.sampling.survey import forget_survey, survey_paths

@@ -21,7 +21,7 @@ from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader, PlaceBatches, stateful_loader
-from refalign_ext.data.loading.pixels import from_levels, video_levels
+from refalign_ext.data.pixels import from_levels, video_levels
 from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.sampling.choice import Bucket, Sampling
 from refalign_ext.data.sampling.order import Order, SetOrder

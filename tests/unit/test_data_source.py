@@ -21,8 +21,8 @@ from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.cutting.materialise import materialise
 from refalign_ext.data.loading import source as source_module
-from refalign_ext.data.loading.pixels import from_levels, load_reference, video_levels
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.pixels import from_levels, load_reference, video_levels
 from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.sampling import survey as survey_module
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling

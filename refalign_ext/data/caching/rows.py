@@ -115,7 +115,7 @@ class RowLoader:
         return self.sampling.buckets[number]
 
     def _items(self, row: int, clip: Clip, bucket: Bucket) -> Iterator[LoadedItem]:
-        from refalign_ext.data.loading.pixels import load_reference, to_levels, video_levels
+        from refalign_ext.data.pixels import load_reference, to_levels, video_levels
 
         for cut in range(self.sampling.clip_variants):
             name = video_name(clip.id, bucket, cut)

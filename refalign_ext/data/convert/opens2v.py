@@ -26,7 +26,6 @@ from refalign_ext.data.convert.opens2v_pairs import stage_pairs
 from refalign_ext.data.convert.opens2v_record import EntryProblem, pack, read_entry
 from refalign_ext.data.convert.opens2v_stream import Incomplete, entries
 from refalign_ext.data.convert.places import inside, manifest_root
-from refalign_ext.data.convert.report import Report, report_path
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.convert.staging import (
     fingerprint,
@@ -35,6 +34,7 @@ from refalign_ext.data.convert.staging import (
     staged_report,
     staging,
 )
+from refalign_ext.data.report import Report, report_path
 from refalign_ext.data.rows import write_manifest
 from refalign_ext.data.work import Share, run_each
 

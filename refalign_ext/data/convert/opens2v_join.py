@@ -12,8 +12,8 @@ from typing import Any
 
 from refalign_ext.data.convert.opens2v_pairs import Pair, cluster_of, pairs_of
 from refalign_ext.data.convert.opens2v_record import unpack
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.convert.selection import Selection
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import MAX_ROW_BYTES
 from refalign_ext.data.schema import Clip, parse
 

@@ -23,10 +23,10 @@ from refalign_ext.data.convert.phantom_info import InfoStore, batches, find_colu
 from refalign_ext.data.convert.phantom_others import OthersStore, stage_others
 from refalign_ext.data.convert.phantom_rows import RowConverter, RowRules
 from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
-from refalign_ext.data.convert.report import Report, report_path
 from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint
 from refalign_ext.data.length import Length
+from refalign_ext.data.report import Report, report_path
 from refalign_ext.data.rows import ManifestReader, checked_line, index_path
 from refalign_ext.data.work import Share, run_each
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from refalign_ext.data.aside import locked
-from refalign_ext.data.convert.report import Report
+from refalign_ext.data.report import Report
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
 _CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from refalign_ext.data.aside import written_aside
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.row import Position, finished_line, suffix, usable_rows, with_files
 from refalign_ext.data.media import Media, MediaBytes
+from refalign_ext.data.report import Report
 
 PICTURES, FILES = "references", "media"
 _PICTURE = re.compile(r"[0-9]{8,}-[A-Za-z0-9_-]*-[0-9]+-[0-9]+\.png")

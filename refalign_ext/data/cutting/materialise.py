@@ -21,9 +21,9 @@ from typing import Any
 
 from refalign_ext.data.aside import locked, written_aside
 from refalign_ext.data.clip_set import MANIFEST, ClipSet, open_clip_set
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.files import Place, cut_piece, pictures_folder
 from refalign_ext.data.cutting.pack import pack_piece
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import MAX_ROW_BYTES, ManifestReader, index_path
 from refalign_ext.data.shards import (
     LISTING,

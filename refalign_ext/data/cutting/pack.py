@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 from refalign_ext.data.aside import written_aside
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.files import Place
 from refalign_ext.data.cutting.row import (
     CutRow,
@@ -23,6 +22,7 @@ from refalign_ext.data.cutting.row import (
     with_files,
 )
 from refalign_ext.data.media import Media, MediaBytes
+from refalign_ext.data.report import Report
 from refalign_ext.data.shards import (
     MAX_MEMBER_BYTES,
     ShardInfo,

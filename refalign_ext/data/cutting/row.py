@@ -12,9 +12,9 @@ from pathlib import PurePath
 from PIL import Image
 
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.convert.report import Report
 from refalign_ext.data.cutting.reference import CutError, FrameMemory, read_reference
 from refalign_ext.data.media import Media
+from refalign_ext.data.report import Report
 from refalign_ext.data.rows import MAX_ROW_BYTES
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse_line, to_dict
 

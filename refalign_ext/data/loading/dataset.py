@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from refalign_ext.data.caching.files import CacheError
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.loading.pixels import load_reference, to_levels, video_levels
+from refalign_ext.data.pixels import load_reference, to_levels, video_levels
 from refalign_ext.data.sampling.choice import Bucket, Choice, ReferenceChoice, Sampling, choose
 from refalign_ext.data.sampling.order import Place
 from refalign_ext.data.sampling.split import Allowed

@@ -16,7 +16,7 @@ from refalign_ext.data.batch import EncodedSample
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.loading.dataset import ClipDataset, Failure, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader
-from refalign_ext.data.loading.pixels import from_levels
+from refalign_ext.data.pixels import from_levels
 from refalign_ext.data.sampling.buckets import assign
 from refalign_ext.data.sampling.choice import Sampling
 from refalign_ext.data.sampling.order import Order, SetOrder, check_mix

@@ -1,6 +1,6 @@
 """What chance decides about a sample, as pure functions of the seed and the position; nothing is decoded here.
 
-Cuts and augmentations are numbers. Whoever draws the same number gets the same pixels (`refalign_ext.data.loading.pixels`), so
+Cuts and augmentations are numbers. Whoever draws the same number gets the same pixels (`refalign_ext.data.pixels`), so
 with a finite number of them everything that training can ask for can be computed before it starts.
 """
 
