@@ -120,7 +120,6 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
-    _prepare_data(trainer)
     log = RunLog(
         out,
         first_step=trainer.step,
@@ -128,6 +127,7 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
         settings=trainer.config.to_dict(),
         is_main=parallel.is_main,
     )
+    _prepare_data(trainer)
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
         for moved in set_aside_after(out / "checkpoints", trainer.step):

@@ -198,7 +198,8 @@ def test_help_is_quick_imports_nothing_and_lists_every_field(tmp_path: Path) -> 
     assert imported == "[]"
     assert float(seconds) < 0.5
     shown = set(re.findall(r"^  --([\w.-]+)", result.stdout, flags=re.MULTILINE))
-    assert shown == set(setting_types()) | {"device", "resume", "threads", "dry-run", "world_size"}
+    others = {"device", "resume", "threads", "dry-run", "world_size", "wan_root"}
+    assert shown == set(setting_types()) | others
 
 
 @needs_parts
