@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from refalign_ext.aside import aside_path, written_aside
 from refalign_ext.lora import (
     ADAPTER_KEY,
     adapter_parameters,
@@ -103,9 +104,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> Path:
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     tensors = {_PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
     _save(folder / ADAPTER_FILE, tensors, base_note(adapter.base, adapter.base_sha256))
-    aside = folder / f"{CONFIG_FILE}.part"
-    aside.write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(folder / CONFIG_FILE)
+    with written_aside(folder / CONFIG_FILE) as file:
+        file.write((json.dumps(plain, indent=2, sort_keys=True) + "\n").encode("utf-8"))
     return folder
 
 
@@ -227,12 +227,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) ->
     from safetensors.torch import save_file
 
     plain: dict[str, Any] = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
-    aside = path.with_name(f"{path.name}.part")
     try:
-        save_file(plain, aside, metadata={"format": "pt", **note})
-        aside.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files from everyone else
-        aside.replace(path)
+        with aside_path(path) as aside:
+            save_file(plain, aside, metadata={"format": "pt", **note})
+            aside.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files from everyone else
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): free some space") from error
-    finally:
-        aside.unlink(missing_ok=True)

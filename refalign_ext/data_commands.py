@@ -120,7 +120,7 @@ def stats(
     workers: int,
 ) -> None:
     """Count clips, lengths, sizes, references and pairs of the manifest or packed folder CLIPS: a table and a plot."""
-    from refalign_ext.data.aside import written_aside
+    from refalign_ext.aside import written_aside
     from refalign_ext.data.statistics.plot import plot_stats
     from refalign_ext.data.statistics.stats import DEFAULT_LENGTHS, collect_stats
     from refalign_ext.data.statistics.table import stats_table

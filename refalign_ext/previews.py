@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refalign_ext.aside import written_aside
 from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver, save_video
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.frozen import checkpoint_folder, task_config
@@ -70,9 +71,8 @@ def _sprite_preview(trainer: Trainer, log: RunLog) -> Preview:
                         values[f"judge_{subjects}/{key}"] = row["share"]
                 sheets.append(contact_sheet(evaluation, rows=6))
             picture = _stack(sheets)
-            aside = folder / f"step-{step:08d}.part"
-            Image.fromarray(picture).save(aside, format="PNG")
-            aside.replace(folder / f"step-{step:08d}.png")
+            with written_aside(folder / f"step-{step:08d}.png") as file:
+                Image.fromarray(picture).save(file, format="PNG")
             log.image(step, "preview", picture)
         trainer.parallel.barrier()
         return values

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from refalign_ext.aside import aside_path
+
 _KEY = re.compile(r"blocks\.(\d+)\.input_mlp\.proj\.([02])\.weight")
 
 
@@ -147,11 +149,10 @@ def save_projectors(projectors: ReferenceProjectors, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    save_file(
-        {key: value.detach().contiguous().cpu() for key, value in projectors.state_dict().items()}, aside
-    )
-    aside.replace(path)
+    with aside_path(path) as aside:
+        save_file(
+            {key: value.detach().contiguous().cpu() for key, value in projectors.state_dict().items()}, aside
+        )
 
 
 def load_projectors(

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refalign_ext.aside import written_aside
+
 logger = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -472,13 +474,8 @@ def _plain(value: Any) -> Any:
 
 def _write_aside(path: Path, text: str) -> None:
     """Write a file that is whole or not there."""
-    aside = path.with_name(f"{path.name}.part")
-    with _named_disk_errors(path):
-        try:
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+    with _named_disk_errors(path), written_aside(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,21 +139,7 @@ def open_caches(config: TrainConfig, sampling: Sampling, parallel: Parallel) -> 
         return caches
 
     # Digests of all weights, the headers of all files and a look at every row take a while: one rank does it.
-    return _from_patient_main(parallel, open_all)
-
-
-def _from_patient_main(parallel: Parallel, find: Callable[[], Any]) -> Any:
-    """`parallel.from_main` for work that may outlast the time-out."""
-
-    def find_and_tell() -> Any:
-        try:
-            return find()
-        finally:
-            parallel.wait_for_main()
-
-    if not parallel.is_main:
-        parallel.wait_for_main()
-    return parallel.from_main(find_and_tell)
+    return parallel.from_main(open_all)
 
 
 def clip_sources(

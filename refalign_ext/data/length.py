@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Length:
@@ -37,10 +39,20 @@ class Length:
 
     def possible(self, frames: int, fps: float) -> int:
         """How many frames a video of `frames` at `fps` gives; the last one stands for half a step after its time."""
-        if self.fps is None or frames == 1:  # nothing tells for how long a single frame stands
-            return (frames - 1) // self.stride + 1
-        return math.floor((frames - 0.5) * self.fps / fps + 1e-9) + 1 if frames and fps else 0
+        return int(possible_frames(np.int64(frames), np.float64(fps), self.fps, self.stride))
 
     def fits(self, frames: int, fps: float) -> bool:
         """Whether a video of `frames` at `fps` is long enough."""
         return self.possible(frames, fps) >= self.frames
+
+
+def possible_frames(
+    frames: np.ndarray | np.int64, rates: np.ndarray | np.float64, fps: float | None, stride: int
+) -> np.ndarray:
+    """How many frames videos [n] of a steady rate give at `fps`, or every `stride`-th one: [n] int64, as `read_clip` counts."""
+    if fps is None:
+        return (frames - 1) // stride + 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        possible = np.floor((frames - 0.5) * (fps / rates) + 1e-6) + 1
+    # Nothing tells for how long a single frame stands.
+    return np.where(frames == 1, 1, np.where((rates > 0) & (frames > 0), possible, 0)).astype(np.int64)

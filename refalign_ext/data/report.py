@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 
 KINDS = ("clips", "references")
 EXAMPLES = 5  # names kept for each reason: the counts say how many there are

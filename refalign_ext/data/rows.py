@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.schema import Clip, parse, parse_line, to_dict
 
 MAX_ROW_BYTES = 16 << 20

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 
 LISTING = "shards.json"
 SHARD_FOLDER = "shards"

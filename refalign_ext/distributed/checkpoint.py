@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from refalign_ext.aside import sync
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.stored import METADATA_FILE, damaged, one_line
 
@@ -220,7 +221,7 @@ class Checkpointer:
             _point_latest_at(self.folder, others[-1].name if others else None)
             _remove_whole(final)
         aside.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         _point_latest_at(self.folder, final.name)
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
             if old != final:
@@ -267,15 +268,6 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without this a power failure could forget the rename.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _point_latest_at(folder: Path, name: str | None) -> None:

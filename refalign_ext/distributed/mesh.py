@@ -226,13 +226,15 @@ class Parallel:
         return gathered
 
     def from_main(self, find: Callable[[], Any]) -> Any:
-        """What `find` returns on rank 0, on every rank; so is a ValueError that it raises."""
+        """What `find` returns on rank 0, however long it takes, on every rank; so is a ValueError that it raises."""
         found: list[Any] = [None, None]
-        if self.is_main:
-            try:
+        try:
+            if self.is_main:
                 found[0] = find()
-            except ValueError as error:
-                found[1] = str(error)
+        except ValueError as error:
+            found[1] = str(error)
+        finally:
+            self.wait_for_main()
         if not self.is_alone:
             dist.broadcast_object_list(found, src=0)
         if found[1] is not None:

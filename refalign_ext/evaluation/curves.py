@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from refalign_ext.aside import written_aside
+
 PANELS = (
     ("flow-matching loss", ("loss/flow",)),
     ("reference alignment", ("alignment/positive", "alignment/negative")),
@@ -54,10 +56,8 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".part")
-    figure.savefig(aside, dpi=110, format="png")
-    aside.replace(out)
+    with written_aside(out) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _smooth(values: list[float], share: float = 0.95) -> list[float]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refalign_ext.aside import aside_path
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.sprites.world import (
     Clip,
@@ -202,10 +203,10 @@ class SpriteSource:
                 offset = tuple(float(value) for value in rng.uniform(-0.05, 0.05, 2))
                 images.append(render_reference(subject, height, width, angle, scale, offset))
             add_references(images, "views", "view_features")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        save_file({name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}, aside)
-        aside.replace(path)
+        with aside_path(path) as aside:
+            save_file(
+                {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}, aside
+            )
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """Samples for the global positions `indices` of optimizer step `step`; see `Source`."""

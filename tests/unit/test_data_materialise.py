@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_ext.data.aside import locked
+from refalign_ext.aside import locked
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.cutting import materialise as module
 from refalign_ext.data.cutting.materialise import materialise

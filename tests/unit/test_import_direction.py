@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # The parts of refalign_ext, one group per line. A part may import parts on the lines above it and on its own line left of it.
 ORDER = [
-    "config tasks",
+    "aside config tasks",
     "layout",
     "references",
     "losses timesteps muon optimizers",

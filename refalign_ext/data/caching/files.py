@@ -8,14 +8,13 @@ computed and why. Tensors are named as `refalign_ext.data.caching.names` says; a
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refalign_ext.aside import aside_path, sync, written_aside
 from refalign_ext.data.caching.names import AGAIN
 
 if TYPE_CHECKING:
@@ -79,7 +78,9 @@ def chunk_path(folder: Path, number: int) -> Path:
 def write_header(folder: Path, header: CacheHeader) -> None:
     """Writes `cache.json`, whole or not at all; several processes may write the same at once."""
     text = json.dumps(vars(header), indent=2, sort_keys=True) + "\n"
-    _write_aside(folder / HEADER, lambda aside: aside.write_text(text, encoding="utf-8"))
+    with written_aside(folder / HEADER) as file:
+        file.write(text.encode("utf-8"))
+    sync(folder)
 
 
 def read_header(folder: Path) -> CacheHeader:
@@ -121,7 +122,9 @@ def write_chunk(folder: Path, number: int, tensors: Mapping[str, Tensor], record
     metadata = {_KEY: json.dumps(vars(record), sort_keys=True)}
     whole = {name: tensors[name].contiguous() for name in sorted(tensors)}
     try:
-        _write_aside(path, lambda aside: save_file(whole, aside, metadata))
+        with aside_path(path) as aside:
+            save_file(whole, aside, metadata)
+        sync(folder)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): is the disk full?") from None
 
@@ -180,22 +183,3 @@ def _is_fingerprint(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        write(aside)
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.checking.processes import run_rows
 from refalign_ext.data.checking.row import DECODE_MODES, Finding, RowSettings
 from refalign_ext.data.checking.spool import Spool

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.checking.contact_layout import (
     FAINT,

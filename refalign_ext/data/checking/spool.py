@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from refalign_ext.data.aside import Busy
+from refalign_ext.aside import Busy
 from refalign_ext.data.checking.row import Finding
 
 RowResult = tuple["list[Finding]", "int | None"]  # what is wrong with a row, and the hash of its id

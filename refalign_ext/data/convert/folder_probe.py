@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from refalign_ext.data.aside import Busy
+from refalign_ext.aside import Busy
 from refalign_ext.data.work import run_each
 
 _COLUMNS = "width, height, fps, frames, duration_s"

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from refalign_ext.data.aside import Busy, locked
+from refalign_ext.aside import Busy, locked
 from refalign_ext.data.convert.opens2v_join import Join, Part
 from refalign_ext.data.convert.opens2v_pairs import stage_pairs
 from refalign_ext.data.convert.opens2v_record import EntryProblem, pack, read_entry

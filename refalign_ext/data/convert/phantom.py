@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refalign_ext.data.aside import locked, written_aside
+from refalign_ext.aside import locked, written_aside
 from refalign_ext.data.convert.phantom_info import InfoStore, batches, find_columns, open_parquet, stage_info
 from refalign_ext.data.convert.phantom_others import OthersStore, stage_others
 from refalign_ext.data.convert.phantom_rows import RowConverter, RowRules

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sqlite3
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,17 +111,12 @@ def stage_info(parquet: Path, folder: Path) -> Path:
         if is_staged(target, mark):
             return target
         folder.mkdir(exist_ok=True)
-        private = folder / f"info-{uuid.uuid4().hex}.sqlite"
-        try:
-            with staging(private, mark, _TABLES, Report()) as store:
-                for batch in batches(parquet, file, list(columns.values()), "reading the meta info"):
-                    rows = (_values(dict(zip(columns, cells))) for cells in zip(*batch.values()))
-                    store.executemany("INSERT INTO info VALUES (?,?,?,?,?,?,?,?)", rows)
-                # Sorting once at the end is far quicker than keeping names that come in any order sorted.
-                store.execute("CREATE INDEX by_vid ON info (vid)")
-            os.replace(private, target)
-        finally:
-            private.unlink(missing_ok=True)
+        with staging(target, mark, _TABLES, Report(), alone=False) as store:
+            for batch in batches(parquet, file, list(columns.values()), "reading the meta info"):
+                rows = (_values(dict(zip(columns, cells))) for cells in zip(*batch.values()))
+                store.executemany("INSERT INTO info VALUES (?,?,?,?,?,?,?,?)", rows)
+            # Sorting once at the end is far quicker than keeping names that come in any order sorted.
+            store.execute("CREATE INDEX by_vid ON info (vid)")
     return target
 
 

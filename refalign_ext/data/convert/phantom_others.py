@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import sqlite3
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,18 +59,13 @@ def stage_others(pairs: Path, columns: Mapping[str, str], folder: Path) -> Path:
     target = folder / f"others-{mark[:12]}.sqlite"
     if is_staged(target, mark):
         return target
-    private = folder / f"others-{uuid.uuid4().hex}.sqlite"
     marks = ", ".join("?" * (2 + len(_COLUMNS)))
-    try:
-        with staging(private, mark, _TABLES, Report()) as store, open_parquet(pairs) as file:
-            names = [columns["vid"], columns["pairs"]]
-            for batch in batches(pairs, file, names, "reading pairs the other way"):
-                for vid, cell in zip(*(batch[name] for name in names)):
-                    store.executemany(f"INSERT INTO others VALUES ({marks})", _pairs(vid, cell))
-            store.execute("CREATE INDEX by_here ON others (here_vid)")
-        os.replace(private, target)
-    finally:
-        private.unlink(missing_ok=True)
+    with staging(target, mark, _TABLES, Report(), alone=False) as store, open_parquet(pairs) as file:
+        names = [columns["vid"], columns["pairs"]]
+        for batch in batches(pairs, file, names, "reading pairs the other way"):
+            for vid, cell in zip(*(batch[name] for name in names)):
+                store.executemany(f"INSERT INTO others VALUES ({marks})", _pairs(vid, cell))
+        store.execute("CREATE INDEX by_here ON others (here_vid)")
     return target
 
 

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.data.aside import locked
+from refalign_ext.aside import locked
 from refalign_ext.data.report import Report
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
@@ -57,15 +58,20 @@ def open_staged(target: Path) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def staging(target: Path, mark: str, tables: str, report: Report) -> Iterator[sqlite3.Connection]:
+def staging(
+    target: Path, mark: str, tables: str, report: Report, *, alone: bool = True
+) -> Iterator[sqlite3.Connection]:
     """An empty staged file to be filled; it takes its name, with `report`, once the block ends without an error.
 
+    Args:
+        alone: one process at a time; otherwise those that do it at once each fill a file, and the last one's stays.
+
     Raises:
-        Busy: (a ValueError) if another process of this machine is staging the same file.
+        Busy: (a ValueError) if it is to be alone and another process of this machine is staging the same file.
         OSError: if the file cannot be written.
     """
-    aside = target.with_name(target.name + ".part")
-    with locked(target):
+    aside = target.with_name(f"{target.name}.part" if alone else f"{target.name}.{uuid.uuid4().hex}.part")
+    with locked(target) if alone else nullcontext():
         aside.unlink(missing_ok=True)
         connection = sqlite3.connect(aside)
         try:

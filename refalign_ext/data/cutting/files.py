@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.cutting.row import Position, finished_line, suffix, usable_rows, with_files
 from refalign_ext.data.media import Media, MediaBytes

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.data.aside import locked, written_aside
+from refalign_ext.aside import locked, written_aside
 from refalign_ext.data.clip_set import MANIFEST, ClipSet, open_clip_set
 from refalign_ext.data.cutting.files import Place, cut_piece, pictures_folder
 from refalign_ext.data.cutting.pack import pack_piece

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.cutting.files import Place
 from refalign_ext.data.cutting.row import (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refalign_ext.data.length import possible_frames
 from refalign_ext.data.sampling.choice import Bucket, Sampling
 
 
@@ -50,13 +51,7 @@ def make_buckets(
 
 def usable_frames(frames: np.ndarray, rates: np.ndarray, sampling: Sampling) -> np.ndarray:
     """How many frames clips [n] of a steady rate give at the wanted fps or stride: [n] int64."""
-    frames = frames.astype(np.int64)
-    if sampling.fps is None:
-        return (frames - 1) // sampling.stride + 1
-    # The last frame stands for half a step after its time, as in `read_clip`.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        possible = np.floor((frames - 0.5) * (sampling.fps / rates.astype(np.float64)) + 1e-6) + 1
-    return np.where((rates > 0) & (frames > 0), possible, 0).astype(np.int64)
+    return possible_frames(frames.astype(np.int64), rates.astype(np.float64), sampling.fps, sampling.stride)
 
 
 def assign(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refalign_ext.data.aside import written_aside
+from refalign_ext.aside import written_aside
 from refalign_ext.data.statistics.stats import Stats
 from refalign_ext.data.statistics.tally import Distribution, Tally
 

@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 
 @contextmanager
-def written_aside(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
-    """A file under a temporary name that takes the place of `target` if nothing goes wrong.
+def aside_path(target: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to, for what takes no file; it takes the place of `target` if nothing goes wrong.
 
     Args:
         folder: where it lies until then, on the same file system; None: next to the target.
@@ -24,13 +24,27 @@ def written_aside(target: Path, folder: Path | None = None) -> Iterator[BinaryIO
     # Ranks on several machines may do the same at once: a process number would not be unique.
     aside = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
     try:
-        with aside.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(aside, target)
+        yield aside
+        sync(aside)
+        os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_aside(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file under a temporary name that takes the place of `target` if nothing goes wrong; see `aside_path`."""
+    with aside_path(target, folder) as aside, aside.open("x+b") as file:
+        yield file
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk; of a folder, the names in it, so that no power failure forgets a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Busy(ValueError):
