@@ -12,10 +12,15 @@ from refalign_ext.config import TrainConfig
 from refalign_ext.data.caching.reader import CachedText
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
-from refalign_ext.distributed.reading import read_any_dit
+from refalign_ext.distributed.reading import read_any_dit, read_teacher_input
 from refalign_ext.frozen import checkpoint_folder, task_config, teacher_folder, text_encoder
 from refalign_ext.lora import TARGETS, add_lora
-from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
+from refalign_ext.projectors import (
+    ReferenceProjectors,
+    TeacherInput,
+    projectors_from_tensors,
+    teacher_input_from_tensors,
+)
 from refalign_ext.teachers import Teacher, load_teacher
 from refalign_ext.trainer import EncodeText, Trainer
 from refalign_ext.training_data import (
@@ -51,7 +56,7 @@ def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
     sampling = sampling_of(config, task)
     caches = open_caches(config, sampling, parallel)
     teacher = None
-    if config.alignment.weight:
+    if config.needs_teacher:
         path = teacher_folder(config, task, folder)
         teacher = load_teacher(config.alignment.teacher, path, device=device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
@@ -61,6 +66,9 @@ def assemble(config: TrainConfig, parallel: Parallel) -> Trainer:
         add_lora(model, config.lora_rank, alpha, config.lora_targets or TARGETS, seed=config.seed)
     backbone = ReferenceBackbone(model.train())
     trained = parallelize(backbone, projectors, parallel, config)
+    if config.teacher_input:
+        assert parallel.is_alone, "the plan refuses several ranks"
+        trained.teacher_input = _teacher_input(config, folder, model.dim, teacher).to(device)
 
     if config.data is None:
         source, validation = sprite_sources(config, task, folder, vae, teacher)
@@ -83,7 +91,7 @@ def _trained_parts(
             torch.manual_seed(config.seed)
             model = WanModel(**dit_arguments(task))
     else:
-        checkpoint = read_any_dit(Path(config.dit_ckpt) if config.dit_ckpt else folder)
+        checkpoint = read_any_dit(Path(config.dit_ckpt or folder), with_teacher_input=config.teacher_input)
         saved_projectors = checkpoint.projectors
         # Several ranks leave the weights in the file: sharding reads each rank's part and makes float32 of it.
         dtype = None
@@ -92,6 +100,8 @@ def _trained_parts(
             dtype = torch.bfloat16 if frozen_half else torch.float32
         model = build_dit(checkpoint, task, source=str(config.dit_ckpt or folder), device="cpu", dtype=dtype)
     depth = config.alignment.depth
+    if not config.alignment.weight:
+        teacher = None
     if teacher is not None and depth > len(model.blocks):
         raise ValueError(f"--alignment.depth {depth}: {config.task} has {len(model.blocks)} blocks")
     projectors = None
@@ -106,3 +116,12 @@ def _trained_parts(
     if parallel.is_alone:
         model.to(parallel.device)
     return model, None if projectors is None else projectors.to(parallel.device, torch.float32)
+
+
+def _teacher_input(config: TrainConfig, folder: Path, dim: int, teacher: Teacher) -> TeacherInput:
+    """That of the checkpoint that the run starts from, or a new one."""
+    source = Path(config.dit_ckpt or folder)
+    saved = {} if config.from_scratch else read_teacher_input(source)
+    if not saved:
+        return TeacherInput(teacher.dim, dim)
+    return teacher_input_from_tensors(saved, teacher_dim=teacher.dim, dim=dim, source=str(source))

@@ -148,7 +148,7 @@ def load_parts(config: TrainConfig, device: torch.device) -> FrozenParts:
     task, folder = task_config(config), checkpoint_folder(config, dit=False)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
     teacher = None
-    if config.alignment.weight:
+    if config.needs_teacher:
         teacher = load_teacher(config.alignment.teacher, teacher_folder(config, task, folder), device=device)
     features = on_grid(teacher, task)
     home, cpu = torch.device("cpu") if config.t5_cpu else device, torch.device("cpu")

@@ -9,6 +9,7 @@ import click
 
 # Loaded when they are called: each brings its own libraries, and --help should not wait for those of the others.
 COMMANDS = {
+    "ablate": ("refalign_ext.ablation_commands", "The paper's tables in miniature, on the sprite world."),
     "data": ("refalign_ext.data_commands", "Convert, check, cut, cache and describe training data."),
     "doctor": ("refalign_ext.rebase.commands", "What fits in a Wan tree, and what this machine can do."),
     "export": ("refalign_ext.export", "Write a training checkpoint or adapter as safetensors."),
@@ -16,6 +17,7 @@ COMMANDS = {
         "refalign_ext.rebase.commands",
         "What an official Wan checkout needs for CPU, several GPUs, training.",
     ),
+    "plot-features": ("refalign_ext.plot_commands", "How well reference tokens are told apart, per block."),
     "sprites": ("refalign_ext.sprites_commands", "The sprite world and the embedded model."),
 }
 
@@ -27,7 +29,9 @@ class Commands(click.Group):
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return getattr(import_module(COMMANDS[name][0]), name) if name in COMMANDS else None
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TIMESTEPS = ("paper", "release", "logit_normal", "logit_normal_shift2")
+TIMESTEPS = (
+    "paper",
+    "release",
+    "release_ungated",
+    "logit_normal",
+    "logit_normal_shift4",
+)
 TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -117,7 +123,8 @@ class TrainConfig:
     sampling: SamplingConfig = SamplingConfig()
     cache: str | None = None
     """Folder that `python -m refalign_ext data cache` wrote for `data`, several with commas as there; None: where that
-    command puts it, if it is there; `off`: none."""
+    command puts it, if it is there; `off`: none. Sprite world: where its clips are kept, for any number of runs; None or
+    `off`: in `out`."""
     data_workers: int = 2
     """Processes of each rank that decode clips ahead of training; 0: none."""
     max_bad_share: float = 0.1
@@ -130,8 +137,11 @@ class TrainConfig:
     out: str = "outputs/train"
     """Folder for logs, previews and checkpoints."""
     alignment: AlignmentConfig = AlignmentConfig()
+    teacher_input: bool = False
+    """Feed the teacher's features of the references to the DiT as well, added to their patch embeddings, as a second
+    reference encoder. Paper: arm D of table 2, which has no alignment (`alignment.weight` 0)."""
     timesteps: str = "paper"
-    """Timestep sampling and weighting by name: `paper`, `release`, `logit_normal` or `logit_normal_shift2`."""
+    """Timestep sampling and weighting by name (`refalign_ext.timesteps`)."""
     drop_text: float = 0.1
     """Share of samples whose prompt is dropped. Paper: 0.1."""
     drop_references: float = 0.1
@@ -213,19 +223,20 @@ class TrainConfig:
     most this many videos."""
     log_every: int = 10
     """Optimizer steps between log entries."""
-    cache_clips: int = 10000
+    cache_clips: int = 6000
     """Sprite world: clips rendered and encoded once, before training."""
-    cache_views: int = 40
+    cache_views: int = 24
     """Sprite world: reference views of each subject, rendered and encoded once."""
-    cache_free_clips: int = 8000
+    cache_free_clips: int = 6000
     """Sprite world: the same for clips in free colours, each with two views of its own subjects."""
     free_colors: float = 0.6
     """Sprite world: share of samples whose subjects have free colours; palette colours alone are learned as a few
     classes and not copied."""
-    subject_counts: tuple[float, float, float] = (0.85, 0.12, 0.03)
+    subject_counts: tuple[float, float, float] = (0.5, 0.45, 0.05)
     """Sprite world: shares of steps with one, two and three subjects."""
-    regular_pairs: float = 0.2
-    """Sprite world: share of samples whose references are cut from the clip itself (the rest are cross pairs)."""
+    regular_pairs: float = 0.0
+    """Sprite world: share of clips whose references are cut out of them, so that both show the subject tilted alike; the
+    rest are cross pairs."""
 
     def __post_init__(self) -> None:
         choices = {
@@ -254,6 +265,10 @@ class TrainConfig:
             )
         if self.from_scratch and self.dit_ckpt is not None:
             raise ValueError("from_scratch and dit_ckpt exclude each other: leave one out")
+        if self.teacher_input and (self.lora_rank or max(self.ulysses_size, self.ring_size) > 1):
+            raise ValueError(
+                "teacher_input trains all weights in one process: leave lora_rank, ulysses_size and ring_size out"
+            )
 
     def _check_numbers(self) -> None:
         values = vars(self) | {
@@ -288,6 +303,11 @@ class TrainConfig:
             raise ValueError("sampling.fps and sampling.stride exclude each other: leave one out")
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}: give a number below 2**63")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether training looks at the teacher's features at all."""
+        return self.alignment.weight > 0 or self.teacher_input
 
     def accumulation(self, data_size: int) -> int:
         """Forward passes of each of `data_size` data-parallel groups in one optimizer step.
@@ -348,16 +368,16 @@ def tiny() -> TrainConfig:
         recipe="tiny",
         task="r2v-tiny",
         from_scratch=True,
-        alignment=AlignmentConfig(depth=2, teacher="dinov3-tiny", weight=0.25),
-        timesteps="logit_normal_shift2",
+        alignment=AlignmentConfig(depth=3, teacher="dinov3-tiny", weight=0.5),
+        timesteps="logit_normal_shift4",
         batch_size=8,
-        steps=44000,
+        steps=24000,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),
         warmup_steps=100,
         schedule="linear",
-        decay_share=0.72,
+        decay_share=0.5,
         ema_decay=0.998,
         save_every=500,
         preview_every=2000,

@@ -15,21 +15,19 @@ from refalign_ext.backbone import (
     vae_state_dict_from_diffusers,
 )
 from refalign_ext.distributed.reading import read_any_dit
-from refalign_ext.sprites.text import random_encoder, write_tokenizer
+from refalign_ext.sprites.text import write_tokenizer
 
 TASK = "r2v-tiny"
 DIT_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def write_text_encoder(folder: Path, seed: int = 0) -> None:
-    """Tokenizer folder and the text encoder as a bf16 `.pth` under upstream's keys."""
+def write_text_encoder(folder: Path, trained: Path) -> None:
+    """Tokenizer folder and the text encoder of `sprites.train_text` as a bf16 `.pth` under upstream's keys."""
     config = WAN_CONFIGS[TASK]
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder / config.t5_tokenizer, config.t5.vocab)
     assert size <= config.t5.vocab, f"the tokenizer has {size} pieces, the encoder knows {config.t5.vocab}"
-    config_t5 = {key: value for key, value in config.t5.items()}
-    encoder = random_encoder(**config_t5, seed=seed)
-    weights = t5_state_dict_from_transformers(encoder.state_dict())
+    weights = t5_state_dict_from_transformers(torch.load(trained, weights_only=True, map_location="cpu"))
     _save_pth(
         {key: value.to(torch.bfloat16).clone() for key, value in weights.items()},
         folder / config.t5_checkpoint,

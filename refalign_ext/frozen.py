@@ -138,7 +138,7 @@ def frozen_fingerprint(
         ),
     }
     teacher = None
-    if config.alignment.weight:
+    if config.needs_teacher:
         teacher, path = config.alignment.teacher, teacher_folder(config, task, folder)
         home, weights = teacher_files(teacher, path)
         files["teacher"] = _digest([home / "config.json", *weights])

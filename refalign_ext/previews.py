@@ -15,12 +15,15 @@ from torch import Tensor
 from refalign_ext.aside import written_aside
 from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver, save_video
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.frozen import checkpoint_folder, task_config
-from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
+from refalign_ext.frozen import checkpoint_folder, on_grid, task_config, teacher_folder
+from refalign_ext.guidance import NULL, branch_inputs, combine_branches, required_branches
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames
+from refalign_ext.teachers import load_teacher
 from refalign_ext.telemetry import SAMPLES_FOLDER, RunLog
 from refalign_ext.trainer import Trainer, draw
+
+PREVIEW_SEED = 7  # not that of the published figures (`Job.seed`): runs are steered by their previews
 
 Preview = Callable[[int], dict[str, float]]
 
@@ -49,11 +52,14 @@ def _sprite_preview(trainer: Trainer, log: RunLog) -> Preview:
 
     config, task = trainer.config, task_config(trainer.config)
     folder = Path(config.out) / "previews"
-    evaluator = None
+    evaluator, features = None, None
     if trainer.parallel.is_main:
         vae = _load_vae(trainer)
         lay_channels_last(vae.model)
         evaluator = SpriteEvaluator(task, vae, trainer.encode_text)
+        if config.teacher_input:
+            path = teacher_folder(config, task, checkpoint_folder(config))
+            features = on_grid(load_teacher(config.alignment.teacher, path, device=trainer.device), task)
         folder.mkdir(parents=True, exist_ok=True)
 
     def preview(step: int) -> dict[str, float]:
@@ -63,9 +69,12 @@ def _sprite_preview(trainer: Trainer, log: RunLog) -> Preview:
             # A model of its own: the one in training may be sharded or compiled, and sampling must not disturb it.
             model = WanModel(**dit_arguments(task)).to(trainer.device)
             model.load_state_dict(weights)
+            teacher_input = trainer.generation_input()
+            reference_input = None if features is None else lambda images: teacher_input(features(images))
             sheets = []
             for subjects, clips in ((1, config.preview_clips), (2, max(1, config.preview_clips // 2))):
-                evaluation = evaluator.generate(model, Job(clips=clips, subjects=subjects))
+                job = Job(clips=clips, subjects=subjects, seed=PREVIEW_SEED)
+                evaluation = evaluator.generate(model, job, reference_input=reference_input)
                 for key, row in evaluation.table().items():
                     if not np.isnan(row["share"]):
                         values[f"judge_{subjects}/{key}"] = row["share"]
@@ -122,13 +131,19 @@ def _generate(trainer: Trainer, sample: EncodedSample, place: int) -> Tensor:
     references = sample.references.to(device)
     prompt, negative = trainer.encode_text([sample.prompt, task.sample_neg_prompt])
     inputs = branch_inputs(prompt, negative, references)
+    added = None
+    if trainer.trained.teacher_input is not None:
+        added = trainer.trained.teacher_input(sample.features[None].to(device))  # [1, M, N, d]
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         found = {}
         for name in required_branches(*scales):
             text, images = inputs[name]
+            own = None if name == NULL else added
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                found[name] = trainer.backbone([latents], timestep.reshape(1), [text], [images]).prediction[0]
+                found[name] = trainer.backbone(
+                    [latents], timestep.reshape(1), [text], [images], reference_input=own
+                ).prediction[0]
         return combine_branches(found, *scales)
 
     solver = make_solver(

@@ -21,7 +21,7 @@ R2V_DEFAULTS = {
 }
 
 
-def _tiny() -> EasyDict:
+def tiny_task() -> EasyDict:
     """The embedded sprite model: real classes, small numbers; assets/r2v-tiny holds its weights."""
     return EasyDict(
         __name__="Config: RefAlign R2V tiny",
@@ -62,10 +62,10 @@ def _tiny() -> EasyDict:
         t5=EasyDict(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2, num_buckets=32),
         teacher="dinov3-tiny",
         teacher_folder="teacher",
-        ref_guide_scale=7.0,
-        text_guide_scale=7.0,
+        ref_guide_scale=5.0,
+        text_guide_scale=5.0,
         sample_steps=20,
-        sample_shift=3.0,
+        sample_shift=6.0,
         sample_solver="euler",
         size=(48, 48),
         frame_num=9,
@@ -83,6 +83,6 @@ def register_tasks(
         config.update(R2V_DEFAULTS, teacher="dinov3-l")
         configs[name] = config
         supported[name] = tuple(supported[base])
-    configs["r2v-tiny"] = _tiny()
+    configs["r2v-tiny"] = tiny_task()
     sizes["48*48"] = (48, 48)
     supported["r2v-tiny"] = ("48*48",)

@@ -228,6 +228,7 @@ TEACHERS: dict[str, TeacherEntry] = {
     "siglip2-so400m": TeacherEntry(SigLIP2Teacher, "google/siglip2-so400m-patch16-512", 1152),
     "qwen2.5-vl-7b": TeacherEntry(QwenVisionTeacher, "Qwen/Qwen2.5-VL-7B-Instruct", 3584),
     "dinov3-tiny": TeacherEntry(DINOv3Teacher, None, None),
+    "siglip2-tiny": TeacherEntry(SigLIP2Teacher, None, None),
 }
 
 

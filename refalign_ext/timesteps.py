@@ -104,10 +104,13 @@ TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {
     "paper": TimestepRecipe("paper", _uniform_sigma, 1.0, _one, _one),
     # As in the official release: the shifted grid with its bell-shaped flow weight and alignment gated towards high noise.
     "release": TimestepRecipe("release", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _cubic_gate),
+    "release_ungated": TimestepRecipe(
+        "release_ungated", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _one
+    ),
     # Most steps at middle noise, where the tiny model learns fastest; weights as in the paper recipe.
     "logit_normal": TimestepRecipe("logit_normal", _logit_normal_sigma, 1.0, _one, _one),
-    # The same leaning towards high noise, where a clip's motion and its subjects' colours are decided.
-    "logit_normal_shift2": TimestepRecipe("logit_normal_shift2", _logit_normal_sigma, 2.0, _one, _one),
+    # The same leaning towards high noise, where a clip's layout and its subjects' colours are decided.
+    "logit_normal_shift4": TimestepRecipe("logit_normal_shift4", _logit_normal_sigma, 4.0, _one, _one),
 }
 
 

@@ -8,6 +8,7 @@ no state of a random generator to save.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
@@ -26,7 +27,7 @@ from refalign_ext.data.batch import EncodedSample, Source, stack_features
 from refalign_ext.distributed.checkpoint import Checkpointer, read_meta
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, free_gathered, local_part, whole_tensors
-from refalign_ext.distributed.state import build_state, restore_state
+from refalign_ext.distributed.state import TEACHER_INPUT, build_state, restore_state
 from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
 from refalign_ext.losses import (
@@ -36,6 +37,7 @@ from refalign_ext.losses import (
     flow_matching_target,
 )
 from refalign_ext.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
+from refalign_ext.projectors import TeacherInput
 from refalign_ext.telemetry import SkipGuard, TimestepBins, write_skipped
 from refalign_ext.timesteps import add_noise, timestep_recipe
 
@@ -126,7 +128,8 @@ class Trainer:
     Args:
         config: every setting.
         backbone: the DiT with references attached, on the training device.
-        trained: the DiT and the projectors (None: training without alignment), parallelized.
+        trained: the DiT, the projectors (None: training without alignment), parallelized, and the teacher input (None:
+            no features go into the DiT).
         source: where samples come from.
         encode_text: prompts to text features.
         parallel: this rank's place.
@@ -148,10 +151,11 @@ class Trainer:
         self.parallel, self.device = parallel, parallel.device
         self.recipe = timestep_recipe(config.timesteps)
         self.accumulation = config.accumulation(parallel.sizes.data)
-        self.optimizers = build_optimizers(trained.dit, trained.projectors, config)
+        beside = [part for part in (trained.projectors, trained.teacher_input) if part is not None]
+        self.optimizers = build_optimizers(trained.dit, nn.ModuleList(beside) if beside else None, config)
         self.average = None
         if config.ema_decay:
-            self.average = {key: value.detach().clone() for key, value in trained.dit.state_dict().items()}
+            self.average = {key: value.detach().clone() for key, value in self._generating_weights().items()}
         self.step, self.samples_seen = 0, 0
         self.timestep_bins = TimestepBins(device=self.device)
         self.stop_requested: Callable[[], bool] = lambda: False
@@ -167,6 +171,7 @@ class Trainer:
     def losses(self, samples: list[EncodedSample], draws: list[Draw]) -> BatchLosses:
         """Eq. 11 for one batch: flow matching plus gated, weighted reference alignment."""
         alignment, projectors = self.config.alignment, self.trained.projectors
+        teacher_input = self.trained.teacher_input
         timestep = torch.stack([chance.timestep for chance in draws])  # [B]
         latents = [sample.latents.to(self.device) for sample in samples]
         noise = [chance.noise.to(self.device) for chance in draws]
@@ -178,6 +183,9 @@ class Trainer:
             sample.prompt if chance.keep_text else "" for sample, chance in zip(samples, draws, strict=True)
         ]
         texts = self.encode_text(prompts)
+        if projectors is not None or teacher_input is not None:
+            features, mask = stack_features(samples, self.device)  # [B, M, N, D], [B, M]
+            mask = mask & torch.tensor([[chance.keep_references] for chance in draws], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.backbone(
                 add_noise(latents, noise, timestep),
@@ -186,6 +194,9 @@ class Trainer:
                 references,
                 tap_depth=alignment.depth if projectors is not None else 0,
                 tap=alignment.tap,
+                reference_input=None
+                if teacher_input is None
+                else teacher_input(features * mask[..., None, None]),
             )
             students = [] if projectors is None else projectors(output.reference_tokens)
         errors = flow_matching_errors(output.prediction, flow_matching_target(latents, noise))  # [B]
@@ -193,12 +204,10 @@ class Trainer:
         if projectors is None:
             none = flow.new_zeros(0)
             return BatchLosses(flow, flow.detach(), none, none, errors.detach())
-        teacher, mask = stack_features(samples, self.device)  # [B, M, N, D], [B, M]
-        kept = torch.tensor([chance.keep_references for chance in draws], device=self.device)
         positive, negative = alignment_by_block(
             students,
-            teacher,
-            mask=mask & kept[:, None],
+            features,
+            mask=mask,
             margin=alignment.margin,
             sample_weight=self.recipe.alignment_gate(timestep),
             spans=output.reference_spans,
@@ -343,13 +352,27 @@ class Trainer:
     def _update_average(self) -> None:
         # A short memory at first: otherwise the random start would linger for a thousand steps.
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        weights = self.trained.dit.state_dict()
+        weights = self._generating_weights()
         mine = [local_part(value) for value in self.average.values()]
         torch._foreach_lerp_(mine, [local_part(weights[key]) for key in self.average], 1 - decay)
 
+    def _generating_weights(self) -> dict[str, Tensor]:
+        """All that generation computes with, as it is now: the DiT by its own names, and `teacher_input.*`."""
+        teacher_input = self.trained.teacher_input
+        beside = {} if teacher_input is None else teacher_input.state_dict(prefix=TEACHER_INPUT)
+        return {**self.trained.dit.state_dict(), **beside}
+
     def averaged_state(self) -> dict[str, Tensor]:
-        """The weights to generate with: the moving average if there is one. Sharded as the model is."""
-        return dict(self.average if self.average is not None else self.trained.dit.state_dict())
+        """The DiT's weights to generate with: the moving average if there is one. Sharded as the model is."""
+        weights = self._generating_weights() if self.average is None else self.average
+        return {name: value for name, value in weights.items() if not name.startswith(TEACHER_INPUT)}
+
+    def generation_input(self) -> TeacherInput | None:
+        """The teacher input to generate with: a copy, with the moving average if there is one."""
+        module = copy.deepcopy(self.trained.teacher_input)
+        if module is not None and self.average is not None:
+            module.load_state_dict({name: self.average[TEACHER_INPUT + name] for name in module.state_dict()})
+        return module
 
     def generation_weights(self) -> dict[str, Tensor]:
         """The same, whole and under upstream's names, with adapters merged; all ranks call it together."""
@@ -362,7 +385,7 @@ class Trainer:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with the moving average's weights, for as long as the block lasts."""
-        weights = self.trained.dit.state_dict()
+        weights = self._generating_weights()
         before = {key: local_part(value).clone() for key, value in weights.items()} if self.average else {}
         try:
             for key in before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from refalign_ext.data.sampling.split import Split
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.frozen import frozen_fingerprint, on_grid, teacher_folder, token_stride
 from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
-from refalign_ext.teachers import Teacher
+from refalign_ext.teachers import Teacher, teacher_files
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Shares of cached sprite clips with one, two and three subjects; which ones a step draws is a setting.
-CACHED_COUNTS = (0.7, 0.25, 0.05)
+CACHED_COUNTS = (0.45, 0.48, 0.07)
 
 
 def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
@@ -76,8 +75,6 @@ def cache_folders(config: TrainConfig) -> list[Path]:
         ValueError: if there are caches for some of the sets only.
     """
     if config.data is None or config.cache == "off":
-        if config.data is None and config.cache not in (None, "off"):
-            raise ValueError("--cache is for --data: the sprite world keeps a cache of its own")
         return []
     data = config.data.split(",")
     if config.cache is not None:
@@ -212,21 +209,27 @@ def sprite_sources(
         height=task.size[1],
         width=task.size[0],
         regular_pairs=config.regular_pairs,
-        seed=config.seed,
         counts=CACHED_COUNTS,
     )
-    parts = [file_sha256(folder / task.vae_checkpoint)]
+    vae_digest, teacher_digest = file_sha256(folder / task.vae_checkpoint), ""
     if teacher is not None:
-        path = teacher_folder(config, task, folder)
-        names = [] if path is None else sorted(path.glob("*.safetensors"))
-        parts += [file_sha256(file) for file in names] or [config.alignment.teacher]
-    fingerprint = hashlib.sha256("".join(parts).encode()).hexdigest()
-    cache, shares = Path(config.out) / "cache", tuple(config.subject_counts)
+        home, weights = teacher_files(config.alignment.teacher, teacher_folder(config, task, folder))
+        teacher_digest = "".join(file_sha256(file) for file in (home / "config.json", *weights))
+    is_named = config.cache not in (None, "off")
+    cache = Path(config.cache) if is_named else Path(config.out) / "cache"
     features = on_grid(teacher, task)
 
     def sprites(split: str, **changes: Any) -> SpriteSource:
         return SpriteSource(
-            replace(settings, **changes), encode, features, cache, fingerprint, shares, split=split
+            replace(settings, **changes),
+            config.seed,
+            encode,
+            features,
+            cache,
+            vae_digest,
+            teacher_digest,
+            tuple(config.subject_counts),
+            split=split,
         )
 
     source: Source = sprites("train")

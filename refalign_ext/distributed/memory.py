@@ -33,6 +33,7 @@ TEACHER_SIZES: Mapping[str, tuple[int, int]] = {
     "siglip2-so400m": (428_772_800, 1152),
     "qwen2.5-vl-7b": (676_550_144, 3584),
     "dinov3-tiny": (820_000, 128),
+    "siglip2-tiny": (1_020_800, 128),
 }
 _WAN_VAE_PARAMETERS, _WAN_VAE_WIDTH = 126_892_531, 96
 

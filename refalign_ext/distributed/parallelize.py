@@ -17,7 +17,7 @@ from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.config import TrainConfig
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
-from refalign_ext.projectors import ReferenceProjectors
+from refalign_ext.projectors import ReferenceProjectors, TeacherInput
 
 # The residual stream is never changed in place, which is what this warns of for every linear layer at a unit's end.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -30,13 +30,19 @@ class TrainedModules(nn.Module):
     """What a checkpoint holds: the DiT and, unless training runs without alignment, the projectors.
 
     Only a container, so that both have a name in one state dict; each is a sharding root of its own, because the
-    projectors run outside the DiT's forward.
+    projectors run outside the DiT's forward. `teacher_input` exists in one ablation, which is never sharded.
     """
 
-    def __init__(self, dit: nn.Module, projectors: ReferenceProjectors | None) -> None:
+    def __init__(
+        self,
+        dit: nn.Module,
+        projectors: ReferenceProjectors | None,
+        teacher_input: TeacherInput | None = None,
+    ) -> None:
         super().__init__()
         self.dit = dit
         self.projectors = projectors
+        self.teacher_input = teacher_input
 
 
 def parallelize(

@@ -146,9 +146,13 @@ def make_training_plan(
             embedded tiny one is not checked.
 
     Raises:
-        ValueError: if --ulysses_size, --ring_size or the global batch are not possible with these ranks. A plan that
-            does not fit is returned all the same, to be shown: `Plan.require_fit` refuses it.
+        ValueError: if --ulysses_size, --ring_size, --teacher_input or the global batch are not possible with these
+            ranks. A plan that does not fit is returned all the same, to be shown: `Plan.require_fit` refuses it.
     """
+    if config.teacher_input and world_size > 1:
+        raise ValueError(
+            f"--teacher_input trains in one process, not in {world_size}: start it without torchrun"
+        )
     memory, notes = _memory_to_reckon_with(config.task, device_memory)
     sizes = choose_sizes(config, task, world_size, references=references, device_memory=device_memory)
     plan = _training_plan(config, task, sizes, config.accumulation(sizes.data), references, memory)
@@ -358,7 +362,7 @@ def _training_plan(
             device["optimizer's working space beyond the above"] = beyond
     (host if config.t5_cpu else device)["text encoder"] = HALF * t5_parameters(task)
     device["video autoencoder"] = FULL * vae_parameters(task)
-    if alignment is not None:
+    if config.needs_teacher:
         device[f"teacher {config.alignment.teacher}"] = FULL * _teacher(config)[0]
 
     traffic = sequence_traffic(shape, load, sizes, passes=2 if checkpointing == "none" else 3, joins=2)

@@ -22,7 +22,7 @@ from refalign_ext.distributed.adapted import (
     weight_of,
 )
 from refalign_ext.distributed.checkpoint import is_checkpoint, read_meta, read_model_config
-from refalign_ext.distributed.state import AVERAGE, DIT, MODEL, PROJECTORS
+from refalign_ext.distributed.state import AVERAGE, DIT, MODEL, PROJECTORS, TEACHER_INPUT
 from refalign_ext.distributed.stored import StoredTensors
 from refalign_ext.lora import base_key, is_adapter_key
 
@@ -45,7 +45,9 @@ def read_dit(path: Path, *, raw: bool = False) -> dict[str, Tensor]:
     return {name: weight.read() for name, weight in open_dit(path, raw=raw).weights.items()}
 
 
-def open_dit(path: Path, *, raw: bool = False, base: Path | None = None) -> StoredDiT:
+def open_dit(
+    path: Path, *, raw: bool = False, base: Path | None = None, with_teacher_input: bool = False
+) -> StoredDiT:
     """What `read_dit` reads, one tensor at a time.
 
     Args:
@@ -53,11 +55,17 @@ def open_dit(path: Path, *, raw: bool = False, base: Path | None = None) -> Stor
         raw: what was trained, even if there is an average.
         base: the model that the checkpoint's adapter belongs to (a training checkpoint or any published layout), if it
             is not where the settings say.
+        with_teacher_input: whether the caller also uses `read_teacher_input`, without which such a DiT is another.
 
     Raises:
-        ValueError: as in `read_dit`, or for a base without an adapter.
+        ValueError: as in `read_dit`, for a base without an adapter, or for a DiT whose teacher input would be ignored.
     """
     stored = StoredTensors(path)
+    if not with_teacher_input and stored.names(f"{MODEL}.{TEACHER_INPUT}"):
+        raise ValueError(
+            f"{path} was trained with --teacher_input and needs the teacher beside it: only `sprites judge` and "
+            "train_refalign.py --teacher_input true use such a checkpoint"
+        )
     weights = {name: _weight(stored, key) for name, key in dit_keys(stored, raw=raw).items()}
     files = _tensor_files(path)
     if not any(map(is_adapter_key, weights)):
@@ -71,17 +79,17 @@ def open_dit(path: Path, *, raw: bool = False, base: Path | None = None) -> Stor
     return StoredDiT(path, merged_weights(under.weights, adapter, rank=rank, alpha=alpha), files, under)
 
 
-def read_any_dit(path: Path) -> DiTCheckpoint:
+def read_any_dit(path: Path, *, with_teacher_input: bool = False) -> DiTCheckpoint:
     """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
 
     Raises:
-        ValueError: if nothing readable is there, or the base of an adapter is not.
+        ValueError: if nothing readable is there, or the base of an adapter is not, or as `open_dit`.
     """
     from refalign_ext.backbone import DiTCheckpoint, read_dit_checkpoint
 
     if not is_checkpoint(path):
         return read_dit_checkpoint(path)
-    found = open_dit(path)
+    found = open_dit(path, with_teacher_input=with_teacher_input)
     tensors = {name: weight.read() for name, weight in found.weights.items()}
     files = [*found.files, *(found.base.files if found.base else ())]
     return DiTCheckpoint(tensors, read_projectors(path), read_model_config(path), files)
@@ -124,6 +132,23 @@ def read_projectors(path: Path) -> dict[str, Tensor]:
     return {name: weight.read() for name, weight in open_projectors(path).items()}
 
 
+def read_teacher_input(path: Path) -> dict[str, Tensor]:
+    """The weights of `projectors.TeacherInput` on the CPU, their moving average if there is one.
+
+    Empty for a checkpoint without it and for any other layout.
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
+    """
+    if not is_checkpoint(path):
+        return {}
+    stored = StoredTensors(path)
+    for prefix in (f"{AVERAGE}.{TEACHER_INPUT}", f"{MODEL}.{TEACHER_INPUT}"):
+        if found := stored.names(prefix):
+            return {key.removeprefix(prefix): stored.read(key) for key in found}
+    return {}
+
+
 def open_projectors(path: Path) -> dict[str, Weight]:
     """What `read_projectors` reads, one tensor at a time."""
     stored = StoredTensors(path)
@@ -133,7 +158,7 @@ def open_projectors(path: Path) -> dict[str, Weight]:
 def dit_keys(stored: StoredTensors, *, raw: bool = False) -> dict[str, str]:
     """The DiT's own names of its tensors -> their names in the checkpoint; see `read_dit`."""
     average = {key.removeprefix(f"{AVERAGE}.").removeprefix(DIT): key for key in stored.names(f"{AVERAGE}.")}
-    average = {name: key for name, key in average.items() if not name.startswith(PROJECTORS)}
+    average = {name: key for name, key in average.items() if not name.startswith((PROJECTORS, TEACHER_INPUT))}
     prefix = f"{MODEL}.{DIT}"
     found = {} if raw else average
     found = found or {key.removeprefix(prefix): key for key in stored.names(prefix)}

@@ -19,22 +19,36 @@ from refalign_ext.backbone import (
     make_solver,
     resolve_device,
 )
-from refalign_ext.distributed.reading import read_any_dit
-from refalign_ext.frozen import text_encoder
-from refalign_ext.guidance import BRANCHES, combine_branches, required_branches
+from refalign_ext.config import recipe, with_overrides
+from refalign_ext.distributed.checkpoint import read_meta
+from refalign_ext.distributed.reading import read_any_dit, read_teacher_input
+from refalign_ext.frozen import on_grid, teacher_folder, text_encoder
+from refalign_ext.guidance import NULL, TEXT_IMAGE, combine_branches, required_branches
+from refalign_ext.projectors import teacher_input_from_tensors
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor
 from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
 from refalign_ext.sprites.vae_onepass import decode_latents, encode_latents, lay_channels_last
 from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
+from refalign_ext.teachers import load_teacher
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
+REFERENCES = ("own", "shuffled")
+Reference = tuple[np.ndarray, float, float]  # image [H, W, 3] uint8, angle in radians, scale
+ReferenceInput = Callable[[Tensor], Tensor]
+"""Images [K, 3, H, W] in [-1, 1] -> what goes into the DiT beside their latents, [K, N, dim]."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """What to generate and how; the same job on two models is a paired comparison."""
+    """What to generate and how; the same job on two models is a paired comparison.
+
+    `references` says whose the model is given: a clip's `own`, or as a control `shuffled`, those of another clip of the
+    job with as few of its colours as there are. The verdict is about the clip's own subjects either way, so a shuffled
+    job scores high only where a model guesses or a judge is lenient.
+    """
 
     clips: int
     subjects: int = 1
@@ -45,11 +59,18 @@ class Job:
     text_guide_scale: float | None = None
     sample_steps: int | None = None
     sample_shift: float | None = None
+    references: str = "own"
+
+    def __post_init__(self) -> None:
+        if self.references not in REFERENCES:
+            raise ValueError(f"references is {self.references!r}: choose one of {', '.join(REFERENCES)}")
+        if self.references == "shuffled" and self.clips < 2:
+            raise ValueError("shuffled references are those of another clip: ask for 2 clips or more")
 
 
 @dataclass
 class Evaluation:
-    """Generated clips [T, H, W, 3] with their truth, references and verdicts."""
+    """Generated clips [T, H, W, 3] with their truth, the references that the model was given, and verdicts."""
 
     clips: list[Clip] = field(default_factory=list)
     videos: list[np.ndarray] = field(default_factory=list)
@@ -76,14 +97,30 @@ class SpriteEvaluator:
     ) -> None:
         self.task, self.vae, self.encode_text = task, vae, encode_text
 
-    def draw(self, job: Job, index: int) -> tuple[Clip, list[tuple[np.ndarray, float, float]]]:
-        """Clip `index` of a job and its references (image, angle, scale)."""
+    def draw(self, job: Job, index: int) -> tuple[Clip, list[Reference]]:
+        """Clip `index` of a job and its own references; cut-outs are tilted as in training, and so are their clips."""
         rng = np.random.default_rng([job.seed, job.subjects, index])
-        clip = sample_clip(rng, subjects_of(job.split), job.subjects)
+        clip = sample_clip(rng, subjects_of(job.split), job.subjects, tilted=job.pair == "regular")
         width, height = self.task.size
         return clip, [
             sample_reference(rng, performance, height, width, job.pair) for performance in clip.performances
         ]
+
+    def draw_all(self, job: Job) -> list[tuple[Clip, list[Reference]]]:
+        """Every clip of a job with the references that the model is given."""
+        drawn = [self.draw(job, index) for index in range(job.clips)]
+        if job.references == "own":
+            return drawn
+        colors = [[performance.subject.colors for performance in clip.performances] for clip, _ in drawn]
+
+        def shared(index: int, other: int) -> int:
+            return sum(len(mine & theirs) for mine in colors[index] for theirs in colors[other])
+
+        given = []
+        for index, (clip, _) in enumerate(drawn):
+            others = [(index + step) % job.clips for step in range(1, job.clips)]
+            given.append((clip, drawn[min(others, key=lambda other: shared(index, other))][1]))
+        return given
 
     @torch.no_grad()
     def reconstruct(self, job: Job, through_vae: bool = True, progress: bool = False) -> Evaluation:
@@ -103,19 +140,27 @@ class SpriteEvaluator:
 
     @torch.no_grad()
     def generate(
-        self, model: nn.Module, job: Job, batch_size: int = 16, progress: bool = False
+        self,
+        model: nn.Module,
+        job: Job,
+        batch_size: int = 16,
+        progress: bool = False,
+        reference_input: ReferenceInput | None = None,
     ) -> Evaluation:
-        """Generate and judge a job's clips; clip `index` has its own seed, whatever the batch size."""
+        """Generate and judge a job's clips; clip `index` has its own seed, whatever the batch size.
+
+        Args:
+            reference_input: of a model that was trained with `teacher_input`; see `reference_input_of`.
+        """
         from tqdm import tqdm
 
-        backbone, result = ReferenceBackbone(model.eval()), Evaluation()
+        backbone, result, everything = ReferenceBackbone(model.eval()), Evaluation(), self.draw_all(job)
         bar = tqdm(total=job.clips, desc="generating", unit="clip", disable=not progress)
         try:
             for start in range(0, job.clips, batch_size):
-                drawn = [self.draw(job, index) for index in range(start, min(start + batch_size, job.clips))]
-                for (clip, references), video in zip(
-                    drawn, self._sample(backbone, job, start, drawn), strict=True
-                ):
+                drawn = everything[start : start + batch_size]
+                videos = self._sample(backbone, job, start, drawn, reference_input)
+                for (clip, references), video in zip(drawn, videos, strict=True):
                     self._add(result, clip, to_frames(video), references)
                 bar.update(len(drawn))
         finally:
@@ -131,7 +176,14 @@ class SpriteEvaluator:
         result.backgrounds.append(background)
         result.verdicts.append(verdicts)
 
-    def _sample(self, backbone: ReferenceBackbone, job: Job, start: int, drawn: list) -> Tensor:
+    def _sample(
+        self,
+        backbone: ReferenceBackbone,
+        job: Job,
+        start: int,
+        drawn: list,
+        reference_input: ReferenceInput | None,
+    ) -> Tensor:
         task, device = self.task, self.vae.device
         image_scale = task.ref_guide_scale if job.ref_guide_scale is None else job.ref_guide_scale
         text_scale = task.text_guide_scale if job.text_guide_scale is None else job.text_guide_scale
@@ -159,13 +211,17 @@ class SpriteEvaluator:
         prompts = self.encode_text([clip.caption for clip, _ in drawn])
         negative = self.encode_text([task.sample_neg_prompt]) * len(drawn)
         names = required_branches(image_scale, text_scale)
-        context = [text for name in names for text in (prompts if name == BRANCHES[2] else negative)]
-        clean = [row for name in names for row in references * (name != BRANCHES[0])]
+        context = [text for name in names for text in (prompts if name == TEXT_IMAGE else negative)]
+        clean = [row for name in names for row in references * (name != NULL)]
+        added = None
+        if reference_input is not None:
+            tokens = reference_input(images[:, :, :, 0].flatten(0, 1)).unflatten(0, images.shape[:2])
+            added = torch.cat([tokens * (name != NULL) for name in names])  # [B, M, N, dim] of each branch
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             times = timestep.expand(len(clean)).to(device)
-            output = backbone(list(latents) * len(names), times, context, clean).prediction
-            chunks = torch.stack(output).chunk(len(names))
+            output = backbone(list(latents) * len(names), times, context, clean, reference_input=added)
+            chunks = torch.stack(output.prediction).chunk(len(names))
             return combine_branches(dict(zip(names, chunks, strict=True)), image_scale, text_scale)
 
         solver = make_solver(
@@ -194,12 +250,42 @@ def judge_folder(
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=place, config=task.vae)
     evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place, place))
     if what != "generation":
+        if job.references != "own":
+            raise ValueError(
+                f"shuffled references are a control of generated clips: there are none in {what}"
+            )
         return evaluator.reconstruct(job, through_vae=what == "reconstruction", progress=progress)
     lay_channels_last(vae.model)
     source = dit_ckpt or folder
-    model = build_dit(read_any_dit(source), task, source, device=place, dtype=torch.float32)
-    model.requires_grad_(False)
-    return evaluator.generate(model, job, progress=progress)
+    checkpoint = read_any_dit(source, with_teacher_input=True)
+    model = build_dit(checkpoint, task, source, device=place, dtype=torch.float32).requires_grad_(False)
+    reference_input = reference_input_of(source, task, folder, place, model.dim)
+    return evaluator.generate(model, job, progress=progress, reference_input=reference_input)
+
+
+def reference_input_of(
+    source: Path, task: EasyDict, folder: Path, device: torch.device, dim: int
+) -> ReferenceInput | None:
+    """What a checkpoint that was trained with `teacher_input` adds to its references, or None for any other.
+
+    Args:
+        source: the DiT's checkpoint; its settings name the teacher.
+        folder: of the frozen parts, with the task's own teacher.
+        dim: width of the DiT.
+
+    Raises:
+        ValueError: if the teacher is not there or is another one.
+    """
+    tensors = read_teacher_input(source)
+    if not tensors:
+        return None
+    named = read_meta(source)["settings"]["alignment"]
+    overrides = {f"alignment.{name}": named[name] for name in ("teacher", "teacher_path")}
+    path = teacher_folder(with_overrides(recipe("tiny"), overrides), task, folder)
+    teacher = load_teacher(named["teacher"], path, device=device)
+    module = teacher_input_from_tensors(tensors, teacher_dim=teacher.dim, dim=dim, source=str(source))
+    module, features = module.to(device).requires_grad_(False), on_grid(teacher, task)
+    return lambda images: module(features(images))
 
 
 def contact_sheet(evaluation: Evaluation, rows: int = 8, frames: int = 5, scale: int = 3) -> np.ndarray:

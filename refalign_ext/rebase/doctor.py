@@ -175,6 +175,8 @@ def _teachers() -> str:
 
     here, absent = [], []
     for name, entry in TEACHERS.items():
+        if name == "siglip2-tiny":
+            continue  # trained by its user: nothing to download
         if entry.repository is None:
             is_here = (FOLDER.parent / "assets" / "r2v-tiny" / "teacher").is_dir()
         else:

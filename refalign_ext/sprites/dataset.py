@@ -1,14 +1,16 @@
 """The sprite world as a source of training batches, rendered and encoded once and then read from memory.
 
 Rendering and encoding a clip costs several times what training on it costs, so a fixed number of clips and reference
-views is encoded before training and kept in a file; which clip meets which views is drawn anew for every sample.
+views is encoded before training and kept in a file; which clip meets which views is drawn anew for every sample. The clips
+are the same whatever a run's seed, and the teacher's features lie in a file of their own, so that runs of other seeds and
+other teachers share what is already there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from torch import Tensor
 from refalign_ext.aside import aside_path
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.sprites.world import (
+    WORLD_VERSION,
     Clip,
     render_clip,
-    render_reference,
+    render_cross_reference,
     sample_clip,
     sample_reference,
     subjects_of,
@@ -29,6 +32,10 @@ from refalign_ext.sprites.world import (
 
 Encode = Callable[[Tensor], Tensor]  # [B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]
 Features = Callable[[Tensor], Tensor]  # [B, 3, H, W] in [-1, 1] -> [B, N, D]
+
+
+WORLD_SEED = 0  # of the cached clips and views
+_CHUNK = 16  # clips that are encoded together
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,6 @@ class SpriteSettings:
     height: int
     width: int
     regular_pairs: float
-    seed: int
     counts: tuple[float, float, float]
     free_colors: bool = False
 
@@ -69,7 +75,7 @@ class MixedSprites:
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """See `Source`; both sources draw the same number of subjects for a step."""
-        lots = [np.random.default_rng([self.first.settings.seed, 22, index]).random() for index in indices]
+        lots = [np.random.default_rng([self.first.seed, 22, index]).random() for index in indices]
         return [
             (self.second if lot < self.share else self.first).samples(step, range(index, index + 1))[0]
             for index, lot in zip(indices, lots, strict=True)
@@ -82,10 +88,12 @@ class SpriteSource:
     def __init__(
         self,
         settings: SpriteSettings,
+        seed: int,
         encode: Encode,
         features: Features | None,
         folder: Path,
-        fingerprint: str,
+        vae_digest: str,
+        teacher_digest: str,
         draw_shares: tuple[float, float, float] | None = None,
         progress: bool = True,
         split: str = "train",
@@ -93,28 +101,32 @@ class SpriteSource:
         """Plan the clips; nothing is rendered or written before `prepare`.
 
         Args:
+            seed: of the samples: which clip meets which views, in what order. The clips do not depend on it.
             encode: the VAE's encoder.
             features: the teacher on the DiT grid, or None.
             folder: where the cache lies or will be written.
-            fingerprint: identifies VAE and teacher weights; another one means another cache file.
+            vae_digest, teacher_digest: identify their weights; others mean other files.
             draw_shares: shares of steps with one, two and three subjects; None: as in the cache.
             progress: show a bar while the cache is built.
             split: whose subjects, `train` or `held_out`.
         """
-        self.settings = settings
+        self.settings, self.seed = settings, seed
         self.subjects = subjects_of(split)
-        rng = np.random.default_rng([settings.seed, 10])
+        rng = np.random.default_rng([WORLD_SEED, 10])
         shares = np.array(settings.counts) / sum(settings.counts)
+        counts = rng.choice([1, 2, 3], settings.clips, p=shares)
+        self.is_regular = rng.random(settings.clips) < settings.regular_pairs
+        # A cut-out shows the subject as its clip does, in whatever pose: the clip alone could not teach copying it.
         self.clips = [
             sample_clip(
-                np.random.default_rng([settings.seed, 14 if settings.free_colors else 11, index]),
+                np.random.default_rng([WORLD_SEED, 14 if settings.free_colors else 11, index]),
                 self.subjects,
                 int(count),
                 settings.free_colors,
+                tilted=bool(is_regular),
             )
-            for index, count in enumerate(rng.choice([1, 2, 3], settings.clips, p=shares))
+            for index, (count, is_regular) in enumerate(zip(counts, self.is_regular, strict=True))
         ]
-        self.is_regular = rng.random(settings.clips) < settings.regular_pairs
         self._by_count = {
             count: np.array([i for i, clip in enumerate(self.clips) if len(clip.performances) == count])
             for count in (1, 2, 3)
@@ -123,119 +135,145 @@ class SpriteSource:
         # Subjects in palette colours recur and share their reference views; free colours and cut-outs are a clip's own.
         own = settings.views if settings.free_colors else 0
         self._own_views = [1 if regular else own for regular in self.is_regular]
+        sharing = {
+            performance.subject
+            for clip, views in zip(self.clips, self._own_views, strict=True)
+            if not views
+            for performance in clip.performances
+        }
         rows = [len(c.performances) * views for c, views in zip(self.clips, self._own_views, strict=True)]
         self._first_own = np.cumsum([0, *rows])
-        self._subject_index = {subject: index for index, subject in enumerate(self.subjects)}
-        identity = [settings.__dict__, fingerprint, features is not None]
-        key = json.dumps(identity if split == "train" else [*identity, split], sort_keys=True)
-        self._path = folder / f"sprites-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-        self._encode, self._features, self._progress = encode, features, progress
-        self._loaded: dict[str, Tensor] | None = None
+        self._sharing = [subject for subject in self.subjects if subject in sharing]
+        self._subject_index = {subject: index for index, subject in enumerate(self._sharing)}
+        world = [settings.__dict__, WORLD_VERSION, split]
+        self._latents_path = folder / f"sprites-{_digest([*world, vae_digest])}.safetensors"
+        self._features_path = folder / f"features-{_digest([*world, teacher_digest])}.safetensors"
+        self._encode, self._teacher, self._progress = encode, features, progress
+        self._latents: dict[str, Tensor] = {}
+        self._features: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
-        """Load the cache, or build it (with a progress bar) and write it.
+        """Load the cache, or build what is missing of it (with a progress bar) and write it.
 
         Raises:
-            ValueError: if the cache's file is damaged.
+            ValueError: if a file of the cache is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if not self._path.exists():
-            self._build(self._path, self._encode, self._features, self._progress)
-        try:
-            self._loaded = load_file(self._path)
-        except SafetensorError as error:
-            raise ValueError(f"{self._path} is damaged ({error}): delete it and run again") from error
-
-    @property
-    def _tensors(self) -> dict[str, Tensor]:
-        if self._loaded is None:
-            self.prepare()
-        return self._loaded
+        if not self._latents_path.exists():
+            _write(self._latents_path, self._encode_all())
+        self._latents = _read(self._latents_path)
+        if self._teacher is not None:
+            if not self._features_path.exists():
+                _write(self._features_path, self._references("teacher features", self._teacher))
+            self._features = _read(self._features_path)
 
     @torch.no_grad()
-    def _build(self, path: Path, encode: Encode, features: Features | None, progress: bool) -> None:
-        from safetensors.torch import save_file
+    def _encode_all(self) -> dict[str, Tensor]:
         from tqdm import tqdm
 
-        settings, (height, width) = self.settings, (self.settings.height, self.settings.width)
-        tensors: dict[str, list[Tensor]] = {"latents": [], "regular": [], "views": []}
-        if features is not None:
-            tensors |= {"regular_features": [], "view_features": []}
+        settings, latents = self.settings, []
+        with tqdm(
+            total=len(self.clips),
+            desc="encoding clips",
+            unit="clip",
+            disable=not self._progress,
+            mininterval=1,
+        ) as bar:
+            for start in range(0, len(self.clips), _CHUNK):
+                chunk = self.clips[start : start + _CHUNK]
+                videos = [
+                    render_clip(clip, settings.frames, settings.height, settings.width)[0] for clip in chunk
+                ]
+                stack = torch.stack([to_video_tensor(video) for video in videos])
+                latents.append(self._encode(stack).bfloat16())
+                bar.update(len(chunk))
 
-        def add_references(images: list[np.ndarray], name: str, feature_name: str) -> None:
-            stack = torch.stack([to_video_tensor(image[None]) for image in images])  # [K, 3, 1, H, W]
-            tensors[name].append(encode(stack)[:, :, 0].bfloat16())
-            if features is not None:
-                tensors[feature_name].append(features(stack[:, :, 0]).bfloat16())
+        def encode_images(images: Tensor) -> Tensor:
+            return self._encode(images[:, :, None])[:, :, 0]
 
-        bar = tqdm(
-            total=len(self.clips), desc="encoding clips", unit="clip", disable=not progress, mininterval=1
-        )
-        for start in range(0, len(self.clips), 16):
-            chunk = self.clips[start : start + 16]
-            videos = [render_clip(clip, settings.frames, height, width)[0] for clip in chunk]
-            tensors["latents"].append(
-                encode(torch.stack([to_video_tensor(video) for video in videos])).bfloat16()
-            )
-            rng = np.random.default_rng([settings.seed, 12, start])
+        return {"latents": torch.cat(latents), **self._references("encoding references", encode_images)}
+
+    @torch.no_grad()
+    def _references(self, what: str, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """A function of all references: `regular` (clips' own, in their order) and `views` (of subjects, in theirs)."""
+        from tqdm import tqdm
+
+        found: dict[str, list[Tensor]] = {}
+        total = int(self._first_own[-1]) + len(self._sharing) * self.settings.views
+        with tqdm(total=total, desc=what, unit="image", disable=not self._progress, mininterval=1) as bar:
+            for name, images in self._render_references():
+                stack = torch.stack([to_video_tensor(image[None])[:, 0] for image in images])  # [K, 3, H, W]
+                found.setdefault(name, []).append(function(stack).bfloat16())
+                bar.update(len(images))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _render_references(self) -> Iterator[tuple[str, list[np.ndarray]]]:
+        height, width = self.settings.height, self.settings.width
+        for start in range(0, len(self.clips), _CHUNK):
+            rng = np.random.default_rng([WORLD_SEED, 12, start])
             images = [
                 sample_reference(rng, performance, height, width, "regular" if is_regular else "cross")[0]
                 for clip, is_regular, views in zip(
-                    chunk, self.is_regular[start:], self._own_views[start:], strict=False
+                    self.clips[start : start + _CHUNK],
+                    self.is_regular[start:],
+                    self._own_views[start:],
+                    strict=False,
                 )
                 for performance in clip.performances
                 for _ in range(views)
             ]
             if images:
-                add_references(images, "regular", "regular_features")
-            bar.update(len(chunk))
-        bar.close()
-        shared = [] if settings.free_colors else self.subjects
-        for index, subject in enumerate(
-            tqdm(shared, desc="encoding references", disable=not progress or not shared, mininterval=1)
-        ):
-            rng = np.random.default_rng([settings.seed, 13, index])
-            images = []
-            for _ in range(settings.views):
-                angle, scale = rng.uniform(0, 2 * np.pi), rng.uniform(0.45, 0.85)
-                offset = tuple(float(value) for value in rng.uniform(-0.05, 0.05, 2))
-                images.append(render_reference(subject, height, width, angle, scale, offset))
-            add_references(images, "views", "view_features")
-        with aside_path(path) as aside:
-            save_file(
-                {name: torch.cat(parts).contiguous() for name, parts in tensors.items() if parts}, aside
-            )
+                yield "regular", images
+        views = range(self.settings.views)
+        for subject in self._sharing:
+            rng = np.random.default_rng([WORLD_SEED, 13, self.subjects.index(subject)])
+            yield "views", [render_cross_reference(rng, subject, height, width)[0] for _ in views]
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """Samples for the global positions `indices` of optimizer step `step`; see `Source`."""
-        count = int(np.random.default_rng([self.settings.seed, 20, step]).choice([1, 2, 3], p=self._shares))
+        if not self._latents:
+            self.prepare()
+        count = int(np.random.default_rng([self.seed, 20, step]).choice([1, 2, 3], p=self._shares))
         pool = self._by_count[count] if len(self._by_count[count]) else np.arange(len(self.clips))
-        return [
-            self._sample(np.random.default_rng([self.settings.seed, 21, index]), pool) for index in indices
-        ]
+        return [self._sample(np.random.default_rng([self.seed, 21, index]), pool) for index in indices]
 
     def _sample(self, rng: np.random.Generator, pool: np.ndarray) -> EncodedSample:
         index = int(pool[rng.integers(len(pool))])
         clip: Clip = self.clips[index]
         own = self._own_views[index]
         if own:
-            first = int(self._first_own[index])
+            first, name = int(self._first_own[index]), "regular"
             rows = [first + offset * own + int(rng.integers(own)) for offset in range(len(clip.performances))]
-            names = ("regular", "regular_features")
         else:
-            views = self.settings.views
+            views, name = self.settings.views, "views"
             rows = [
                 self._subject_index[performance.subject] * views + int(rng.integers(views))
                 for performance in clip.performances
             ]
-            names = ("views", "view_features")
-        features = self._tensors.get(names[1])
         return EncodedSample(
             name=f"sprite-{index}",
             prompt=clip.caption,
-            latents=self._tensors["latents"][index].float(),
-            references=self._tensors[names[0]][rows].float().transpose(0, 1),  # [C, M, h, w]
-            features=None if features is None else features[rows].float(),
+            latents=self._latents["latents"][index].float(),
+            references=self._latents[name][rows].float().transpose(0, 1),  # [C, M, h, w]
+            features=self._features[name][rows].float() if self._features else None,
         )
+
+
+def _digest(identity: list) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with aside_path(path) as aside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error

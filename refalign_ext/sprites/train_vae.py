@@ -1,12 +1,15 @@
 """Train the embedded VAE on sprites: `python -m refalign_ext.sprites.train_vae`. Resumes by itself.
 
-Single images first (a Wan VAE encodes a reference as one frame), then nine-frame clips mixed with images. In an
-earlier trial the library's own initialisation with a usual learning rate left subjects about ten decibels worse.
+Single images first (a Wan VAE encodes a reference as one frame), then nine-frame clips mixed with images, then whole frames
+while some channels learn to tell places (`vae_latents`). In an earlier trial the library's own initialisation with a usual
+learning rate left subjects about ten decibels worse.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -16,10 +19,13 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample
 from torch import Tensor, nn
 
+from refalign_ext.aside import aside_path
 from refalign_ext.muon import Muon
+from refalign_ext.sprites.vae_latents import PLACE_CHANNELS, decoder_metric, fold_normalization, place_error
 from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
 
+KL_WEIGHT = 1e-3  # keeps the decoder calm about the small errors that generated latents have
 CONFIG = {
     "base_dim": 16,
     "z_dim": 16,
@@ -111,21 +117,25 @@ def _to_tensors(videos: list[np.ndarray], masks: list[np.ndarray]) -> tuple[Tens
     return video.contiguous(), torch.from_numpy(np.stack(masks))[:, None].float()
 
 
+def picture_error(decoded: Tensor, video: Tensor, mask: Tensor) -> Tensor:
+    """L1 + L2 with subjects weighted three times; on unclamped output, so that the gradient never ends."""
+    difference, weight = decoded - video, 1 + 2 * mask
+    return ((difference.abs() + difference.square()) * weight).sum() / (weight.sum() * video.shape[1])
+
+
 def loss_of(
     vae: AutoencoderKLWan, video: Tensor, mask: Tensor, sample: bool, generator: torch.Generator
 ) -> Tensor:
-    """L1 + L2 on the unclamped reconstruction, subjects weighted three times, plus a very light KL when sampling."""
+    """The error of the reconstruction, plus a light KL when sampling."""
     mean, log_variance = encode_one_pass(vae, video)
     latents = mean
     if sample:
         noise = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean.dtype)
         latents = mean + noise * torch.exp(0.5 * log_variance)
-    difference = decode_one_pass(vae, latents).float() - video
-    weight = 1 + 2 * mask
-    loss = ((difference.abs() + difference.square()) * weight).sum() / (weight.sum() * video.shape[1])
+    loss = picture_error(decode_one_pass(vae, latents).float(), video, mask)
     if sample:
         mean, log_variance = mean.float(), log_variance.float()
-        loss = loss + 1e-5 * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        loss = loss + KL_WEIGHT * 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return loss
 
 
@@ -139,35 +149,99 @@ def decibels(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> tuple[float,
     return float(-10 * torch.log10(whole)), float(-10 * torch.log10(subjects))
 
 
-@torch.no_grad()
-def fold_normalization(vae: AutoencoderKLWan, data: Sprites, batches: int = 16) -> None:
-    """Move the latents' mean and deviation into the 1x1x1 convolutions around them, so that they are 0 and 1.
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with a schedule of its own.
 
-    The released Wan VAE keeps 16 means and deviations as constants in its code; a model trained here has none.
+    Attributes:
+        rates: of Muon on kernels and of AdamW elsewhere, at their highest.
+        batch: step -> video and mask.
+        loss: step, video and mask -> loss.
     """
-    means = torch.cat(
-        [
-            mean.transpose(0, 1).flatten(1)
-            for step in range(batches)
-            for video in (data.images(10**6 + step, 8)[0], data.clips(10**6 + step, 4, data.size)[0])
-            for mean in [encode_one_pass(vae, video)[0]]
-        ],
-        1,
-    )
-    center, deviation = means.mean(1), means.std(1)
-    z_dim = vae.config.z_dim
-    vae.post_quant_conv.bias.add_(vae.post_quant_conv.weight[:, :, 0, 0, 0] @ center)
-    vae.post_quant_conv.weight.mul_(deviation[None, :, None, None, None])
-    vae.quant_conv.bias[:z_dim].sub_(center).div_(deviation)
-    vae.quant_conv.weight[:z_dim].div_(deviation[:, None, None, None, None])
-    vae.quant_conv.bias[z_dim:].sub_(2 * deviation.log())
+
+    name: str
+    steps: int
+    rates: tuple[float, float]
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    loss: Callable[[int, Tensor, Tensor], Tensor]
+
+
+def place_loss(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    """The pictures' loss, with a little noise on the latents, and that of the places; the rest keeps its scale."""
+    mean, _ = encode_one_pass(vae, video)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.dtype)
+    others = mean[:, :-PLACE_CHANNELS].float()
+    most = mean.shape[1] / others.shape[1]  # the variance that folding left, 1 on average over all channels
+    grown = (others.square().mean() - most).clamp_min(0)
+    pictures = picture_error(decode_one_pass(vae, mean + 0.05 * noise).float(), video, mask)
+    return pictures + 0.1 * place_error(mean) + 0.02 * grown
+
+
+def run_stage(vae: AutoencoderKLWan, stage: Stage, out: Path, save_every: int, data: Sprites) -> None:
+    """Train from `out`'s state of the stage, or from the present weights, to the stage's end."""
+    from tqdm import tqdm
+
+    edges = {"encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"}
+    edges |= {"quant_conv", "post_quant_conv"}
+    kernels, others = [], []
+    for name, parameter in vae.named_parameters():
+        is_kernel = name.endswith("weight") and parameter.ndim >= 4 and name.rsplit(".", 1)[0] not in edges
+        (kernels if is_kernel else others).append(parameter)
+    optimizers = [Muon(kernels, momentum=0.9), torch.optim.AdamW(others, betas=(0.9, 0.95))]
+    start, state_file = 0, out / f"{stage.name}.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        vae.load_state_dict(state["vae"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+    check = Sprites(data.seed + 1, data.size, data.frames)
+    check_images, check_clips = check.images(0, 32), check.clips(0, 16, data.size)
+    bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, mininterval=2)
+    began = time.monotonic()
+    for step in bar:
+        scale = min(1.0, (step + 1) / 40) * max(0.01, min(1.0, (1 - step / stage.steps) / 0.7))
+        for optimizer, rate in zip(optimizers, stage.rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * scale
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = stage.loss(step, *stage.batch(step))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+            vae.eval()
+            images, clips = decibels(vae, *check_images), decibels(vae, *check_clips)
+            with torch.no_grad():
+                places = place_error(encode_one_pass(vae, check_clips[0])[0])
+            vae.train()
+            line = (
+                f"{stage.name} step {step + 1} loss {loss.item():.4f} images {images[0]:.2f} dB (subjects {images[1]:.2f}) "
+                f"clips {clips[0]:.2f} dB (subjects {clips[1]:.2f}) places {places:.4f} {time.monotonic() - began:.0f} s"
+            )
+            tqdm.write(line)
+            with open(out / "log.txt", "a") as log:
+                log.write(line + "\n")
+            state = {
+                "vae": vae.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": step + 1,
+            }
+            with aside_path(state_file) as aside:
+                torch.save(state, aside)
 
 
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--image_steps", type=click.IntRange(0), default=200, help="Steps on single images before clips join."
 )
-@click.option("--steps", type=click.IntRange(1), default=2400, help="All optimizer steps.")
+@click.option("--steps", type=click.IntRange(1), default=2400, help="Steps on pictures.")
+@click.option(
+    "--place_steps", type=click.IntRange(1), default=700, help="Steps on pictures and places, after them."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("outputs/vae"), help="Folder for the state."
 )
@@ -177,76 +251,53 @@ def fold_normalization(vae: AutoencoderKLWan, data: Sprites, batches: int = 16) 
 @click.option("--crop", default=32, help="Side of the training crops of clips in pixels.")
 @click.option("--save_every", type=click.IntRange(1), default=200)
 def main(
-    image_steps: int, steps: int, out: Path, seed: int, size: int, frames: int, crop: int, save_every: int
+    image_steps: int,
+    steps: int,
+    place_steps: int,
+    out: Path,
+    seed: int,
+    size: int,
+    frames: int,
+    crop: int,
+    save_every: int,
 ) -> None:
     """Train the embedded VAE and write `vae.pt`, a state dict in the library's names with folded normalisation."""
-    from tqdm import tqdm
-
     out.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
     vae = AutoencoderKLWan(**CONFIG)
-    initialize(vae, generator)
+    initialize(vae, torch.Generator().manual_seed(seed))
     lay_channels_last(vae)
-    edges = {"encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"}
-    edges |= {"quant_conv", "post_quant_conv"}
-    kernels, others = [], []
-    for name, parameter in vae.named_parameters():
-        is_kernel = name.endswith("weight") and parameter.ndim >= 4 and name.rsplit(".", 1)[0] not in edges
-        (kernels if is_kernel else others).append(parameter)
-    optimizers = [Muon(kernels, lr=0.03, momentum=0.9), torch.optim.AdamW(others, lr=5e-3, betas=(0.9, 0.95))]
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    data, start, state_file = Sprites(seed, size, frames), 0, out / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        generator.set_state(state["generator"])
-        start = state["step"]
-    check_images, check_clips = (
-        Sprites(seed + 1, size, frames).images(0, 32),
-        Sprites(seed + 1, size, frames).clips(0, 16, size),
-    )
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="vae", mininterval=2)
-    began = time.monotonic()
-    for step in bar:
-        left = 1 - step / steps
-        scale = min(1.0, (step + 1) / 40) * max(0.01, min(1.0, left / 0.7))
-        for group, rate in zip((g for o in optimizers for g in o.param_groups), rates, strict=True):
-            group["lr"] = rate * scale
+    data = Sprites(seed, size, frames)
+
+    def generator(step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed * 1000003 + step)
+
+    def pictures(step: int) -> tuple[Tensor, Tensor]:
         on_images = step < image_steps or step % 4 == 0
-        video, mask = data.images(step, 16) if on_images else data.clips(step, 4, crop)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(vae, video, mask, sample=step >= image_steps, generator=generator)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            vae.eval()
-            images, clips = decibels(vae, *check_images), decibels(vae, *check_clips)
-            vae.train()
-            line = (
-                f"step {step + 1} loss {loss.item():.4f} images {images[0]:.2f} dB (subjects {images[1]:.2f}) "
-                f"clips {clips[0]:.2f} dB (subjects {clips[1]:.2f}) {time.monotonic() - began:.0f} s"
-            )
-            tqdm.write(line)
-            with open(out / "log.txt", "a") as log:
-                log.write(line + "\n")
-            state = {
-                "vae": vae.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "generator": generator.get_state(),
-                "step": step + 1,
-            }
-            torch.save(state, out / "state.tmp")
-            (out / "state.tmp").replace(state_file)
-    vae.eval()
-    fold_normalization(vae, data)
-    torch.save(vae.state_dict(), out / "vae.tmp")
-    (out / "vae.tmp").replace(out / "vae.pt")
+        return data.images(step, 16) if on_images else data.clips(step, 4, crop)
+
+    def picture_loss(step: int, video: Tensor, mask: Tensor) -> Tensor:
+        return loss_of(vae, video, mask, sample=step >= image_steps, generator=generator(step))
+
+    def whole_frames(step: int) -> tuple[Tensor, Tensor]:
+        step += steps
+        return data.clips(step, 2, size) if step % 2 else data.images(step, 12)
+
+    def places(step: int, video: Tensor, mask: Tensor) -> Tensor:
+        return place_loss(vae, video, mask, generator(steps + step))
+
+    if not (out / "places.pt").exists():
+        run_stage(vae, Stage("pictures", steps, (0.03, 5e-3), pictures, picture_loss), out, save_every, data)
+        vae.eval()
+        ahead = range(10**6, 10**6 + 16)
+        videos = [
+            video for step in ahead for video in (data.images(step, 8)[0], data.clips(step, 4, size)[0])
+        ]
+        metric = decoder_metric(vae, *data.clips(10**6, 16, size), np.random.default_rng([seed, 3]))
+        fold_normalization(vae, videos, metric)
+        vae.train()
+    run_stage(vae, Stage("places", place_steps, (0.01, 1.5e-3), whole_frames, places), out, save_every, data)
+    with aside_path(out / "vae.pt") as aside:
+        torch.save(vae.eval().state_dict(), aside)
     click.echo(f"wrote {out / 'vae.pt'}")
 
 

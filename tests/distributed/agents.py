@@ -28,12 +28,12 @@ from torch.utils import tensorboard  # noqa: F401 - here once, not in every rank
 import train_refalign
 from refalign_ext import launch
 from refalign_ext.distributed.stored import StoredTensors
-from tests.tiny_training import Source, build
+from tests.tiny_training import DEPTH, Source, build
 
 SETTINGS = (
     *("--device", "cpu", "--threads", "1", "--precision", "fp32", "--log_every", "1", "--preview_every", "0"),
     *("--validate_every", "0", "--schedule", "constant", "--warmup_steps", "0"),
-    *("--batch_size", "1", "--global_batch_size", "2"),
+    *("--batch_size", "1", "--global_batch_size", "2", "--alignment.depth", str(DEPTH)),
 )
 
 

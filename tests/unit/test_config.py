@@ -161,7 +161,7 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         (
             "timesteps",
             "uniform",
-            "timesteps is 'uniform': choose one of paper, release, logit_normal, logit_normal_shift2",
+            "timesteps is 'uniform': choose one of paper, release, release_ungated, logit_normal",
         ),
         ("alignment.tap", "ffn", "alignment.tap is 'ffn': choose one of block, self_attn"),
         ("optimizer", "sgd", "choose one of adamw, muon"),

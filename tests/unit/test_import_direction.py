@@ -37,7 +37,8 @@ ORDER = [
     "previews",
     "__init__",
     "rebase",
-    "launch sprites_commands data_options convert_commands data_commands cli",
+    "launch ablations",
+    "plot_commands sprites_commands ablation_commands data_options convert_commands data_commands cli",
     "__main__",
 ]
 RANK = {part: rank for rank, part in enumerate(" ".join(ORDER).split())}

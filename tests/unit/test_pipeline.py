@@ -212,7 +212,7 @@ def test_no_references_is_plain_text_to_video(
         PROMPT,
         size=(48, 32),
         frame_num=5,
-        shift=3.0,
+        shift=WAN_CONFIGS["r2v-tiny"].sample_shift,
         sample_solver=solver,
         sampling_steps=2,
         guide_scale=4.0,

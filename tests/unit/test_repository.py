@@ -26,7 +26,7 @@ REQUIREMENT_FILES = ("requirements.txt", "requirements-gpu.txt")
 LARGEST_ASSET = 25 * 2**20
 
 # Distributions whose import name differs from their own.
-IMPORTED_AS = {"PIL": "pillow", "flash_attn": "flash-attn", "rembg": "rembg"}
+IMPORTED_AS = {"PIL": "pillow", "flash_attn": "flash-attn", "rembg": "rembg", "sklearn": "scikit-learn"}
 # Imported only where it happens to be installed: FlashAttention 3 has no release on the package index.
 NEVER_DECLARED = {"flash_attn_interface"}
 

@@ -8,9 +8,13 @@ import pytest
 from refalign_ext.sprites.world import (
     COLORS,
     HELD_OUT_PALETTES,
+    LANES,
+    MOTIONS,
     PALETTE,
     PATTERNS,
+    REFERENCE_TILT,
     SHAPES,
+    TRAVEL,
     all_subjects,
     nearest_color,
     render_clip,
@@ -104,6 +108,37 @@ def test_pairs_differ_in_pose():
     assert angle != performance.angle
     with pytest.raises(ValueError, match="cross or regular"):
         sample_reference(np.random.default_rng(2), performance, 48, 48, "other")
+
+
+def test_clips_stand_upright_unless_they_are_tilted_as_references_are():
+    rng = np.random.default_rng(0)
+    low, high = REFERENCE_TILT
+    for _ in range(20):
+        upright, turned = (sample_clip(rng, all_subjects(), 2, tilted=tilted) for tilted in (False, True))
+        assert all(performance.angle == 0 for performance in upright.performances)
+        assert all(low <= abs(performance.angle) <= high for performance in turned.performances)
+        _, angle, _ = sample_reference(rng, upright.performances[0], 48, 48)
+        assert low <= abs(angle) <= high
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ways_begin_and_end_on_the_grid_of_tokens(count):
+    rng = np.random.default_rng(count)
+    for _ in range(30):
+        for performance in sample_clip(rng, all_subjects(), count).performances:
+            way = np.array(MOTIONS[performance.motion]) * TRAVEL
+            for moment in (-0.5, 0.5):
+                place = 48 * (np.array(performance.center) + moment * way)
+                assert np.allclose(place % 8, 4)
+
+
+def test_captions_name_the_subjects_from_the_first_lane_on():
+    rng = np.random.default_rng(0)
+    for count in (2, 3):
+        for _ in range(10):
+            clip = sample_clip(rng, all_subjects(), count)
+            lanes = tuple(performance.lane for performance in clip.performances)
+            assert lanes in LANES.values()
 
 
 def test_free_colors_are_new_and_keep_their_names():

@@ -257,6 +257,7 @@ def test_published_names_and_widths():
         "siglip2-so400m": 1152,
         "qwen2.5-vl-7b": 3584,
         "dinov3-tiny": None,
+        "siglip2-tiny": None,
     }
 
 

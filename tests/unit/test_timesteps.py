@@ -103,7 +103,7 @@ def test_shift_of_one_changes_nothing():
 
 
 def test_bad_requests():
-    with pytest.raises(ValueError, match="paper, release, logit_normal"):
+    with pytest.raises(ValueError, match="paper, release, release_ungated, logit_normal"):
         timestep_recipe("cosine")
     recipe = timestep_recipe("paper")
     with pytest.raises(ValueError, match="round"):

@@ -1,0 +1,116 @@
+"""`python -m refalign_ext ablate`: the paper's tables in miniature."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from refalign_ext.ablations.arms import TABLES
+
+PATH = click.Path(path_type=Path)
+# What is small and what is usual, where the command line leaves it open.
+USUAL = {"seeds": 3, "steps": 4000, "clips": 200}
+QUICK = {"seeds": 1, "steps": 2, "clips": 2}
+QUICK_SETTINGS = {
+    "cache_clips": 8,
+    "cache_free_clips": 8,
+    "cache_views": 1,
+    "batch_size": 2,
+    "warmup_steps": 0,
+    "log_every": 1,
+    "preview_every": 2,
+    "preview_clips": 1,
+    "validate_every": 0,
+}
+
+
+@click.command(context_settings={"show_default": True, "ignore_unknown_options": True})
+@click.option("--table", type=click.Choice(list(TABLES)), required=True, help="What is compared.")
+@click.option("--arm", "letters", multiple=True, help="Only this arm of the table; may be repeated.")
+@click.option("--seeds", type=click.IntRange(1), help=f"Runs of every arm.  [default: {USUAL['seeds']}]")
+@click.option(
+    "--steps", type=click.IntRange(1), help=f"Optimizer steps of an arm.  [default: {USUAL['steps']}]"
+)
+@click.option(
+    "--start_steps",
+    type=click.IntRange(1),
+    help="Of the text-to-video model that all arms start from.  [default: as --steps]",
+)
+@click.option(
+    "--clips", type=click.IntRange(2), help=f"Clips judged for each figure.  [default: {USUAL['clips']}]"
+)
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("outputs/ablations"),
+    help="Folder of all tables; several processes may share it.",
+)
+@click.option("--teachers", type=PATH, help="Folder of table 3's teachers.  [default: teachers in --out]")
+@click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Tiny numbers, to see that everything works: the first two arms unless --arm names some.",
+)
+@click.argument("settings", nargs=-1, type=click.UNPROCESSED)
+def ablate(
+    table: str,
+    letters: tuple[str, ...],
+    seeds: int | None,
+    steps: int | None,
+    start_steps: int | None,
+    clips: int | None,
+    out: Path,
+    teachers: Path | None,
+    device: str,
+    threads: int | None,
+    quick: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Train, generate and judge the arms of one of the paper's tables, or of `recipes` or `copying` (docs/ablations.md).
+
+    SETTINGS are those of train_refalign.py, such as --compile or --batch_size 16, for every arm. What is finished is
+    not done again, a stopped run goes on, and several processes may take the same table.
+    """
+    from refalign_ext.ablations.report import write_report
+    from refalign_ext.ablations.study import Study
+    from refalign_ext.config import read_settings
+    from refalign_ext.launch import explain
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    usual = QUICK if quick else USUAL
+    arms = TABLES[table].chosen(letters)
+    if quick and not letters:
+        arms = arms[:2]
+    study = Study(
+        table,
+        out,
+        seeds=seeds or usual["seeds"],
+        steps=steps or usual["steps"],
+        start_steps=start_steps or steps or usual["steps"],
+        clips=clips or usual["clips"],
+        device=device,
+        threads=threads,
+        settings={**(QUICK_SETTINGS if quick else {}), **read_settings(settings)},
+        teachers=teachers,
+        teacher_steps=2 if quick else None,
+    )
+    runs = [(arm, seed) for seed in range(1, study.seeds + 1) for arm in arms]
+    try:
+        elsewhere = [f"{arm.letter} with seed {seed}" for arm, seed in runs if not study.run(arm, seed)]
+    except KeyboardInterrupt as stop:
+        click.echo("stopped; the same command goes on from there", err=True)
+        sys.exit(stop.args[0] if stop.args else 130)
+    except (RuntimeError, MemoryError, FloatingPointError) as error:
+        raise ValueError(explain(error)) from error
+    if elsewhere:
+        click.echo(
+            f"in other processes' hands: {', '.join(elsewhere)}; the same command again completes the table"
+        )
+    report = write_report(study)
+    click.echo(report.read_text(encoding="utf-8"))
+    click.echo(f"wrote {report}, table.json and table.png")

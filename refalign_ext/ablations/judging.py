@@ -1,0 +1,64 @@
+"""What a study measures of a trained arm, and the control that has to score at chance."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from refalign_ext.aside import written_aside
+from refalign_ext.evaluation.judged import answers_of
+from refalign_ext.evaluation.sprites import Job, contact_sheet, judge_folder
+
+JOB_SEED = 1000  # plus the seed of the arm; previews, by which recipes are chosen, have another one
+
+
+def jobs(seed: int, clips: int) -> dict[str, Job]:
+    """What every arm of a seed generates: held-out subjects, references in another pose and scale.
+
+    `shuffled` is the control: a model that heeds its references shows the wrong subjects there, and one that guesses finds
+    the colours by chance.
+    """
+    return {
+        "one": Job(clips, 1, seed=JOB_SEED + seed),
+        "two": Job(clips, 2, seed=JOB_SEED + seed),
+        "shuffled": Job(clips, 1, seed=JOB_SEED + seed, references="shuffled"),
+    }
+
+
+def judge_checkpoint(
+    frozen: Path, checkpoint: Path, out: Path, seed: int, clips: int, device: str
+) -> dict[str, dict[str, Any]]:
+    """Judge the averaged weights of a checkpoint; a picture of every job goes to `out`.
+
+    Args:
+        frozen: folder of VAE, text encoder and teacher.
+
+    Returns:
+        for every job the judge's `table` (metric -> share, low, high, count, or None without answers) and its `answers`.
+    """
+    from PIL import Image
+
+    found = {}
+    for name, job in jobs(seed, clips).items():
+        evaluation = judge_folder(frozen, "generation", job, dit_ckpt=checkpoint, device=device)
+        with written_aside(out / f"{name}.png") as file:
+            Image.fromarray(contact_sheet(evaluation, rows=min(10, clips))).save(file, format="PNG")
+        # JSON knows no nan, which is what the share of no answers is.
+        table = {metric: row if row["count"] else None for metric, row in evaluation.table().items()}
+        found[name] = {"table": table, "answers": answers_of(evaluation)}
+    return found
+
+
+def read_metrics(path: Path) -> tuple[dict[str, dict[str, float]], float | None]:
+    """From a run's metrics: the judge's figures in previews by step, and the median of clips trained per second."""
+    curve: dict[str, dict[str, float]] = {}
+    speeds = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        shares = {name: value for name, value in entry.items() if name.startswith("judge_")}
+        if shares:
+            curve[str(entry["step"])] = shares
+        speeds += [entry["speed/clips_per_second"]] if "speed/clips_per_second" in entry else []
+    return curve, statistics.median(speeds) if speeds else None

@@ -1,0 +1,202 @@
+"""A study's results as a table, a plot and JSON."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from refalign_ext.ablations.intervals import mean_and_error, paired_interval
+from refalign_ext.ablations.study import Study
+from refalign_ext.aside import written_aside
+from refalign_ext.evaluation.judged import write_json, write_text
+
+# Parts of the table: title, and the metrics of a job.
+PARTS = (
+    ("Identity, one subject", "one", ("colors", "pattern", "shape")),
+    ("Identity, two subjects", "two", ("found", "colors", "pattern", "shape", "swapped")),
+    ("Following the prompt, one subject", "one", ("motion", "size", "background")),
+    ("Following the prompt, two subjects", "two", ("motion", "size", "background")),
+    ("Copying from the reference, one subject", "one", ("copied_pose", "copied_scale")),
+    ("Copying from the reference, two subjects", "two", ("copied_pose", "copied_scale")),
+    ("Control: another clip's reference", "shuffled", ("colors", "pattern")),
+)
+CURVES = (("judge_1/colors", "colours, one subject"), ("judge_2/colors", "colours, two subjects"))
+
+Values = dict[int, float]  # seed -> share
+
+
+def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
+    """Finished runs of the table: letter -> seed -> result.
+
+    Raises:
+        ValueError: if one is of another study.
+    """
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm in study.arms.arms:
+        for seed in range(1, study.seeds + 1):
+            result = study.result(arm, seed)
+            if result is not None:
+                found.setdefault(arm.letter, {})[seed] = result
+    return found
+
+
+def shares(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
+    """A metric by seed, without seeds in which its question never arose."""
+    rows = {seed: result["judged"][job]["table"].get(metric) for seed, result in results.items()}
+    return {seed: row["share"] for seed, row in rows.items() if row is not None}
+
+
+def summarize(study: Study, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    """For every arm, job and metric: values by seed, mean, standard error, and A minus this arm with its interval."""
+    first = study.arms.arms[0].letter
+    arms = {}
+    for arm in study.arms.arms:
+        figures: dict[str, dict[str, Any]] = defaultdict(dict)
+        for _, job, metrics in PARTS:
+            for metric in metrics:
+                values = shares(found.get(arm.letter, {}), job, metric)
+                reference = shares(found.get(first, {}), job, metric)
+                figures[job][metric] = _figure(values, None if arm.letter == first else reference)
+        arms[arm.letter] = {
+            "title": arm.title,
+            "changes": arm.changes,
+            "seeds": sorted(found.get(arm.letter, {})),
+            "figures": figures,
+        }
+    return {"table": study.table, "title": study.arms.title, "arms": arms}
+
+
+def _figure(values: Values, reference: Values | None) -> dict[str, Any] | None:
+    if not values:
+        return None
+    center, error = mean_and_error(list(values.values()))
+    figure: dict[str, Any] = {"by_seed": values, "mean": center, "standard_error": error}
+    paired = sorted(values.keys() & reference.keys()) if reference is not None else []
+    if paired:
+        difference, low, high = paired_interval([reference[s] for s in paired], [values[s] for s in paired])
+        figure["a_minus_this"] = {"mean": difference, "low": low, "high": high, "seeds": paired}
+    return figure
+
+
+def write_report(study: Study) -> Path:
+    """Write `table.md`, `table.json` and `table.png` of what is finished; returns the first.
+
+    Raises:
+        ValueError: if a result is of another study, or nothing is finished.
+    """
+    found = collect(study)
+    if not found:
+        raise ValueError(f"{study.folder}: no arm of table {study.table} is finished")
+    summary = summarize(study, found)
+    write_json(study.folder / "table.json", {**summary, "runs": _costs(found)})
+    _draw(study.folder / "table.png", summary, found)
+    write_text(study.folder / "table.md", as_markdown(study, summary))
+    return study.folder / "table.md"
+
+
+def _costs(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    names = ("clips_per_second", "judging_seconds")
+    return [
+        {"arm": letter, "seed": seed, **{name: result[name] for name in names}}
+        for letter, by_seed in found.items()
+        for seed, result in by_seed.items()
+    ]
+
+
+def as_markdown(study: Study, summary: dict[str, Any]) -> str:
+    """The tables: percent, mean over seeds and its standard error, then A minus each arm with 95% intervals."""
+    arms = summary["arms"]
+    lines = [f"# {summary['title']}", ""]
+    lines.append(
+        f"{study.steps} steps from a text-to-video model of {study.start_steps}; {study.clips} clips for each figure; "
+        f"percent, mean over seeds ± standard error."
+    )
+    lines += ["", "| arm | what | seeds |", "|---|---|---|"]
+    for letter, arm in arms.items():
+        seeds = ", ".join(map(str, arm["seeds"])) or "not finished"
+        lines.append(f"| {letter} | {arm['title']} | {seeds} |")
+    for title, job, metrics in PARTS:
+        lines += ["", f"## {title}", "", *_rows(arms, job, metrics, _mean_text)]
+        differences = _rows(arms, job, metrics, _difference_text)
+        if len(differences) > 2 and job != "shuffled":
+            lines += ["", "A minus the arm, same seeds, 95% interval:", "", *differences]
+    lines += ["", "Both colours are right in 1 of 15 cases by chance.", "", "![plot](table.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(
+    arms: dict[str, Any], job: str, metrics: tuple[str, ...], text: Callable[[dict[str, Any] | None], str]
+) -> list[str]:
+    lines = [f"| arm | {' | '.join(metric.replace('_', ' ') for metric in metrics)} |"]
+    lines.append("|---" * (len(metrics) + 1) + "|")
+    for letter, arm in arms.items():
+        cells = [text(arm["figures"][job][metric]) for metric in metrics]
+        if any(cells):
+            lines.append(f"| {letter} | {' | '.join(cell or '-' for cell in cells)} |")
+    return lines
+
+
+def _mean_text(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return ""
+    error = figure["standard_error"]
+    return f"{100 * figure['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _difference_text(figure: dict[str, Any] | None) -> str:
+    difference = None if figure is None else figure.get("a_minus_this")
+    if difference is None:
+        return ""
+    text = f"{100 * difference['mean']:+.1f}"
+    if difference["low"] is None:
+        return text
+    return f"{text} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
+def _draw(path: Path, summary: dict[str, Any], found: dict[str, dict[int, dict[str, Any]]]) -> None:
+    """Bars with standard errors for every part of the table, and accuracy in previews against training steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(16, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(3, 3).flat)
+    arms = [letter for letter, arm in summary["arms"].items() if arm["seeds"]]
+    width = 0.8 / len(arms)
+    for axes, (title, job, metrics) in zip(panels, PARTS, strict=False):
+        for place, letter in enumerate(arms):
+            figures = [summary["arms"][letter]["figures"][job][metric] for metric in metrics]
+            known = [(x, entry) for x, entry in enumerate(figures) if entry is not None]
+            axes.bar(
+                [x + (place - (len(arms) - 1) / 2) * width for x, _ in known],
+                [100 * entry["mean"] for _, entry in known],
+                width,
+                yerr=[100 * (entry["standard_error"] or 0.0) for _, entry in known],
+                label=letter,
+                color=f"C{place}",
+            )
+        axes.set_xticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
+        axes.set(title=title, ylabel="percent", ylim=(0, 102))
+        axes.grid(alpha=0.3, axis="y")
+    for axes, (name, title) in zip(panels[len(PARTS) :], CURVES, strict=True):
+        for place, letter in enumerate(arms):
+            steps, means = curve_of(found[letter], name)
+            axes.plot(steps, [100 * value for value in means], marker="o", markersize=3, color=f"C{place}")
+        axes.set(title=f"Previews: {title}", xlabel="optimizer step", ylabel="percent", ylim=(0, 102))
+        axes.grid(alpha=0.3)
+    panels[0].legend(title="arm", ncols=len(arms), fontsize=8)
+    with written_aside(path) as file:
+        figure.savefig(file, dpi=100, format="png")
+
+
+def curve_of(results: dict[int, dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """A preview's figure by step, averaged over the seeds that have it at that step."""
+    by_step: dict[int, list[float]] = defaultdict(list)
+    for result in results.values():
+        for step, shown in result["curve"].items():
+            if name in shown:
+                by_step[int(step)].append(shown[name])
+    steps = sorted(by_step)
+    return steps, [mean_and_error(by_step[step])[0] for step in steps]

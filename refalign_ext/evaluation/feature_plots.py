@@ -1,0 +1,180 @@
+"""Fig. 2b of the paper for any checkpoint: what reference tokens look like block by block, in pictures and numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refalign_ext.backbone import ReferenceBackbone, build_dit, latent_shape, resolve_device
+from refalign_ext.distributed.reading import read_any_dit
+from refalign_ext.evaluation.feature_drawing import draw
+from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode, reference_tokens, sprite_samples
+from refalign_ext.evaluation.judged import write_json
+from refalign_ext.evaluation.separability import Numbers, Place, SampleTokens, difference, summary
+from refalign_ext.pipeline import R2VPipeline, prepare_references, r2v_config
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
+
+
+@dataclass(frozen=True)
+class PlotRequest:
+    """What to plot.
+
+    Attributes:
+        task: a reference-to-video task.
+        ckpt_dir: folder with VAE, text encoder and, where a checkpoint is None, the DiT.
+        checkpoints: one or two DiTs by the name that pictures show.
+        references: pictures of one sample; none: clips of the sprite world, for r2v-tiny.
+        prompt: for pictures.
+        timesteps: noise levels in (0, 1000].
+        blocks: counted from 0; None: all.
+        tap: see `ReferenceBackbone.forward`.
+        clips, subjects, views: of the sprite world.
+        frame_num: of the video that goes with pictures; None: the task's.
+        most_tokens: of each reference.
+    """
+
+    task: str
+    ckpt_dir: Path
+    checkpoints: dict[str, Path | None]
+    references: tuple[Path, ...] = ()
+    prompt: str = ""
+    timesteps: tuple[float, ...] = (750.0,)
+    blocks: tuple[int, ...] | None = None
+    tap: str = "block"
+    clips: int = 16
+    subjects: int = 3
+    views: int = 4
+    frame_num: int | None = None
+    most_tokens: int = 400
+    seed: int = 1000
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def plot_features(request: PlotRequest, out: Path) -> dict[str, Any]:
+    """Draw and measure the reference tokens of one or two checkpoints.
+
+    Writes `features.json` and, for each noise level, `features-t<level>.png` to `out`.
+
+    Returns:
+        What `features.json` holds: settings, tokens left out, and for each checkpoint the figures of `summary` by
+        noise level and block; with two checkpoints also their difference, first minus second.
+
+    Raises:
+        ValueError: naming the flag that does not fit, missing files or weights that do not fit.
+    """
+    from tqdm import tqdm
+
+    config = r2v_config(request.task)
+    blocks = _checked_blocks(request, config)
+    for timestep in request.timesteps:
+        if not 0 < timestep <= MAX_TIMESTEP:
+            raise ValueError(f"--timestep {timestep:g}: noise levels lie above 0 and up to 1000 (pure noise)")
+    samples = _samples(request, config)
+    frames = config.frame_num if request.frame_num is None or not request.references else request.frame_num
+    shape = latent_shape(tuple(config.size), frames, config)
+    pipeline: R2VPipeline | None = None
+    tokens: dict[str, dict[Place, list[SampleTokens]]] = {}
+    passes = sum(len(sample.views) for sample in samples)
+    for name, checkpoint in request.checkpoints.items():
+        if pipeline is None:
+            pipeline = _load(request, config, checkpoint)
+            encoded, count = encode(pipeline, samples, most_tokens=request.most_tokens, seed=request.seed)
+        else:
+            _replace_model(pipeline, checkpoint or request.ckpt_dir)
+        with tqdm(total=passes, desc=name, unit="pass") as bar:
+            tokens[name] = reference_tokens(
+                pipeline,
+                encoded,
+                blocks=blocks,
+                timesteps=request.timesteps,
+                shape=shape,
+                tap=request.tap,
+                seed=request.seed,
+                passed=bar.update,
+            )
+    numbers = {
+        name: {place: summary(found) for place, found in places.items()} for name, places in tokens.items()
+    }
+    settings = {key: _plain(value) for key, value in asdict(request).items()}
+    entry = {
+        "settings": settings | {"blocks": list(blocks)},
+        "tokens": count,
+        "checkpoints": {name: _table(found) for name, found in numbers.items()},
+    }
+    if len(tokens) == 2:
+        first, second = tokens.values()
+        gaps = {place: difference(first[place], second[place]) for place in first}
+        entry["difference"] = _table(gaps)
+    left_out = f"{count['white']} white, {count['thinned']} to thin out"
+    footer = f"{count['kept']} of {count['total']} reference tokens; left out: {left_out}"
+    for timestep in request.timesteps:
+        path = out / f"features-t{timestep:g}.png"
+        draw(path, timestep, samples[0], tokens, numbers, seed=request.seed, footer=footer)
+    write_json(out / "features.json", entry)
+    return entry
+
+
+def _checked_blocks(request: PlotRequest, config: EasyDict) -> tuple[int, ...]:
+    blocks = tuple(range(config.num_layers)) if request.blocks is None else request.blocks
+    wrong = [block for block in blocks if not 0 <= block < config.num_layers]
+    if wrong or not blocks:
+        raise ValueError(
+            f"--blocks {','.join(map(str, blocks))}: {request.task} has the blocks 0 to {config.num_layers - 1}"
+        )
+    return tuple(sorted(set(blocks)))
+
+
+def _samples(request: PlotRequest, config: EasyDict) -> list[Sample]:
+    if request.references:
+        if len(request.references) < 2:
+            raise ValueError(
+                "--ref: references are told apart between two pictures or more: give another one"
+            )
+        images = prepare_references(request.references, tuple(config.size))
+        return [Sample(request.prompt, [images])]
+    if request.task != "r2v-tiny":
+        raise ValueError(f"--task {request.task} needs pictures: give --ref PATH --ref PATH")
+    return sprite_samples(
+        config, clips=request.clips, subjects=request.subjects, views=request.views, seed=request.seed
+    )
+
+
+def _load(request: PlotRequest, config: EasyDict, checkpoint: Path | None) -> R2VPipeline:
+    device = resolve_device(request.device)
+    return R2VPipeline.load(
+        config,
+        request.ckpt_dir,
+        device=device,
+        dtype=request.dtype,
+        dit_ckpt=checkpoint,
+        offload_model=device.type == "cuda",
+        read_dit=read_any_dit,
+    )
+
+
+def _replace_model(pipeline: R2VPipeline, source: Path) -> None:
+    """Another checkpoint's weights instead of the model's, without holding both models."""
+    del pipeline.backbone
+    model = build_dit(read_any_dit(source), pipeline.config, source, device="cpu", dtype=pipeline.dtype)
+    pipeline.backbone = ReferenceBackbone(model.eval().requires_grad_(False))
+
+
+def _plain(value: Any) -> Any:
+    """A setting for JSON."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _table(numbers: dict[Place, Numbers]) -> dict[str, Any]:
+    """The figures of a checkpoint for JSON: timestep -> block -> figure."""
+    entry: dict[str, Any] = {}
+    for (timestep, block), found in sorted(numbers.items()):
+        entry.setdefault(f"{timestep:g}", {})[str(block)] = found
+    return entry
