@@ -12,8 +12,8 @@ from refalign_ext.ablations.arms import TABLES
 
 PATH = click.Path(path_type=Path)
 # What is small and what is usual, where the command line leaves it open.
-USUAL = {"seeds": 3, "steps": 4000, "clips": 200}
-QUICK = {"seeds": 1, "steps": 2, "clips": 2}
+USUAL = {"seeds": 3, "steps": 1000, "start_steps": 2000, "clips": 128}
+QUICK = {"seeds": 1, "steps": 2, "start_steps": 2, "clips": 2}
 QUICK_SETTINGS = {
     "cache_clips": 8,
     "cache_free_clips": 8,
@@ -37,10 +37,18 @@ QUICK_SETTINGS = {
 @click.option(
     "--start_steps",
     type=click.IntRange(1),
-    help="Of the text-to-video model that all arms start from.  [default: as --steps]",
+    help=f"Of the text-to-video model that all arms start from.  [default: {USUAL['start_steps']}]",
 )
 @click.option(
-    "--clips", type=click.IntRange(2), help=f"Clips judged for each figure.  [default: {USUAL['clips']}]"
+    "--clips",
+    type=click.IntRange(2),
+    help=f"Clips judged with one subject, and as many with two.  [default: {USUAL['clips']}]",
+)
+@click.option(
+    "--sample_steps",
+    type=click.IntRange(1),
+    default=10,
+    help="Sampling steps of judged clips and previews.",
 )
 @click.option(
     "--out",
@@ -64,6 +72,7 @@ def ablate(
     steps: int | None,
     start_steps: int | None,
     clips: int | None,
+    sample_steps: int,
     out: Path,
     teachers: Path | None,
     device: str,
@@ -91,8 +100,9 @@ def ablate(
         out,
         seeds=seeds or usual["seeds"],
         steps=steps or usual["steps"],
-        start_steps=start_steps or steps or usual["steps"],
+        start_steps=start_steps or usual["start_steps"],
         clips=clips or usual["clips"],
+        sample_steps=sample_steps,
         device=device,
         threads=threads,
         settings={**(QUICK_SETTINGS if quick else {}), **read_settings(settings)},

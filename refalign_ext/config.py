@@ -37,7 +37,7 @@ _LEAST = {
         "ulysses_size",
         "ring_size",
     )
-    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor")
+    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor", "preview_steps")
     + ("data_workers", "sampling.fps", "sampling.clip_variants", "sampling.reference_variants"),
 }
 _SHARES = ("drop_text", "drop_references", "drop_both", "regular_pairs", "free_colors") + (
@@ -221,6 +221,8 @@ class TrainConfig:
     preview_clips: int = 48
     """Sprite world: clips that a preview generates and judges with one subject, and half as many with two. Else: at
     most this many videos."""
+    preview_steps: int = 0
+    """Sampling steps of a preview in the sprite world; 0: the task's."""
     log_every: int = 10
     """Optimizer steps between log entries."""
     cache_clips: int = 6000

@@ -56,7 +56,7 @@ def _sprite_preview(trainer: Trainer, log: RunLog) -> Preview:
     if trainer.parallel.is_main:
         vae = _load_vae(trainer)
         lay_channels_last(vae.model)
-        evaluator = SpriteEvaluator(task, vae, trainer.encode_text)
+        evaluator = SpriteEvaluator(task, vae, trainer.encode_text, config.precision)
         if config.teacher_input:
             path = teacher_folder(config, task, checkpoint_folder(config))
             features = on_grid(load_teacher(config.alignment.teacher, path, device=trainer.device), task)
@@ -73,7 +73,7 @@ def _sprite_preview(trainer: Trainer, log: RunLog) -> Preview:
             reference_input = None if features is None else lambda images: teacher_input(features(images))
             sheets = []
             for subjects, clips in ((1, config.preview_clips), (2, max(1, config.preview_clips // 2))):
-                job = Job(clips=clips, subjects=subjects, seed=PREVIEW_SEED)
+                job = Job(clips, subjects, seed=PREVIEW_SEED, sample_steps=config.preview_steps or None)
                 evaluation = evaluator.generate(model, job, reference_input=reference_input)
                 for key, row in evaluation.table().items():
                     if not np.isnan(row["share"]):

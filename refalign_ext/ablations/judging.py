@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,29 @@ from refalign_ext.evaluation.sprites import Job, contact_sheet, judge_folder
 JOB_SEED = 1000  # plus the seed of the arm; previews, by which recipes are chosen, have another one
 
 
-def jobs(seed: int, clips: int) -> dict[str, Job]:
+def jobs(seed: int, clips: int, sample_steps: int) -> dict[str, Job]:
     """What every arm of a seed generates: held-out subjects, references in another pose and scale.
 
-    `shuffled` is the control: a model that heeds its references shows the wrong subjects there, and one that guesses finds
-    the colours by chance.
+    `shuffled` is the control, with a quarter of the clips: a model that heeds its references shows the wrong subjects there,
+    and one that guesses finds the colours by chance.
     """
+    usual = Job(clips, 1, seed=JOB_SEED + seed, sample_steps=sample_steps)
     return {
-        "one": Job(clips, 1, seed=JOB_SEED + seed),
-        "two": Job(clips, 2, seed=JOB_SEED + seed),
-        "shuffled": Job(clips, 1, seed=JOB_SEED + seed, references="shuffled"),
+        "one": usual,
+        "two": replace(usual, subjects=2),
+        "shuffled": replace(usual, clips=max(2, clips // 4), references="shuffled"),
     }
 
 
 def judge_checkpoint(
-    frozen: Path, checkpoint: Path, out: Path, seed: int, clips: int, device: str
+    frozen: Path, checkpoint: Path, out: Path, wanted: dict[str, Job], *, device: str, precision: str
 ) -> dict[str, dict[str, Any]]:
     """Judge the averaged weights of a checkpoint; a picture of every job goes to `out`.
 
     Args:
         frozen: folder of VAE, text encoder and teacher.
+        wanted: see `jobs`.
+        precision: of the DiT, `fp32` or `bf16`.
 
     Returns:
         for every job the judge's `table` (metric -> share, low, high, count, or None without answers) and its `answers`.
@@ -41,10 +45,12 @@ def judge_checkpoint(
     from PIL import Image
 
     found = {}
-    for name, job in jobs(seed, clips).items():
-        evaluation = judge_folder(frozen, "generation", job, dit_ckpt=checkpoint, device=device)
+    for name, job in wanted.items():
+        evaluation = judge_folder(
+            frozen, "generation", job, dit_ckpt=checkpoint, device=device, precision=precision
+        )
         with written_aside(out / f"{name}.png") as file:
-            Image.fromarray(contact_sheet(evaluation, rows=min(10, clips))).save(file, format="PNG")
+            Image.fromarray(contact_sheet(evaluation, rows=min(10, job.clips))).save(file, format="PNG")
         # JSON knows no nan, which is what the share of no answers is.
         table = {metric: row if row["count"] else None for metric, row in evaluation.table().items()}
         found[name] = {"table": table, "answers": answers_of(evaluation)}

@@ -31,14 +31,21 @@ def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
     """Finished runs of the table: letter -> seed -> result.
 
     Raises:
-        ValueError: if one is of another study.
+        ValueError: if one is of another study, or they did not all start from the same model.
     """
     found: dict[str, dict[int, dict[str, Any]]] = {}
+    starts: dict[str, Path] = {}
     for arm in study.arms.arms:
         for seed in range(1, study.seeds + 1):
             result = study.result(arm, seed)
             if result is not None:
                 found.setdefault(arm.letter, {})[seed] = result
+                starts.setdefault(result["start"], study.arm_folder(arm, seed))
+    if len(starts) > 1:
+        first, second, *_ = starts.values()
+        raise ValueError(
+            f"{first} and {second} started from different models: delete the older one and run again"
+        )
     return found
 
 
@@ -90,18 +97,24 @@ def write_report(study: Study) -> Path:
     if not found:
         raise ValueError(f"{study.folder}: no arm of table {study.table} is finished")
     summary = summarize(study, found)
-    write_json(study.folder / "table.json", {**summary, "runs": _costs(found)})
+    write_json(study.folder / "table.json", {**summary, "runs": _runs(study, found)})
     _draw(study.folder / "table.png", summary, found)
     write_text(study.folder / "table.md", as_markdown(study, summary))
     return study.folder / "table.md"
 
 
-def _costs(found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+def _runs(study: Study, found: dict[str, dict[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Where each run lies, below the folder of all tables, and what it cost."""
     names = ("clips_per_second", "judging_seconds")
     return [
-        {"arm": letter, "seed": seed, **{name: result[name] for name in names}}
-        for letter, by_seed in found.items()
-        for seed, result in by_seed.items()
+        {
+            "arm": arm.letter,
+            "seed": seed,
+            "folder": study.arm_folder(arm, seed).relative_to(study.out).as_posix(),
+            **{name: result[name] for name in names},
+        }
+        for arm in study.arms.arms
+        for seed, result in found.get(arm.letter, {}).items()
     ]
 
 

@@ -8,18 +8,21 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from refalign_ext.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
-from refalign_ext.ablations.judging import judge_checkpoint, read_metrics
+from refalign_ext.ablations.judging import jobs, judge_checkpoint, read_metrics
 from refalign_ext.aside import Busy, locked
 from refalign_ext.backbone import file_sha256
 from refalign_ext.config import TrainConfig, configure
+from refalign_ext.distributed.adapted import fingerprint
 from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
 from refalign_ext.distributed.mesh import environment_world_size
+from refalign_ext.distributed.reading import open_dit
 from refalign_ext.evaluation.judged import write_json
 from refalign_ext.frozen import checkpoint_folder, task_config
 from refalign_ext.launch import train
@@ -34,6 +37,7 @@ START_SEED = 0  # arms have the seeds from 1 on
 OWN_SETTINGS = ("task", "data", "out", "cache", "seed", "steps", "dit_ckpt", "from_scratch", "lora_rank")
 # Every sample loses its references, and a tenth its prompt too, which guidance needs.
 NO_REFERENCES = {"drop_text": 0.0, "drop_references": 0.9, "drop_both": 0.1}
+PREVIEWS = 4  # of a run
 _WAIT_S = 5.0
 
 
@@ -43,10 +47,11 @@ class Study:
 
     Attributes:
         table: key of `TABLES`.
-        out: folder of all tables, with the start, teachers and sprite cache that they share.
+        out: folder of all tables, with the runs, start, teachers and sprite cache that they share.
         seeds: arms are trained with the seeds 1 to `seeds`.
         steps, start_steps: optimizer steps of every arm and of the start before it.
-        clips: judged for each of the three jobs.
+        clips: judged with one subject and with two.
+        sample_steps: with which they and the previews are made.
         settings: other settings of train_refalign.py, for the start and for every arm.
         teachers: folder of teachers; None: in `out`.
         teacher_steps: for which teachers are trained; None: as long as the command does that trains them.
@@ -58,6 +63,7 @@ class Study:
     steps: int
     start_steps: int
     clips: int
+    sample_steps: int
     device: str = "auto"
     threads: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -78,26 +84,37 @@ class Study:
 
     @property
     def folder(self) -> Path:
-        """Where this table's results lie."""
+        """Where this table lies; runs lie beside the tables."""
         return self.out / f"table-{self.table}"
 
+    def changes(self, arm: Arm) -> dict[str, Any]:
+        """What an arm changes of the recipe and the user's settings, without what is so anyway."""
+        usual = configure(RECIPE, self.settings)
+        changes = {**self.arms.base, **arm.changes}
+        if arm.teacher is not None:
+            changes["teacher"] = self._teacher_folder(arm.teacher).name
+        return {
+            name: value
+            for name, value in sorted(changes.items())
+            if name == "teacher" or attrgetter(name)(usual) != value
+        }
+
     def arm_folder(self, arm: Arm, seed: int) -> Path:
-        """Where one run lies."""
-        return self.folder / f"seed-{seed}" / arm.letter
+        """Where one run lies: tables whose arms change the same share it."""
+        words = [f"{name}={value}" for name, value in self.changes(arm).items()]
+        return self.out / "runs" / f"seed-{seed}" / (",".join(words) or "recipe")
 
     def identity(self, arm: Arm, seed: int) -> dict[str, Any]:
         """What a result must be of to count as this arm's."""
-        teacher = None if arm.teacher is None else self._teacher_folder(arm.teacher).name
         return _plain(
             {
-                "arm": arm.letter,
-                "title": arm.title,
+                "changes": self.changes(arm),
                 "seed": seed,
                 "steps": self.steps,
                 "start_steps": self.start_steps,
                 "clips": self.clips,
-                "settings": {**self.settings, **self.arms.base, **arm.changes},
-                "teacher": teacher,
+                "sample_steps": self.sample_steps,
+                "settings": self.settings,
                 **self._world(),
             }
         )
@@ -147,7 +164,7 @@ class Study:
         return settings
 
     def _common(self, steps: int) -> dict[str, Any]:
-        often = max(1, steps // 8)
+        often = max(1, steps // PREVIEWS)
         return {
             "steps": steps,
             "cache": str(self.out / "cache"),
@@ -155,6 +172,7 @@ class Study:
             "keep_last": 1,
             "preview_every": often,
             "preview_clips": 24,
+            "preview_steps": self.sample_steps,
             "validate_every": often,
         }
 
@@ -185,15 +203,25 @@ class Study:
                 logger.info("table %s, seed %d, arm %s: %s", self.table, seed, arm.letter, arm.title)
                 if arm.teacher is not None:
                     self._make_teacher(arm.teacher)
-                checkpoint = self._train(self.arm_settings(arm, seed, self._start()))
+                start = self._start()
+                settings = self.arm_settings(arm, seed, start)
+                checkpoint = self._train(settings)
                 begun = time.perf_counter()
-                judged = judge_checkpoint(self._frozen(), checkpoint, folder, seed, self.clips, self.device)
+                judged = judge_checkpoint(
+                    self._frozen(),
+                    checkpoint,
+                    folder,
+                    jobs(seed, self.clips, self.sample_steps),
+                    device=self.device,
+                    precision=configure(RECIPE, settings).precision,
+                )
                 seconds = time.perf_counter() - begun
                 curve, speed = read_metrics(folder / METRICS_FILE)
                 write_json(
                     folder / "result.json",
                     {
                         "study": identity,
+                        "start": fingerprint(open_dit(start).files),
                         "clips_per_second": speed,
                         "judging_seconds": seconds,
                         "curve": curve,

@@ -90,12 +90,17 @@ class SpriteEvaluator:
         task: the r2v-tiny entry of WAN_CONFIGS.
         vae: its VAE.
         encode_text: prompts to text features.
+        precision: of the DiT, `fp32` or `bf16` (autocast, as in training); the VAE keeps float32.
     """
 
     def __init__(
-        self, task: EasyDict, vae: WanVAE, encode_text: Callable[[Sequence[str]], list[Tensor]]
+        self,
+        task: EasyDict,
+        vae: WanVAE,
+        encode_text: Callable[[Sequence[str]], list[Tensor]],
+        precision: str = "fp32",
     ) -> None:
-        self.task, self.vae, self.encode_text = task, vae, encode_text
+        self.task, self.vae, self.encode_text, self.precision = task, vae, encode_text, precision
 
     def draw(self, job: Job, index: int) -> tuple[Clip, list[Reference]]:
         """Clip `index` of a job and its own references; cut-outs are tilted as in training, and so are their clips."""
@@ -220,8 +225,9 @@ class SpriteEvaluator:
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             times = timestep.expand(len(clean)).to(device)
-            output = backbone(list(latents) * len(names), times, context, clean, reference_input=added)
-            chunks = torch.stack(output.prediction).chunk(len(names))
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                output = backbone(list(latents) * len(names), times, context, clean, reference_input=added)
+            chunks = torch.stack(output.prediction).float().chunk(len(names))
             return combine_branches(dict(zip(names, chunks, strict=True)), image_scale, text_scale)
 
         solver = make_solver(
@@ -242,13 +248,14 @@ def judge_folder(
     *,
     dit_ckpt: Path | None = None,
     device: str = "cpu",
+    precision: str = "fp32",
     progress: bool = True,
 ) -> Evaluation:
     """Judge `"real"` clips, their `"reconstruction"` by a checkpoint folder's VAE, or its `"generation"`."""
     task = WAN_CONFIGS["r2v-tiny"]
     place = resolve_device(device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=place, config=task.vae)
-    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place, place))
+    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place, place), precision)
     if what != "generation":
         if job.references != "own":
             raise ValueError(

@@ -23,6 +23,7 @@ from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
 ROOT = Path(__file__).resolve().parents[2]
 # Enough steps to be interrupted in; arm D of table 2 is the one whose model is another.
 ARMS = ("--arm", "A", "--arm", "D")
+FOLDERS = {"A": "runs/seed-1/recipe", "D": "runs/seed-1/alignment.weight=0.0,teacher_input=True"}
 QUICK = ("ablate", "--table", "2", "--quick", "--device", "cpu", "--threads", "1", *ARMS, "--steps", "12")
 SETTINGS = ("--save_every", "1", "--preview_every", "6")
 
@@ -50,7 +51,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    folder = out / "table-2" / "seed-1" / "A"
+    folder = out / FOLDERS["A"]
     try:
         deadline = time.monotonic() + 150
         while not checkpoints_in(folder / "checkpoints"):
@@ -85,11 +86,11 @@ def finished(killed: Path) -> tuple[Path, Result, list[str]]:
 def test_a_killed_study_goes_on_where_it_was(finished: tuple[Path, Result, list[str]]) -> None:
     out, _, messages = finished
     resumed = [message for message in messages if message.startswith("resuming from")]
-    assert len(resumed) == 1 and str(out / "table-2" / "seed-1" / "A" / "checkpoints") in resumed[0]
+    assert len(resumed) == 1 and str(out / FOLDERS["A"] / "checkpoints") in resumed[0]
     assert "training the common text-to-video start" not in messages
     assert not any("resuming with" in message for message in messages)
     for letter in "AD":
-        (checkpoint,) = checkpoints_in(out / "table-2" / "seed-1" / letter / "checkpoints")
+        (checkpoint,) = checkpoints_in(out / FOLDERS[letter] / "checkpoints")
         assert read_meta(checkpoint)["step"] == 12
 
 
@@ -99,7 +100,7 @@ def test_arms_begin_with_the_same_weights_samples_noise_and_timesteps(
     out, _, _ = finished
     flows = []
     for letter in "AD":
-        lines = (out / "table-2" / "seed-1" / letter / "metrics.jsonl").read_text().splitlines()
+        lines = (out / FOLDERS[letter] / "metrics.jsonl").read_text().splitlines()
         flows.append([row["loss/flow"] for row in map(json.loads, lines) if "loss/flow" in row])
     # Before the first update the model gives the same; D's teacher features are fed in with a weight of zero at first.
     assert flows[0][0] == flows[1][0]
@@ -115,9 +116,11 @@ def test_table_plot_and_raw_figures_are_written(finished: tuple[Path, Result, li
     assert "| D | teacher features as input, without alignment | 1 |" in text
     assert "| B | without the negative term | not finished |" in text
     summary = json.loads((folder / "table.json").read_text())
+    starts = set()
     for letter in "AD":
-        raw = json.loads((folder / "seed-1" / letter / "result.json").read_text())
-        assert raw["study"]["arm"] == letter and raw["study"]["seed"] == 1
+        raw = json.loads((out / FOLDERS[letter] / "result.json").read_text())
+        assert raw["study"]["seed"] == 1 and bool(raw["study"]["changes"]) == (letter == "D")
+        starts.add(raw["start"])
         assert set(raw["judged"]) == {"one", "two", "shuffled"}
         assert [len(raw["judged"][job]["answers"]["colors"]) for job in raw["judged"]] == [2, 2, 2]
         assert set(raw["curve"]) == {"6", "12"} and raw["clips_per_second"] > 0
@@ -125,16 +128,17 @@ def test_table_plot_and_raw_figures_are_written(finished: tuple[Path, Result, li
             figure = summary["arms"][letter]["figures"][job]["colors"]
             assert figure["mean"] == raw["judged"][job]["table"]["colors"]["share"]
         for name in ("one", "two", "shuffled"):
-            with Image.open(folder / "seed-1" / letter / f"{name}.png") as picture:
+            with Image.open(out / FOLDERS[letter] / f"{name}.png") as picture:
                 assert min(picture.size) >= 48
-    assert len(summary["runs"]) == 2
+    assert len(starts) == 1
+    assert [run["folder"] for run in summary["runs"]] == list(FOLDERS.values())
     with Image.open(folder / "table.png") as plot:
         assert np.asarray(plot.convert("RGB")).std() > 10
     # One cache for the start and all arms: clips in palette and in free colours, and the teacher's features of both.
     assert sorted(path.name.split("-")[0] for path in (out / "cache").iterdir()) == 2 * ["features"] + 2 * [
         "sprites"
     ]
-    assert not list(folder.rglob("cache"))
+    assert [path for path in out.rglob("cache")] == [out / "cache"]
 
 
 def test_a_second_call_repeats_nothing(

@@ -14,7 +14,7 @@ from refalign_ext.ablations import study as study_module
 from refalign_ext.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
 from refalign_ext.ablations.intervals import mean_and_error, paired_interval, student_t
 from refalign_ext.ablations.judging import jobs, read_metrics
-from refalign_ext.ablations.report import as_markdown, curve_of, summarize
+from refalign_ext.ablations.report import as_markdown, collect, curve_of, summarize
 from refalign_ext.ablations.study import Study
 from refalign_ext.aside import locked
 from refalign_ext.backbone import WAN_CONFIGS
@@ -57,7 +57,9 @@ ALLOWED = {
 
 
 def study_of(table: str, out: Path = Path("out"), **changes) -> Study:
-    return dataclasses.replace(Study(table, out, seeds=3, steps=100, start_steps=50, clips=20), **changes)
+    return dataclasses.replace(
+        Study(table, out, seeds=3, steps=100, start_steps=50, clips=20, sample_steps=5), **changes
+    )
 
 
 def config_of(study: Study, arm: Arm, seed: int = 1) -> TrainConfig:
@@ -280,6 +282,18 @@ def test_the_summary_pairs_seeds_and_leaves_out_what_did_not_arise() -> None:
     assert curve_of(found["A"], "judge_1/colors") == ([4, 8], pytest.approx([0.4, 0.8]))
 
 
+def test_runs_from_different_starts_are_not_compared(tmp_path: Path) -> None:
+    study = study_of("2", tmp_path)
+    for letter, start in (("A", "one"), ("B", "one"), ("C", "other")):
+        arm = arm_of("2", letter)
+        entry = {"study": study.identity(arm, 1), "start": start}
+        write_json(study.arm_folder(arm, 1) / "result.json", entry)
+    with pytest.raises(ValueError, match="recipe and .*weight=0.0 started from different models: delete"):
+        collect(study)
+    write_json(study.arm_folder(arm, 1) / "result.json", {**entry, "start": "one"})
+    assert {letter: list(seeds) for letter, seeds in collect(study).items()} == {"A": [1], "B": [1], "C": [1]}
+
+
 def test_previews_and_speed_are_read_from_metrics(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
@@ -292,10 +306,10 @@ def test_previews_and_speed_are_read_from_metrics(tmp_path: Path) -> None:
 def test_a_reference_of_another_clip_finds_the_colors_by_chance_at_most() -> None:
     """A perfect model, which shows the references' subjects on real clips, with the references of the control."""
     evaluator = SpriteEvaluator(WAN_CONFIGS["r2v-tiny"], None, None)
-    asked = jobs(seed=1, clips=60)
+    asked = jobs(seed=1, clips=240, sample_steps=1)
     own = [evaluator.draw(asked["shuffled"], index) for index in range(60)]
     right = {"own": 0, "shuffled": 0}
-    for name, job in (("own", asked["one"]), ("shuffled", asked["shuffled"])):
+    for name, job in (("own", dataclasses.replace(asked["one"], clips=60)), ("shuffled", asked["shuffled"])):
         for clip, references in evaluator.draw_all(job):
             (shown,) = (other for other, pictures in own if np.array_equal(pictures[0][0], references[0][0]))
             subject = shown.performances[0].subject
@@ -309,13 +323,43 @@ def test_a_reference_of_another_clip_finds_the_colors_by_chance_at_most() -> Non
 
 
 def test_jobs_are_the_same_for_all_arms_of_a_seed_and_others_for_another() -> None:
-    assert jobs(1, 20) == jobs(1, 20) and jobs(1, 20)["one"].seed != jobs(2, 20)["one"].seed
-    assert {name: (job.subjects, job.references) for name, job in jobs(1, 20).items()} == {
-        "one": (1, "own"),
-        "two": (2, "own"),
-        "shuffled": (1, "shuffled"),
+    wanted = jobs(1, 20, 5)
+    assert wanted == jobs(1, 20, 5) and wanted["one"].seed != jobs(2, 20, 5)["one"].seed
+    assert {name: (job.clips, job.subjects, job.references) for name, job in wanted.items()} == {
+        "one": (20, 1, "own"),
+        "two": (20, 2, "own"),
+        "shuffled": (5, 1, "shuffled"),
     }
-    assert {(job.split, job.pair) for job in jobs(1, 20).values()} == {("held_out", "cross")}
+    assert {(job.split, job.pair, job.sample_steps) for job in wanted.values()} == {("held_out", "cross", 5)}
+
+
+def arm_of(table: str, letter: str) -> Arm:
+    return next(arm for arm in TABLES[table].arms if arm.letter == letter)
+
+
+def test_tables_share_the_runs_that_change_the_same() -> None:
+    def folder(table: str, letter: str, **settings) -> str:
+        study = study_of(table, settings={f"alignment.{name}": value for name, value in settings.items()})
+        return study.arm_folder(arm_of(table, letter), 1).relative_to("out").as_posix()
+
+    assert folder("2", "A") == folder("3", "A") == folder("4", "A") == "runs/seed-1/recipe"
+    assert folder("2", "C") == folder("4", "K0") == "runs/seed-1/alignment.weight=0.0"
+    assert folder("copying", "C") == "runs/seed-1/alignment.weight=0.0,regular_pairs=1.0"
+    assert folder("3", "B") == "runs/seed-1/teacher=dinov3-small"
+    every = {folder(table, arm.letter) for table in TABLES for arm in TABLES[table].arms}
+    assert len(every) == sum(len(table.arms) for table in TABLES.values()) - 3
+    # With a depth of the user's own the recipe's is a change, and his is none.
+    assert folder("4", "A", depth=2) == "runs/seed-1/alignment.depth=3"
+    assert folder("4", "K2", depth=2) == folder("2", "A", depth=2) == "runs/seed-1/recipe"
+
+
+def test_shared_runs_are_equal_in_every_setting() -> None:
+    seen: dict[Path, tuple[TrainConfig, dict]] = {}
+    for table in TABLES:
+        for arm in TABLES[table].arms:
+            study = study_of(table)
+            found = (config_of(study, arm), study.identity(arm, 1))
+            assert seen.setdefault(study.arm_folder(arm, 1), found) == found
 
 
 def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
@@ -327,6 +371,8 @@ def test_results_of_another_study_are_refused(tmp_path: Path) -> None:
         study_of("2", tmp_path, steps=7).run(arm, 1)
     with pytest.raises(ValueError, match="another study .settings is"):
         study_of("2", tmp_path, settings={"batch_size": 4}).run(arm, 1)
+    with pytest.raises(ValueError, match="another study .sample_steps is 5, asked for 6"):
+        study_of("2", tmp_path, sample_steps=6).run(arm, 1)
 
 
 def test_an_arm_that_another_process_trains_is_left_alone(tmp_path: Path) -> None:

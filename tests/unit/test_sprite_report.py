@@ -22,7 +22,7 @@ from refalign_ext.evaluation.report import (
     job_of,
     make_report,
 )
-from refalign_ext.evaluation.sprites import Evaluation, Job
+from refalign_ext.evaluation.sprites import Evaluation, Job, judge_folder
 from refalign_ext.sprites.judge import judge_clip
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
 from tests import tiny_checkpoint as checkpoints
@@ -209,3 +209,16 @@ def test_scales_that_make_no_grid_are_refused(tiny_checkpoint: Path, tmp_path: P
     with pytest.raises(ValueError, match="--text_scales"):
         judge_grid(JudgedFolder(tiny_checkpoint), QUICK, (1, 5), scales, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_generates_the_same_but_for_rounding(tiny_checkpoint: Path) -> None:
+    full, half = (
+        np.stack(
+            judge_folder(
+                tiny_checkpoint, "generation", Job(2, sample_steps=2), precision=precision, progress=False
+            ).videos
+        ).astype(int)
+        for precision in ("fp32", "bf16")
+    )
+    difference = np.abs(full - half)
+    assert difference.max() > 0 and difference.mean() < 2 < full.std()
