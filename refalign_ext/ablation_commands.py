@@ -12,7 +12,7 @@ from refalign_ext.ablations.arms import TABLES
 
 PATH = click.Path(path_type=Path)
 # What is small and what is usual, where the command line leaves it open.
-USUAL = {"seeds": 3, "steps": 1000, "start_steps": 2000, "clips": 128}
+USUAL = {"seeds": 3, "steps": 1500, "start_steps": 2000, "clips": 128}
 QUICK = {"seeds": 1, "steps": 2, "start_steps": 2, "clips": 2}
 QUICK_SETTINGS = {
     "cache_clips": 8,

@@ -38,6 +38,7 @@ OWN_SETTINGS = ("task", "data", "out", "cache", "seed", "steps", "dit_ckpt", "fr
 # Every sample loses its references, and a tenth its prompt too, which guidance needs.
 NO_REFERENCES = {"drop_text": 0.0, "drop_references": 0.9, "drop_both": 0.1}
 PREVIEWS = 4  # of a run
+ARM_AVERAGE = 0.99  # an arm is short: the recipe's moving average would remember its start to the end
 _WAIT_S = 5.0
 
 
@@ -150,6 +151,7 @@ class Study:
         """Of one run; arms of a seed differ in `Arm.changes`, the teacher's folder and `out`."""
         settings = {
             **self._common(self.steps),
+            "ema_decay": ARM_AVERAGE,
             **self.settings,
             **self.arms.base,
             **arm.changes,
