@@ -56,6 +56,11 @@ QUICK_SETTINGS = {
     default=Path("outputs/ablations"),
     help="Folder of all tables; several processes may share it.",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True),
+    help="A text-to-video model to start from, in any layout, such as that of another study.  [default: train one]",
+)
 @click.option("--teachers", type=PATH, help="Folder of table 3's teachers.  [default: teachers in --out]")
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
@@ -74,6 +79,7 @@ def ablate(
     clips: int | None,
     sample_steps: int,
     out: Path,
+    start: Path | None,
     teachers: Path | None,
     device: str,
     threads: int | None,
@@ -106,6 +112,7 @@ def ablate(
         device=device,
         threads=threads,
         settings={**(QUICK_SETTINGS if quick else {}), **read_settings(settings)},
+        start=start,
         teachers=teachers,
         teacher_steps=2 if quick else None,
     )

@@ -123,8 +123,8 @@ def as_markdown(study: Study, summary: dict[str, Any]) -> str:
     arms = summary["arms"]
     lines = [f"# {summary['title']}", ""]
     lines.append(
-        f"{study.steps} steps from a text-to-video model of {study.start_steps}; {study.clips} clips for each figure; "
-        f"percent, mean over seeds ± standard error."
+        f"{study.steps} steps from one text-to-video model; {study.clips} clips for each figure; percent, mean over seeds ± "
+        "standard error."
     )
     lines += ["", "| arm | what | seeds |", "|---|---|---|"]
     for letter, arm in arms.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import logging
 import time
@@ -19,10 +20,9 @@ from refalign_ext.ablations.judging import jobs, judge_checkpoint, read_metrics
 from refalign_ext.aside import Busy, locked
 from refalign_ext.backbone import file_sha256
 from refalign_ext.config import TrainConfig, configure
-from refalign_ext.distributed.adapted import fingerprint
 from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
 from refalign_ext.distributed.mesh import environment_world_size
-from refalign_ext.distributed.reading import open_dit
+from refalign_ext.distributed.reading import read_any_dit
 from refalign_ext.evaluation.judged import write_json
 from refalign_ext.frozen import checkpoint_folder, task_config
 from refalign_ext.launch import train
@@ -50,10 +50,12 @@ class Study:
         table: key of `TABLES`.
         out: folder of all tables, with the runs, start, teachers and sprite cache that they share.
         seeds: arms are trained with the seeds 1 to `seeds`.
-        steps, start_steps: optimizer steps of every arm and of the start before it.
+        steps: optimizer steps of every arm.
+        start_steps: of the text-to-video model that they start from.
         clips: judged with one subject and with two.
         sample_steps: with which they and the previews are made.
         settings: other settings of train_refalign.py, for the start and for every arm.
+        start: a text-to-video model that is there already, in any layout; None: it is trained.
         teachers: folder of teachers; None: in `out`.
         teacher_steps: for which teachers are trained; None: as long as the command does that trains them.
     """
@@ -68,6 +70,7 @@ class Study:
     device: str = "auto"
     threads: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    start: Path | None = None
     teachers: Path | None = None
     teacher_steps: int | None = None
 
@@ -112,7 +115,6 @@ class Study:
                 "changes": self.changes(arm),
                 "seed": seed,
                 "steps": self.steps,
-                "start_steps": self.start_steps,
                 "clips": self.clips,
                 "sample_steps": self.sample_steps,
                 "settings": self.settings,
@@ -201,11 +203,12 @@ class Study:
             with locked(folder):
                 if self.result(arm, seed) is not None:
                     return True
-                _claim(folder / "arm.json", identity)
+                start = self._start()
+                digest = _digest(start)
+                _claim(folder / "arm.json", {**identity, "start": digest})
                 logger.info("table %s, seed %d, arm %s: %s", self.table, seed, arm.letter, arm.title)
                 if arm.teacher is not None:
                     self._make_teacher(arm.teacher)
-                start = self._start()
                 settings = self.arm_settings(arm, seed, start)
                 checkpoint = self._train(settings)
                 begun = time.perf_counter()
@@ -223,7 +226,7 @@ class Study:
                     folder / "result.json",
                     {
                         "study": identity,
-                        "start": fingerprint(open_dit(start).files),
+                        "start": digest,
                         "clips_per_second": speed,
                         "judging_seconds": seconds,
                         "curve": curve,
@@ -248,6 +251,8 @@ class Study:
         return found
 
     def _start(self) -> Path:
+        if self.start is not None:
+            return self.start
         settings = self.start_settings()
         folder = Path(settings["out"])
         own = {name: value for name, value in settings.items() if name not in ("out", "cache")}
@@ -293,6 +298,15 @@ class Study:
 def _last_checkpoint(folder: Path, steps: int) -> Path | None:
     found = checkpoints_in(folder / "checkpoints")
     return found[-1] if found and read_meta(found[-1])["step"] == steps else None
+
+
+def _digest(start: Path) -> str:
+    """SHA-256 of a model's weights, the same for every layout of them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_any_dit(start).state_dict.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _once(target: Path, is_done: Callable[[], bool], make: Callable[[], None]) -> None:

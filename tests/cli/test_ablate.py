@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -154,6 +155,29 @@ def test_a_second_call_repeats_nothing(
     again = run(out)
     assert again.exit_code == 0, again.output
     assert again.stdout == first.stdout
+
+
+def test_a_start_that_is_there_is_taken_in_any_layout(
+    finished: tuple[Path, Result, list[str]], tmp_path: Path
+) -> None:
+    out, _, _ = finished
+    (trained,) = checkpoints_in(out / "start-2" / "checkpoints")
+    assert call("export", trained, "--out", tmp_path / "start").exit_code == 0
+    (tmp_path / "study").mkdir()
+    shutil.copytree(out / "cache", tmp_path / "study" / "cache")
+    few = ("ablate", "--table", "2", "--quick", "--arm", "A", "--threads", "1", "--device", "cpu")
+    result = call(*few, "--out", tmp_path / "study", "--start", tmp_path / "start")
+    assert result.exit_code == 0, (result.output, result.exception)
+    starts = [
+        json.loads((study / FOLDERS["A"] / "result.json").read_text())["start"]
+        for study in (out, tmp_path / "study")
+    ]
+    assert starts[0] == starts[1]
+    assert not list((tmp_path / "study").glob("start-*"))
+    # Begun from another model, a run is not gone on with.
+    (tmp_path / "study" / FOLDERS["A"] / "result.json").unlink()
+    other = call(*few, "--out", tmp_path / "study", "--start", ROOT / "assets" / "r2v-tiny")
+    assert other.exit_code == 2 and "is of another study (start is" in other.stderr
 
 
 def test_other_numbers_in_the_same_folder_are_refused(finished: tuple[Path, Result, list[str]]) -> None:
