@@ -67,7 +67,7 @@ QUICK_SETTINGS = {
 @click.option(
     "--quick",
     is_flag=True,
-    help="Tiny numbers, to see that everything works: the first two arms unless --arm names some.",
+    help="Tiny numbers, to see that everything works: A and one other arm unless --arm names some.",
 )
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def ablate(
@@ -100,7 +100,7 @@ def ablate(
     usual = QUICK if quick else USUAL
     arms = TABLES[table].chosen(letters)
     if quick and not letters:
-        arms = arms[:2]
+        arms = TABLES[table].quick()
     study = Study(
         table,
         out,

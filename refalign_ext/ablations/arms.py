@@ -32,11 +32,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Table:
-    """Arms that are compared with the first of them, A; `base` holds for all of them."""
+    """Arms in the order in which they are shown, compared with the one called A; `base` holds for all of them."""
 
     title: str
     arms: tuple[Arm, ...]
     base: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Arm:
+        """A, which the others are compared with."""
+        return next(arm for arm in self.arms if arm.letter == "A")
+
+    def quick(self) -> list[Arm]:
+        """A and one other: enough to see that everything works."""
+        return [self.reference, next(arm for arm in self.arms if arm.letter != "A")]
 
     def chosen(self, letters: tuple[str, ...]) -> list[Arm]:
         """The arms of these letters in the table's order; all of them for none.
@@ -79,13 +88,10 @@ _RECIPES = (
 
 def _depths() -> tuple[Arm, ...]:
     usual = recipe(RECIPE).alignment.depth
-    arms = [
-        Arm("A", f"{usual} blocks", {"alignment.depth": usual}),
-        Arm("K0", "none", {"alignment.weight": 0.0}),
-    ]
+    arms = [Arm("K0", "none", {"alignment.weight": 0.0})]
     for depth in range(1, BLOCKS + 1):
-        if depth != usual:
-            arms.append(Arm(f"K{depth}", f"{depth} blocks", {"alignment.depth": depth}))
+        letter = "A" if depth == usual else f"K{depth}"
+        arms.append(Arm(letter, f"{depth} block{'s' * (depth > 1)}", {"alignment.depth": depth}))
     return tuple(arms)
 
 

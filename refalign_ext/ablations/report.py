@@ -57,7 +57,7 @@ def shares(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
 
 def summarize(study: Study, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """For every arm, job and metric: values by seed, mean, standard error, and A minus this arm with its interval."""
-    first = study.arms.arms[0].letter
+    first = study.arms.reference.letter
     arms = {}
     for arm in study.arms.arms:
         figures: dict[str, dict[str, Any]] = defaultdict(dict)
