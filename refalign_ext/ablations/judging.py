@@ -12,6 +12,7 @@ from refalign_ext.aside import written_aside
 from refalign_ext.evaluation.judged import answers_of
 from refalign_ext.evaluation.sprites import Job, contact_sheet, judge_folder
 
+FLOW_ERROR = "validation/flow"
 JOB_SEED = 1000  # plus the seed of the arm; previews, by which recipes are chosen, have another one
 
 
@@ -58,13 +59,17 @@ def judge_checkpoint(
 
 
 def read_metrics(path: Path) -> tuple[dict[str, dict[str, float]], float | None]:
-    """From a run's metrics: the judge's figures in previews by step, and the median of clips trained per second."""
+    """From a run's metrics by step: the judge's figures in previews and the validation clips' flow-matching error; and the
+    median of clips trained per second.
+    """
     curve: dict[str, dict[str, float]] = {}
     speeds = []
     for line in path.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        shares = {name: value for name, value in entry.items() if name.startswith("judge_")}
-        if shares:
-            curve[str(entry["step"])] = shares
+        shown = {
+            name: value for name, value in entry.items() if name.startswith("judge_") or name == FLOW_ERROR
+        }
+        if shown:
+            curve.setdefault(str(entry["step"]), {}).update(shown)
         speeds += [entry["speed/clips_per_second"]] if "speed/clips_per_second" in entry else []
     return curve, statistics.median(speeds) if speeds else None

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from refalign_ext.ablations.intervals import mean_and_error, paired_interval
+from refalign_ext.ablations.judging import FLOW_ERROR
 from refalign_ext.ablations.study import Study
 from refalign_ext.aside import written_aside
 from refalign_ext.evaluation.judged import write_json, write_text
 
+VALIDATION = "validation"  # no job: what training itself measured at its end
 # Parts of the table: title, and the metrics of a job.
 PARTS = (
     ("Identity, one subject", "one", ("colors", "pattern", "shape")),
@@ -21,8 +23,13 @@ PARTS = (
     ("Copying from the reference, one subject", "one", ("copied_pose", "copied_scale")),
     ("Copying from the reference, two subjects", "two", ("copied_pose", "copied_scale")),
     ("Control: another clip's reference", "shuffled", ("colors", "pattern")),
+    ("Flow-matching error on held-out clips (a loss, not percent)", VALIDATION, ("flow_error",)),
 )
-CURVES = (("judge_1/colors", "colours, one subject"), ("judge_2/colors", "colours, two subjects"))
+CURVES = (
+    ("judge_1/colors", "colours, one subject", 100),
+    ("judge_2/colors", "colours, two subjects", 100),
+    (FLOW_ERROR, "flow-matching error on held-out clips", 1),
+)
 
 Values = dict[int, float]  # seed -> share
 
@@ -51,21 +58,31 @@ def collect(study: Study) -> dict[str, dict[int, dict[str, Any]]]:
 
 def shares(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
     """A metric by seed, without seeds in which its question never arose."""
+    if job == VALIDATION:
+        last = {
+            seed: max(result["curve"].items(), key=lambda row: int(row[0]))[1]
+            for seed, result in results.items()
+        }
+        return {seed: shown[FLOW_ERROR] for seed, shown in last.items() if FLOW_ERROR in shown}
     rows = {seed: result["judged"][job]["table"].get(metric) for seed, result in results.items()}
     return {seed: row["share"] for seed, row in rows.items() if row is not None}
 
 
 def summarize(study: Study, found: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
     """For every arm, job and metric: values by seed, mean, standard error, and A minus this arm with its interval."""
-    first = study.arms.reference.letter
+    first = study.arms.reference
     arms = {}
     for arm in study.arms.arms:
         figures: dict[str, dict[str, Any]] = defaultdict(dict)
         for _, job, metrics in PARTS:
             for metric in metrics:
                 values = shares(found.get(arm.letter, {}), job, metric)
-                reference = shares(found.get(first, {}), job, metric)
-                figures[job][metric] = _figure(values, None if arm.letter == first else reference)
+                reference = shares(found.get(first.letter, {}), job, metric)
+                is_comparable = job != VALIDATION or arm.changes.get("timesteps") == first.changes.get(
+                    "timesteps"
+                )
+                compared = None if arm is first or not is_comparable else reference
+                figures[job][metric] = _figure(values, compared)
         arms[arm.letter] = {
             "title": arm.title,
             "changes": arm.changes,
@@ -131,7 +148,10 @@ def as_markdown(study: Study, summary: dict[str, Any]) -> str:
         seeds = ", ".join(map(str, arm["seeds"])) or "not finished"
         lines.append(f"| {letter} | {arm['title']} | {seeds} |")
     for title, job, metrics in PARTS:
-        lines += ["", f"## {title}", "", *_rows(arms, job, metrics, _mean_text)]
+        rows = _rows(arms, job, metrics, _mean_text)
+        if len(rows) == 2:
+            continue
+        lines += ["", f"## {title}", "", *rows]
         differences = _rows(arms, job, metrics, _difference_text)
         if len(differences) > 2 and job != "shuffled":
             lines += ["", "A minus the arm, same seeds, 95% interval:", "", *differences]
@@ -140,32 +160,43 @@ def as_markdown(study: Study, summary: dict[str, Any]) -> str:
 
 
 def _rows(
-    arms: dict[str, Any], job: str, metrics: tuple[str, ...], text: Callable[[dict[str, Any] | None], str]
+    arms: dict[str, Any],
+    job: str,
+    metrics: tuple[str, ...],
+    text: Callable[[dict[str, Any], Callable[..., str]], str],
 ) -> list[str]:
+    number = _plain if job == VALIDATION else _percent
     lines = [f"| arm | {' | '.join(metric.replace('_', ' ') for metric in metrics)} |"]
     lines.append("|---" * (len(metrics) + 1) + "|")
     for letter, arm in arms.items():
-        cells = [text(arm["figures"][job][metric]) for metric in metrics]
+        figures = [arm["figures"][job][metric] for metric in metrics]
+        cells = ["" if figure is None else text(figure, number) for figure in figures]
         if any(cells):
             lines.append(f"| {letter} | {' | '.join(cell or '-' for cell in cells)} |")
     return lines
 
 
-def _mean_text(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return ""
+def _percent(share: float, sign: str = "") -> str:
+    return f"{100 * share:{sign}.1f}"
+
+
+def _plain(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}"
+
+
+def _mean_text(figure: dict[str, Any], number: Callable[..., str]) -> str:
     error = figure["standard_error"]
-    return f"{100 * figure['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+    return number(figure["mean"]) + ("" if error is None else f" ± {number(error)}")
 
 
-def _difference_text(figure: dict[str, Any] | None) -> str:
-    difference = None if figure is None else figure.get("a_minus_this")
+def _difference_text(figure: dict[str, Any], number: Callable[..., str]) -> str:
+    difference = figure.get("a_minus_this")
     if difference is None:
         return ""
-    text = f"{100 * difference['mean']:+.1f}"
+    text = number(difference["mean"], "+")
     if difference["low"] is None:
         return text
-    return f"{text} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+    return f"{text} [{number(difference['low'], '+')}, {number(difference['high'], '+')}]"
 
 
 def _draw(path: Path, summary: dict[str, Any], found: dict[str, dict[int, dict[str, Any]]]) -> None:
@@ -173,12 +204,15 @@ def _draw(path: Path, summary: dict[str, Any], found: dict[str, dict[int, dict[s
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 11), layout="constrained")
+    figure = Figure(figsize=(13, 19), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(3, 3).flat)
+    bars = [part for part in PARTS if part[1] != VALIDATION]
+    panels = list(figure.subplots(5, 2).flat)
     arms = [letter for letter, arm in summary["arms"].items() if arm["seeds"]]
     width = 0.8 / len(arms)
-    for axes, (title, job, metrics) in zip(panels, PARTS, strict=False):
+    # Seeds differ more than arms do: while a table is unfinished, curves are those of the seeds that all arms have.
+    common = sorted(set.intersection(*(set(found[letter]) for letter in arms)))
+    for axes, (title, job, metrics) in zip(panels, bars, strict=False):
         for place, letter in enumerate(arms):
             figures = [summary["arms"][letter]["figures"][job][metric] for metric in metrics]
             known = [(x, entry) for x, entry in enumerate(figures) if entry is not None]
@@ -193,11 +227,13 @@ def _draw(path: Path, summary: dict[str, Any], found: dict[str, dict[int, dict[s
         axes.set_xticks(range(len(metrics)), [metric.replace("_", " ") for metric in metrics])
         axes.set(title=title, ylabel="percent", ylim=(0, 102))
         axes.grid(alpha=0.3, axis="y")
-    for axes, (name, title) in zip(panels[len(PARTS) :], CURVES, strict=True):
+    for axes, (name, title, factor) in zip(panels[len(bars) :], CURVES, strict=True):
         for place, letter in enumerate(arms):
-            steps, means = curve_of(found[letter], name)
-            axes.plot(steps, [100 * value for value in means], marker="o", markersize=3, color=f"C{place}")
-        axes.set(title=f"Previews: {title}", xlabel="optimizer step", ylabel="percent", ylim=(0, 102))
+            steps, means = curve_of({seed: found[letter][seed] for seed in common}, name)
+            axes.plot(steps, [factor * value for value in means], marker="o", markersize=3, color=f"C{place}")
+        axes.set(title=f"In training: {title}", xlabel="optimizer step")
+        if factor == 100:
+            axes.set(ylabel="percent", ylim=(0, 102))
         axes.grid(alpha=0.3)
     panels[0].legend(title="arm", ncols=len(arms), fontsize=8)
     with written_aside(path) as file:

@@ -251,7 +251,10 @@ def result_of(colors: float, copied: float | None = None) -> dict:
     table["copied_pose"] = None if copied is None else {**row, "share": copied}
     return {
         "judged": {job: {"table": table, "answers": {}} for job in ("one", "two", "shuffled")},
-        "curve": {"4": {"judge_1/colors": colors / 2}, "8": {"judge_1/colors": colors}},
+        "curve": {
+            "4": {"judge_1/colors": colors / 2, "validation/flow": 1 - colors / 2},
+            "8": {"judge_1/colors": colors, "validation/flow": 1 - colors},
+        },
         "clips_per_second": 10.0,
         "judging_seconds": 1.0,
     }
@@ -276,7 +279,10 @@ def test_the_summary_pairs_seeds_and_leaves_out_what_did_not_arise() -> None:
     assert arms["A"]["figures"]["one"]["copied_pose"]["by_seed"] == {1: 0.5, 3: 0.1}
     assert arms["A"]["figures"]["one"]["copied_scale"] is None
     assert arms["C"]["seeds"] == [] and arms["C"]["figures"]["two"]["colors"] is None
+    flow = arms["B"]["figures"]["validation"]["flow_error"]
+    assert flow["by_seed"] == {1: 0.5, 3: 0.6} and flow["a_minus_this"]["mean"] == pytest.approx(-0.35)
     text = as_markdown(study, summarize(study, found))
+    assert "| A | 0.2000 ± 0.0577 |" in text and "| B | -0.3500 [-0.9853, +0.2853] |" in text
     assert "| A | 80.0 ± 5.8 | 80.0 ± 5.8 | 80.0 ± 5.8 |" in text
     assert "| B | +35.0 [-28.5, +98.5] |" in text
     assert "| C | without alignment | not finished |" in text
@@ -300,8 +306,19 @@ def test_previews_and_speed_are_read_from_metrics(tmp_path: Path) -> None:
     path.write_text(
         '{"step": 1, "loss/total": 1.0, "speed/clips_per_second": 5.0}\n{"step": 2, "judge_1/colors": 0.5}\n'
         '{"step": 2, "loss/total": 1.0, "speed/clips_per_second": 9.0}\n'
+        '{"step": 2, "validation/flow": 0.25, "validation/loss": 0.5}\n'
     )
-    assert read_metrics(path) == ({"2": {"judge_1/colors": 0.5}}, 7.0)
+    assert read_metrics(path) == ({"2": {"judge_1/colors": 0.5, "validation/flow": 0.25}}, 7.0)
+
+
+def test_errors_at_other_timesteps_are_not_compared() -> None:
+    study = study_of("recipes")
+    found = {letter: {1: result_of(0.5)} for letter in "ABC"}
+    flows = {
+        letter: arm["figures"]["validation"]["flow_error"]
+        for letter, arm in summarize(study, found)["arms"].items()
+    }
+    assert "a_minus_this" in flows["B"] and "a_minus_this" not in flows["C"]
 
 
 def test_a_reference_of_another_clip_finds_the_colors_by_chance_at_most() -> None:
