@@ -373,7 +373,7 @@ def tiny() -> TrainConfig:
         alignment=AlignmentConfig(depth=3, teacher="dinov3-tiny", weight=0.5),
         timesteps="logit_normal_shift4",
         batch_size=8,
-        steps=24000,
+        steps=12000,
         optimizer="muon",
         learning_rate=2e-3,
         betas=(0.9, 0.95),

@@ -232,6 +232,7 @@ class Study:
                         "curve": curve,
                         "judged": judged,
                     },
+                    indent=None,
                 )
         except Busy:
             return False

@@ -150,10 +150,10 @@ def percent(row: dict[str, float] | None) -> str:
     return f"{100 * row['share']:.1f} [{100 * low:.0f}-{100 * row['high']:.0f}]"
 
 
-def write_json(path: Path, entry: dict[str, Any]) -> None:
-    """Write an indented JSON file whole or not at all."""
+def write_json(path: Path, entry: dict[str, Any], *, indent: int | None = 1) -> None:
+    """Write a JSON file whole or not at all; `indent` None puts all on one line, for many answers."""
     with written_aside(path) as file:
-        file.write((json.dumps(entry, indent=1, allow_nan=False) + "\n").encode())
+        file.write((json.dumps(entry, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from easydict import EasyDict
 
 REFERENCES = ("own", "shuffled")
+SHEET_FRAMES = 5  # of a clip in a contact sheet
 Reference = tuple[np.ndarray, float, float]  # image [H, W, 3] uint8, angle in radians, scale
 ReferenceInput = Callable[[Tensor], Tensor]
 """Images [K, 3, H, W] in [-1, 1] -> what goes into the DiT beside their latents, [K, N, dim]."""
@@ -295,7 +296,9 @@ def reference_input_of(
     return lambda images: module(features(images))
 
 
-def contact_sheet(evaluation: Evaluation, rows: int = 8, frames: int = 5, scale: int = 3) -> np.ndarray:
+def contact_sheet(
+    evaluation: Evaluation, rows: int = 8, frames: int = SHEET_FRAMES, scale: int = 3
+) -> np.ndarray:
     """References, then evenly spaced frames, one clip a row: [H, W, 3] uint8."""
     most = max(len(images) for images in evaluation.references)
     lines = []

@@ -133,8 +133,10 @@ def test_table_plot_and_raw_figures_are_written(finished: tuple[Path, Result, li
                 assert min(picture.size) >= 48
     assert len(starts) == 1
     assert [run["folder"] for run in summary["runs"]] == list(FOLDERS.values())
-    with Image.open(folder / "table.png") as plot:
-        assert np.asarray(plot.convert("RGB")).std() > 10
+    for name in ("table.png", "clips.png"):
+        assert f"({name})" in text
+        with Image.open(folder / name) as plot:
+            assert np.asarray(plot.convert("RGB")).std() > 10
     # One cache for the start and all arms: clips in palette and in free colours, and the teacher's features of both.
     assert sorted(path.name.split("-")[0] for path in (out / "cache").iterdir()) == 2 * ["features"] + 2 * [
         "sprites"

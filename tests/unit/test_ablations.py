@@ -14,8 +14,9 @@ from refalign_ext.ablations import study as study_module
 from refalign_ext.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
 from refalign_ext.ablations.intervals import mean_and_error, paired_interval, student_t
 from refalign_ext.ablations.judging import jobs, read_metrics
-from refalign_ext.ablations.report import as_markdown, collect, curve_of, summarize
+from refalign_ext.ablations.report import as_markdown
 from refalign_ext.ablations.study import Study
+from refalign_ext.ablations.summary import collect, common_seeds, curve_of, summarize
 from refalign_ext.aside import locked
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.config import TrainConfig, configure, setting_types
@@ -281,11 +282,12 @@ def test_the_summary_pairs_seeds_and_leaves_out_what_did_not_arise() -> None:
     assert arms["C"]["seeds"] == [] and arms["C"]["figures"]["two"]["colors"] is None
     flow = arms["B"]["figures"]["validation"]["flow_error"]
     assert flow["by_seed"] == {1: 0.5, 3: 0.6} and flow["a_minus_this"]["mean"] == pytest.approx(-0.35)
-    text = as_markdown(study, summarize(study, found))
+    text = as_markdown(study, summarize(study, found), ["table.png"])
     assert "| A | 0.2000 ± 0.0577 |" in text and "| B | -0.3500 [-0.9853, +0.2853] |" in text
     assert "| A | 80.0 ± 5.8 | 80.0 ± 5.8 | 80.0 ± 5.8 |" in text
     assert "| B | +35.0 [-28.5, +98.5] |" in text
     assert "| C | without alignment | not finished |" in text
+    assert text.endswith("\n![table](table.png)\n") and common_seeds(found) == [1, 3]
     assert curve_of(found["A"], "judge_1/colors") == ([4, 8], pytest.approx([0.4, 0.8]))
 
 
