@@ -97,6 +97,8 @@ def ablate(
     from refalign_ext.launch import explain
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if start is not None and start_steps is not None:
+        raise ValueError("--start is trained already: leave --start_steps out")
     usual = QUICK if quick else USUAL
     arms = TABLES[table].chosen(letters)
     if quick and not letters:

@@ -219,6 +219,8 @@ def test_what_ends_training_ends_the_study_in_one_line(
         (("--table", "2", "--batch_size", "x"), "--batch_size x: expected a whole number"),
         (("--table", "5"), "'5' is not one of '2', '3', '4', 'recipes', 'copying'"),
         (("--table", "2", "--clips", "1"), "1 is not in the range x>=2"),
+        (("--table", "2", "--start", "nowhere"), "'nowhere' does not exist"),
+        (("--table", "2", "--start", "assets/r2v-tiny", "--start_steps", "9"), "leave --start_steps out"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
