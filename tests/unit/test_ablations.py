@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from refalign_ext.ablation_commands import USUAL
 from refalign_ext.ablations import study as study_module
 from refalign_ext.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
 from refalign_ext.ablations.intervals import mean_and_error, paired_interval, student_t
@@ -446,3 +448,27 @@ def test_arms_are_chosen_by_letter() -> None:
     assert TABLES["2"].chosen(()) == list(TABLES["2"].arms)
     with pytest.raises(ValueError, match="--arm Z: this table has A, B, C, D"):
         TABLES["2"].chosen(("Z",))
+
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "docs" / "ablations"
+
+
+@pytest.mark.parametrize("folder", sorted(PUBLISHED.glob("table-*")), ids=lambda folder: folder.name)
+def test_published_tables_are_what_their_runs_say(folder: Path) -> None:
+    """Also that the runs belong to the embedded model and the arms as they are now, so that a study can go on from them."""
+    study = Study(
+        folder.name.removeprefix("table-"), PUBLISHED, **{**USUAL, "start_steps": 0}, sample_steps=10
+    )
+    found = collect(study)
+    published = json.loads((folder / "table.json").read_text())
+    assert {arm["folder"] for arm in published.pop("runs")} == {
+        study.arm_folder(arm, seed).relative_to(PUBLISHED).as_posix()
+        for arm in study.arms.arms
+        for seed in found.get(arm.letter, {})
+    }
+    assert json.loads(json.dumps(summarize(study, found))) == published
+
+
+def test_published_runs_started_from_the_published_model() -> None:
+    starts = {json.loads(path.read_text())["start"] for path in PUBLISHED.glob("runs/*/*/result.json")}
+    assert starts == {study_module._digest(PUBLISHED / "start")}
