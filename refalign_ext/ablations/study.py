@@ -38,7 +38,7 @@ OWN_SETTINGS = ("task", "data", "out", "cache", "seed", "steps", "dit_ckpt", "fr
 # Every sample loses its references, and a tenth its prompt too, which guidance needs.
 NO_REFERENCES = {"drop_text": 0.0, "drop_references": 0.9, "drop_both": 0.1}
 PREVIEWS = 4  # of a run
-ARM_AVERAGE = 0.99  # an arm is short: the recipe's moving average would remember its start to the end
+ARM_AVERAGE = 0.99  # an arm is short: the recipe's moving average would lag a third of it behind
 _WAIT_S = 5.0
 
 
