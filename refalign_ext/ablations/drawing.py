@@ -17,11 +17,9 @@ _CLIPS = 4  # shown of each job
 
 def draw_table(path: Path, summary: dict[str, Any], found: Results) -> None:
     """Bars with standard errors for every part of the table, and accuracy in previews against training steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 19), layout="constrained")
-    FigureCanvasAgg(figure)
     bars = [part for part in PARTS if part[1] != VALIDATION]
     panels = list(figure.subplots(5, 2).flat)
     arms = [letter for letter, arm in summary["arms"].items() if arm["seeds"]]
@@ -61,7 +59,6 @@ def draw_clips(path: Path, study: Study, found: Results) -> bool:
     Returns:
         False, and nothing is written, if no seed has the pictures of all arms (results travel without them).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     arms = [arm for arm in study.arms.arms if arm.letter in found]
@@ -77,7 +74,6 @@ def draw_clips(path: Path, study: Study, found: Results) -> bool:
     columns = 2 + len(arms)
     rows = {job: min(_CLIPS, len(by_arm[0])) for job, by_arm in sheets.items()}
     figure = Figure(figsize=(1.3 * columns, 1.35 * sum(rows.values())), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(sum(rows.values()), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -24,7 +24,6 @@ def draw_curves(metrics: Path, out: Path) -> None:
     Raises:
         ValueError: if a line of `metrics` is not JSON or the file is empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     entries: dict[int, dict[str, float]] = {}
@@ -39,7 +38,6 @@ def draw_curves(metrics: Path, out: Path) -> None:
         raise ValueError(f"{metrics} is empty: train first")
     steps = sorted(entries)
     figure = Figure(figsize=(11, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
             # A skipped step's loss is logged as text, because JSON knows no nan.

@@ -64,7 +64,6 @@ def draw(
         shown: the first sample, whose tokens are drawn: a colour per reference, a marker per view.
         tokens, numbers: by name of the checkpoint.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from tqdm import tqdm
 
@@ -75,7 +74,6 @@ def draw(
     rows = [(name, method) for name in tokens for method in METHODS]
     heights = [1.3, *[1.9 for _ in rows], 2.8]
     figure = Figure(figsize=(max(10, 1.9 * len(columns) + 1), sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_references(parts[0], shown, timestep)
     bar = tqdm(total=len(rows) * len(columns), desc="embedding", unit="plot")

@@ -186,11 +186,9 @@ def _points(found: dict[str, float] | None) -> str:
 
 def _draw(cells: Cells, axes: Sequence[Sequence[float]], path: Path) -> None:
     """Curves against each scale, and a heat map for each figure."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7.6), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1)
     for panel, axis, scales in zip(top.subplots(1, 2, sharey=True), AXES, axes, strict=True):
         for metric in SHOWN:

@@ -24,14 +24,12 @@ _FAINT = "#7a7e86"
 
 def plot_stats(stats: Stats, out: Path) -> None:
     """Draws histograms and bars of everything that was counted into the PNG `out`, written aside and renamed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     panels = _panels(stats)
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(4 * _COLUMNS, 2.9 * rows + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{Path(stats.path).name}: {stats.clips:,} clips, {stats.hours:,.2f} hours, "
         f"{stats.pairs.total:,} references, {stats.groups:,} groups",
