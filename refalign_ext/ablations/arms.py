@@ -70,6 +70,12 @@ _PARTS = (
         {"alignment.weight": 0.0, "teacher_input": True},
     ),
 )
+_UNTRAINED_INPUT = Arm(
+    "E",
+    "as D with an untrained teacher",
+    {"alignment.weight": 0.0, "teacher_input": True},
+    MadeTeacher("dinov3", "tiny", steps=0),
+)
 _TEACHERS = (
     Arm("A", "tiny DINOv3"),
     Arm("B", "smaller DINOv3", teacher=MadeTeacher("dinov3", "small")),
@@ -96,7 +102,7 @@ def _depths() -> tuple[Arm, ...]:
 
 
 TABLES = {
-    "2": Table("Table 2: parts of the method", _PARTS),
+    "2": Table("Table 2: parts of the method", (*_PARTS, _UNTRAINED_INPUT)),
     "3": Table("Table 3: teachers", _TEACHERS),
     "4": Table("Table 4: depth of the alignment", _depths()),
     "recipes": Table("Recipes and taps", _RECIPES),

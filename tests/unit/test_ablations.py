@@ -38,7 +38,7 @@ _PARTS = {
 }
 # All that an arm may change of A.
 ALLOWED = {
-    "2": _PARTS,
+    "2": {**_PARTS, "E": {"alignment.weight", "teacher_input", "alignment.teacher_path"}},
     "copying": _PARTS,
     "3": {
         "B": {"alignment.teacher_path"},
@@ -111,6 +111,7 @@ def test_the_arms_do_what_they_are_called() -> None:
     assert parts["B"].alignment.weight > 0 and parts["B"].alignment.negative_weight == 0
     assert parts["C"].alignment.weight == 0 and not parts["C"].teacher_input
     assert parts["D"].alignment.weight == 0 and parts["D"].teacher_input
+    assert difference(parts["D"], parts["E"]) == {"out", "alignment.teacher_path"}
     copying = {arm.letter: config_of(study_of("copying"), arm) for arm in TABLES["copying"].arms}
     for letter, config in copying.items():
         assert config.regular_pairs == 1.0
