@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -468,6 +470,25 @@ def test_published_tables_are_what_their_runs_say(folder: Path) -> None:
         for seed in found.get(arm.letter, {})
     }
     assert json.loads(json.dumps(summarize(study, found))) == published
+
+
+def compare(*words: str) -> subprocess.CompletedProcess[str]:
+    script = PUBLISHED.parents[1] / "benchmarks" / "ablation_pairs.py"
+    return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+
+
+def test_any_two_arms_of_a_published_table_are_compared() -> None:
+    published = json.loads((PUBLISHED / "table-2" / "table.json").read_text())["arms"]["D"]["figures"]
+    shown = compare(str(PUBLISHED / "table-2"), "A", "D")
+    assert shown.returncode == 0, shown.stderr
+    wanted = {key: 100 * published["two"]["colors"]["a_minus_this"][key] for key in ("mean", "low", "high")}
+    assert "two colors: {mean:+.1f} [{low:+.1f}, {high:+.1f}], seeds 1, 2, 3".format(**wanted) in shown.stdout
+    assert "validation flow_error: +0.0090 [+0.0036, +0.0144]" in shown.stdout
+    recipes = str(PUBLISHED / "table-recipes")
+    assert "validation" in compare(recipes, "C", "E").stdout
+    assert "validation" not in compare(recipes, "A", "C").stdout  # other timesteps
+    unknown = compare(recipes, "A", "Z")
+    assert unknown.returncode == 2 and "Z: this table has A, B, C, D, E" in unknown.stderr
 
 
 def test_published_runs_started_from_the_published_model() -> None:

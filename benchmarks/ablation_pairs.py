@@ -1,0 +1,74 @@
+"""Any two arms of a written ablation table, paired by seed.
+
+    python benchmarks/ablation_pairs.py docs/ablations/table-2 D E
+
+`table.md` compares A with every other arm; this prints the first named arm minus the second with the same intervals.
+Flow-matching errors are compared only between arms whose timesteps are drawn alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import click
+
+from refalign_ext.ablations.intervals import paired_interval
+from refalign_ext.ablations.summary import VALIDATION
+
+# The gate weighs the alignment loss; the timesteps and the weights of the flow-matching loss are the same without it.
+_UNGATED = "_ungated"
+
+
+def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:
+    """A line for each figure of both arms: percentage points, and the flow-matching error as it is.
+
+    Args:
+        table: what `table.json` holds.
+
+    Raises:
+        ValueError: for an arm that the table lacks.
+    """
+    for letter in (first, second):
+        if letter not in table["arms"]:
+            raise ValueError(f"{letter}: this table has {', '.join(table['arms'])}")
+    arms = [table["arms"][letter] for letter in (first, second)]
+    timesteps = {arm["changes"].get("timesteps", "").removesuffix(_UNGATED) for arm in arms}
+    lines = []
+    for job, metrics in arms[0]["figures"].items():
+        if job == VALIDATION and len(timesteps) > 1:
+            continue
+        factor, digits = (1, 4) if job == VALIDATION else (100, 1)
+        for metric in metrics:
+            seeds = [(arm["figures"][job][metric] or {"by_seed": {}})["by_seed"] for arm in arms]
+            common = sorted(seeds[0].keys() & seeds[1].keys())
+            if not common:
+                continue
+            found = paired_interval(*([factor * arm[seed] for seed in common] for arm in seeds))
+            mean, *bounds = ["-" if value is None else f"{value:+.{digits}f}" for value in found]
+            lines.append(f"{job} {metric}: {mean} [{', '.join(bounds)}], seeds {', '.join(common)}")
+    return lines
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("first")
+@click.argument("second")
+def main(folder: Path, first: str, second: str) -> None:
+    """FIRST minus SECOND, two arms of the table in FOLDER."""
+    path = folder / "table.json"
+    if not path.is_file():
+        raise click.UsageError(f"{path} is not there: write it with `python -m refalign_ext ablate`")
+    try:
+        lines = pairs(json.loads(path.read_text(encoding="utf-8")), first, second)
+    except ValueError as error:
+        raise click.UsageError(f"{path}: {error}") from error
+    click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
