@@ -17,11 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 
-from refalign_ext.ablations.intervals import paired_interval
-from refalign_ext.ablations.summary import VALIDATION
-
-# The gate weighs the alignment loss; the timesteps and the weights of the flow-matching loss are the same without it.
-_UNGATED = "_ungated"
+from refalign_ext.ablations.report import interval_text, number_of
+from refalign_ext.ablations.summary import are_comparable, paired_difference
 
 
 def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:
@@ -37,20 +34,16 @@ def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:
         if letter not in table["arms"]:
             raise ValueError(f"{letter}: this table has {', '.join(table['arms'])}")
     arms = [table["arms"][letter] for letter in (first, second)]
-    timesteps = {arm["changes"].get("timesteps", "").removesuffix(_UNGATED) for arm in arms}
     lines = []
     for job, metrics in arms[0]["figures"].items():
-        if job == VALIDATION and len(timesteps) > 1:
+        if not are_comparable(job, *(arm["changes"] for arm in arms)):
             continue
-        factor, digits = (1, 4) if job == VALIDATION else (100, 1)
         for metric in metrics:
-            seeds = [(arm["figures"][job][metric] or {"by_seed": {}})["by_seed"] for arm in arms]
-            common = sorted(seeds[0].keys() & seeds[1].keys())
-            if not common:
-                continue
-            found = paired_interval(*([factor * arm[seed] for seed in common] for arm in seeds))
-            mean, *bounds = ["-" if value is None else f"{value:+.{digits}f}" for value in found]
-            lines.append(f"{job} {metric}: {mean} [{', '.join(bounds)}], seeds {', '.join(common)}")
+            figures = [arm["figures"][job][metric] or {"by_seed": {}} for arm in arms]
+            difference = paired_difference(*(figure["by_seed"] for figure in figures))
+            if difference is not None:
+                text, seeds = interval_text(difference, number_of(job)), ", ".join(difference["seeds"])
+                lines.append(f"{job} {metric}: {text}, seeds {seeds}")
     return lines
 
 

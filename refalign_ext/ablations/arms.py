@@ -60,27 +60,20 @@ class Table:
         return [arm for arm in self.arms if arm.letter in letters or not letters]
 
 
+_TEACHER_INPUT = {"alignment.weight": 0.0, "teacher_input": True}
+_UNTRAINED = MadeTeacher("dinov3", "tiny", steps=0)
 _PARTS = (
     Arm("A", "reference alignment"),
     Arm("B", "without the negative term", {"alignment.negative_weight": 0.0}),
     Arm("C", "without alignment", {"alignment.weight": 0.0}),
-    Arm(
-        "D",
-        "teacher features as input, without alignment",
-        {"alignment.weight": 0.0, "teacher_input": True},
-    ),
+    Arm("D", "teacher features as input, without alignment", _TEACHER_INPUT),
 )
-_UNTRAINED_INPUT = Arm(
-    "E",
-    "as D with an untrained teacher",
-    {"alignment.weight": 0.0, "teacher_input": True},
-    MadeTeacher("dinov3", "tiny", steps=0),
-)
+_UNTRAINED_INPUT = Arm("E", "as D with an untrained teacher", _TEACHER_INPUT, _UNTRAINED)
 _TEACHERS = (
     Arm("A", "tiny DINOv3"),
     Arm("B", "smaller DINOv3", teacher=MadeTeacher("dinov3", "small")),
     Arm("C", "larger DINOv3", teacher=MadeTeacher("dinov3", "large")),
-    Arm("D", "untrained DINOv3", teacher=MadeTeacher("dinov3", "tiny", steps=0)),
+    Arm("D", "untrained DINOv3", teacher=_UNTRAINED),
     Arm("E", "tiny SigLIP2", teacher=MadeTeacher("siglip2", "tiny")),
 )
 _RECIPES = (

@@ -82,7 +82,7 @@ def _rows(
     metrics: tuple[str, ...],
     text: Callable[[dict[str, Any], Callable[..., str]], str],
 ) -> list[str]:
-    number = _plain if job == VALIDATION else _percent
+    number = number_of(job)
     lines = [f"| arm | {' | '.join(metric.replace('_', ' ') for metric in metrics)} |"]
     lines.append("|---" * (len(metrics) + 1) + "|")
     for letter, arm in arms.items():
@@ -91,6 +91,11 @@ def _rows(
         if any(cells):
             lines.append(f"| {letter} | {' | '.join(cell or '-' for cell in cells)} |")
     return lines
+
+
+def number_of(job: str) -> Callable[..., str]:
+    """How figures of a job are written: in percent, a loss as it is."""
+    return _plain if job == VALIDATION else _percent
 
 
 def _percent(share: float, sign: str = "") -> str:
@@ -108,8 +113,11 @@ def _mean_text(figure: dict[str, Any], number: Callable[..., str]) -> str:
 
 def _difference_text(figure: dict[str, Any], number: Callable[..., str]) -> str:
     difference = figure.get("a_minus_this")
-    if difference is None:
-        return ""
+    return "" if difference is None else interval_text(difference, number)
+
+
+def interval_text(difference: dict[str, Any], number: Callable[..., str]) -> str:
+    """A difference of `summary.paired_difference` with its interval, if it has one; `number`: see `number_of`."""
     text = number(difference["mean"], "+")
     if difference["low"] is None:
         return text

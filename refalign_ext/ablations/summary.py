@@ -76,9 +76,7 @@ def summarize(study: Study, found: Results) -> dict[str, Any]:
             for metric in metrics:
                 values = shares(found.get(arm.letter, {}), job, metric)
                 reference = shares(found.get(first.letter, {}), job, metric)
-                is_comparable = job != VALIDATION or arm.changes.get("timesteps") == first.changes.get(
-                    "timesteps"
-                )
+                is_comparable = are_comparable(job, arm.changes, first.changes)
                 compared = None if arm is first or not is_comparable else reference
                 figures[job][metric] = _figure(values, compared)
         arms[arm.letter] = {
@@ -95,11 +93,28 @@ def _figure(values: Values, reference: Values | None) -> dict[str, Any] | None:
         return None
     center, error = mean_and_error(list(values.values()))
     figure: dict[str, Any] = {"by_seed": values, "mean": center, "standard_error": error}
-    paired = sorted(values.keys() & reference.keys()) if reference is not None else []
-    if paired:
-        difference, low, high = paired_interval([reference[s] for s in paired], [values[s] for s in paired])
-        figure["a_minus_this"] = {"mean": difference, "low": low, "high": high, "seeds": paired}
+    difference = None if reference is None else paired_difference(reference, values)
+    if difference is not None:
+        figure["a_minus_this"] = difference
     return figure
+
+
+def are_comparable(job: str, changes: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether a figure compares between arms of these changes: a flow-matching error needs the same timesteps.
+
+    The gate weighs the alignment loss; timesteps and weights of the flow-matching loss are the same without it.
+    """
+    first, second = (each.get("timesteps", "").removesuffix("_ungated") for each in (changes, others))
+    return job != VALIDATION or first == second
+
+
+def paired_difference(first: Values, second: Values) -> dict[str, Any] | None:
+    """`first` minus `second` in the seeds of both, with its interval; None without such seeds."""
+    paired = sorted(first.keys() & second.keys())
+    if not paired:
+        return None
+    difference, low, high = paired_interval([first[s] for s in paired], [second[s] for s in paired])
+    return {"mean": difference, "low": low, "high": high, "seeds": paired}
 
 
 def curve_of(results: dict[int, dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
