@@ -445,7 +445,7 @@ def _run_alone(args: argparse.Namespace) -> None:
         check_arguments(args)
         paths = None if args.dry_run else output_paths(args)
         # Importing this takes seconds, which the mistakes found above are spared.
-        from refalign_ext.generation import describe_plan, explain, generate
+        from refalign_ext.serving.generation import describe_plan, explain, generate
 
         if args.dry_run:
             if _environment("RANK", 0) == 0:
@@ -468,15 +468,21 @@ def _run_with_others(args: argparse.Namespace, rank: int) -> None:
     """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
     global _ranks_have_met
     from refalign_ext.distributed.mesh import is_first_to_fail, is_lost_contact
-    from refalign_ext.generation import divide_ranks, explain, generate, leave_ranks, meet_ranks
+    from refalign_ext.serving.generation import (
+        explain,
+        generate,
+        init_distributed,
+        resolve_parallel_sizes,
+        shutdown_distributed,
+    )
 
     try:
-        meet_ranks(args)
+        init_distributed(args)
         _ranks_have_met = True
         check_arguments(args)
-        divide_ranks(args)
+        resolve_parallel_sizes(args)
         generate(args, output_paths(args) if rank == 0 else None)
-        leave_ranks()
+        shutdown_distributed()
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if (rank and is_lost_contact(error)) or not is_first_to_fail():
             leave(2)

@@ -139,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--world_size {options.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
         )
     try:
-        from refalign_ext.distributed.mesh import tell_once
-        from refalign_ext.launch import explain, train
+        from refalign_ext.distributed.mesh import report_error_once
+        from refalign_ext.training.run import explain, train
 
         overrides = read_overrides(options)
     except KeyboardInterrupt:
@@ -159,11 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         line = explain(error)
-        tell_once(lambda: say(f"train_refalign.py: error: {' '.join(line.split())}"))
+        report_error_once(lambda: say(f"train_refalign.py: error: {' '.join(line.split())}"))
         return 2
     except KeyboardInterrupt as stop:
         with suppress(KeyboardInterrupt):
-            tell_once(lambda: say("stopped; the same command goes on from the last checkpoint"))
+            report_error_once(lambda: say("stopped; the same command goes on from the last checkpoint"))
         return stop.args[0] if stop.args else 130
     return 0
 

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 
-from refalign_ext.ablations.report import interval_text, number_of
-from refalign_ext.ablations.summary import are_comparable, paired_difference
+from refalign_ext.sprites.ablations.report import interval_text, number_of
+from refalign_ext.sprites.ablations.summary import are_comparable, paired_difference
 
 
 def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:

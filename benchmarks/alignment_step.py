@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import processor
-from refalign_ext.assemble import assemble
 from refalign_ext.backbone import resolve_device
 from refalign_ext.config import configure
 from refalign_ext.distributed.mesh import Parallel
-from refalign_ext.trainer import Trainer
+from refalign_ext.training.build import build_trainer
+from refalign_ext.training.trainer import Trainer
 
 SHARES = {1: (1.0, 0.0, 0.0), 2: (0.0, 1.0, 0.0), 3: (0.0, 0.0, 1.0)}
 DEPTHS = (0, 1, 3, 6)
@@ -50,7 +50,7 @@ def build(depth: int, references: int, folder: Path, device: torch.device) -> Tr
         "out": str(folder / f"{references}-{depth}"),
         "cache": str(folder / "cache"),
     }
-    return assemble(configure("tiny", settings), Parallel.single(device))
+    return build_trainer(configure("tiny", settings), Parallel.single(device))
 
 
 def seconds_of_step(trainer: Trainer) -> tuple[float, float]:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import processor
 from refalign_ext.data.masks import bounding_box, encode, parse_mask
-from tests.opens2v_fixture import Thing, make_entry, make_pair
+from tests.helpers.opens2v_fixture import Thing, make_entry, make_pair
 
 TITLE = "Converting OpenS2V-5M"
 SIZE = (1280, 720)

@@ -29,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import processor
-from refalign_ext.data.video import _fitted, probe, read_clip
+from refalign_ext.data.decoding import _fitted, probe, read_clip
 
 TITLE = "Decoding the last frames of a clip"
 

@@ -38,27 +38,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.decode import pictures, render
 from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS
-from refalign_ext.caching import FrozenParts, fill_cache
 from refalign_ext.config import AlignmentConfig
-from refalign_ext.data.caching.files import CacheHeader
-from refalign_ext.data.caching.names import cache_fingerprint
-from refalign_ext.data.caching.reader import LatentCache
-from refalign_ext.data.caching.rows import RowLoader
+from refalign_ext.data.cache.files import CacheHeader
+from refalign_ext.data.cache.names import cache_fingerprint
+from refalign_ext.data.cache.reader import LatentCache
+from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.cutting.materialise import materialise
+from refalign_ext.data.decoding import _fitted
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, LoadedSample
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
-from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_levels
-from refalign_ext.data.rows import write_manifest
+from refalign_ext.data.manifest_file import write_manifest
+from refalign_ext.data.materialise.run import materialise
+from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_uint8
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.choice import Bucket, Sampling, choose, keyed_generator
 from refalign_ext.data.sampling.order import Place
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.spans import Part, choose_frames
-from refalign_ext.data.video import _fitted
 from refalign_ext.data.work import Share
-from refalign_ext.flops import AlignmentShape, ModelShape, peak_flops, step_flops
+from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
 from refalign_ext.references import letterbox, reference_to_tensor
+from refalign_ext.training.precompute import FrozenParts, fill_cache
 
 TITLE = "Loading training samples"
 TASK = "r2v-1.3B"
@@ -240,9 +240,9 @@ def check_same(clips: ClipSet, sampling: Sampling) -> None:
     for row in range(len(clips)):
         place = Place(row, 0, row, sampling.buckets[0], ())
         ours, theirs = (kind([clips], sampling)[place] for kind in (ClipDataset, NaiveDataset))
-        assert ours.levels is not None and torch.equal(ours.levels, to_levels(theirs.levels)), row
+        assert ours.levels is not None and torch.equal(ours.levels, to_uint8(theirs.levels)), row
         for choice, one, other in zip(ours.choice.references, ours.references, theirs.references):
-            assert choice.augmentation is not None or torch.equal(one.levels, to_levels(other.levels)), row
+            assert choice.augmentation is not None or torch.equal(one.levels, to_uint8(other.levels)), row
 
 
 def stored_bytes(folder: Path, clips: ClipSet, references: int) -> float:
@@ -283,8 +283,8 @@ def needs(seconds: dict[str, float], size: tuple[int, int], frames: int, referen
     lines = [
         "### Calculated, not measured on a GPU: processor cores that a GPU needs for loading",
         "",
-        f"A training step of {TASK} takes {flops / 1e12:,.0f} TFLOP per sample (`refalign_ext/flops.py`, without what is "
-        f"computed again). Assumed: {MFU:.0%} of the peak in bf16 is reached, and the VAE, the teacher and the text encoder "
+        f"A training step of {TASK} takes {flops / 1e12:,.0f} TFLOP per sample (`refalign_ext/planning/flops.py`, without what "
+        f"is computed again). Assumed: {MFU:.0%} of the peak in bf16 is reached, and the VAE, the teacher and the text encoder "
         "take no time, which without a cache they do. Cores are clips per second times the processor time of a clip above.",
         "",
         f"| GPU | peak | clips per second per GPU | {' | '.join(f'cores, {name}' for name in seconds)} |",

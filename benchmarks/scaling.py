@@ -41,11 +41,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_arguments
 from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
-from refalign_ext.distributed.memory import FULL, Load, gather_traffic, sequence_traffic
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import parallelize
-from refalign_ext.distributed.plan import Plan, make_training_plan
-from refalign_ext.flops import (
+from refalign_ext.losses import reference_alignment_over_blocks
+from refalign_ext.planning.flops import (
     AlignmentShape,
     ModelShape,
     forward_flops,
@@ -53,10 +52,11 @@ from refalign_ext.flops import (
     peak_flops,
     step_flops,
 )
-from refalign_ext.losses import reference_alignment_over_blocks
-from refalign_ext.optimizers import build_optimizers
+from refalign_ext.planning.memory import FULL, Load, gather_traffic, sequence_traffic
+from refalign_ext.planning.plan import Plan, make_training_plan
 from refalign_ext.projectors import ReferenceProjectors
-from tests.distributed.ranks import run_ranks
+from refalign_ext.training.optimizers import build_optimizers
+from tests.helpers.ranks import run_ranks
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 GPUS_PER_MACHINE = 8

@@ -7,7 +7,7 @@ nothing changes.
 
 from __future__ import annotations
 
-from refalign_ext.rebase.source import SourceTree
+from refalign_ext.upstream.source import SourceTree
 
 NAME = "cpu-attention"
 FILE = "wan/modules/attention.py"

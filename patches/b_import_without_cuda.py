@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.rebase.source import SourceTree, dotted
+from refalign_ext.upstream.source import SourceTree, dotted
 
 NAME = "import-without-cuda"
 FOLDER = "wan/modules/"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.rebase.source import PlaceNotFound, SourceFile, SourceTree, dotted, parameters_of
+from refalign_ext.upstream.source import PlaceNotFound, SourceFile, SourceTree, dotted, parameters_of
 
 NAME = "float32-on-every-device"
 FILE = "wan/modules/model.py"

@@ -8,8 +8,14 @@ of once per block.
 
 from __future__ import annotations
 
-from refalign_ext.rebase.places import MODEL, block_call, block_parameters, model_forward, require_positional
-from refalign_ext.rebase.source import PlaceNotFound, SourceTree, calls_of, dotted, names_of
+from refalign_ext.upstream.places import (
+    MODEL,
+    block_call,
+    block_parameters,
+    model_forward,
+    require_positional,
+)
+from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of, dotted, names_of
 
 NAME = "sequence-parallel"
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.rebase.places import model_forward
-from refalign_ext.rebase.source import PlaceNotFound, SourceTree, calls_of
+from refalign_ext.upstream.places import model_forward
+from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of
 
 NAME = "one-timestep"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.rebase.places import block_call, model_forward, require_positional
-from refalign_ext.rebase.source import PlaceNotFound, SourceTree, names_of
+from refalign_ext.upstream.places import block_call, model_forward, require_positional
+from refalign_ext.upstream.source import PlaceNotFound, SourceTree, names_of
 
 NAME = "activation-checkpointing"
 _SWITCH = "_supports_gradient_checkpointing"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
-from refalign_ext.wan_root import check_own_wan, selected_tree
+from refalign_ext.upstream.tree import check_own_wan, selected_tree
 
 check_own_wan()
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402 - only of a tree that has it all

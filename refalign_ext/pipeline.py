@@ -81,7 +81,7 @@ class R2VResult:
     peak_memory: int | None = None
 
 
-class OneRank:
+class SingleProcess:
     """Makes a video alone: what `R2VPipeline` asks of the ranks that make one together.
 
     `refalign_ext.distributed.inference.VideoRanks` divides the work; every method is then called on all ranks together.
@@ -140,7 +140,7 @@ class R2VPipeline:
         dtype: torch.dtype = torch.float32,
         t5_cpu: bool = False,
         offload_model: bool = False,
-        ranks: OneRank | None = None,
+        ranks: SingleProcess | None = None,
     ) -> None:
         """Puts loaded parts together; `from_pretrained` loads them.
 
@@ -155,7 +155,7 @@ class R2VPipeline:
             offload_model: keeps only the part at work on the device and runs the guidance branches one by one.
             ranks: the ranks that have divided these parts; None: this process works alone.
         """
-        self.ranks = ranks or OneRank()
+        self.ranks = ranks or SingleProcess()
         self.config = config
         self.backbone = backbone
         self.vae = vae
@@ -176,7 +176,7 @@ class R2VPipeline:
         dit_ckpt: str | os.PathLike[str] | None = None,
         t5_cpu: bool = False,
         offload_model: bool = False,
-        ranks: OneRank | None = None,
+        ranks: SingleProcess | None = None,
         read_dit: Callable[[Path], DiTCheckpoint] = read_dit_checkpoint,
     ) -> R2VPipeline:
         """Loads a checkpoint folder in upstream's layout.
@@ -191,7 +191,7 @@ class R2VPipeline:
                 RefAlign's or diffusers' names.
             t5_cpu, offload_model: see the class.
             ranks: the ranks to divide the work among; None: this process works alone.
-            read_dit: what reads the DiT's weights; `refalign_ext.distributed.reading.read_any_dit` also takes the
+            read_dit: what reads the DiT's weights; `refalign_ext.checkpoint.reading.read_any_dit` also takes the
                 step-* folders of training.
 
         Raises:
@@ -221,7 +221,7 @@ class R2VPipeline:
         dit_ckpt: str | os.PathLike[str] | None = None,
         t5_cpu: bool = False,
         offload_model: bool = False,
-        ranks: OneRank | None = None,
+        ranks: SingleProcess | None = None,
         read_dit: Callable[[Path], DiTCheckpoint] = read_dit_checkpoint,
     ) -> R2VPipeline:
         """What `from_pretrained` does, for any entry of `WAN_CONFIGS`: text-to-video is a video without references.
@@ -229,7 +229,7 @@ class R2VPipeline:
         Raises:
             ValueError: as there, and if offloading and sharding are asked for together.
         """
-        ranks = ranks or OneRank()
+        ranks = ranks or SingleProcess()
         if offload_model and (ranks.shards_model or ranks.shards_text_encoder):
             raise ValueError(
                 "--offload_model True does not go with --dit_fsdp or --t5_fsdp, whose weights stay where they are divided: "

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from refalign_ext.aside import aside_path
+from refalign_ext.atomic_io import atomic_path
 
 _KEY = re.compile(r"blocks\.(\d+)\.input_mlp\.proj\.([02])\.weight")
 
@@ -192,7 +192,7 @@ def save_projectors(projectors: ReferenceProjectors, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     path = Path(path)
-    with aside_path(path) as aside:
+    with atomic_path(path) as aside:
         save_file(
             {key: value.detach().contiguous().cpu() for key, value in projectors.state_dict().items()}, aside
         )

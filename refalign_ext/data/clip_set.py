@@ -9,8 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
-from refalign_ext.data.media import Media, MediaBytes
-from refalign_ext.data.rows import MAX_ROW_BYTES, ManifestReader
+from refalign_ext.data.manifest_file import MAX_ROW_BYTES, ManifestReader
+from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.schema import Clip, parse_line, resolve_inside
 from refalign_ext.data.shards import LISTING, ShardTable, read_listing, scan_shard
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refalign_ext.data.cutting.reference import read_reference, span_arguments
+from refalign_ext.data.decoding import read_clip
+from refalign_ext.data.materialise.reference import read_reference, span_arguments
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling, keyed_generator
 from refalign_ext.data.schema import Clip
-from refalign_ext.data.video import read_clip
 from refalign_ext.references import letterbox, reference_to_tensor
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _CUTS, _AUGMENTATIONS = 2, 3  # set random numbers apart from all others
 
 
-def video_levels(
+def video_uint8(
     clip_set: ClipSet, row: int, clip: Clip, bucket: Bucket, cut: int, sampling: Sampling
 ) -> Tensor:
     """The frames of one temporal cut: [3, T, H, W] uint8.
@@ -34,7 +34,7 @@ def video_levels(
     Raises:
         ValueError: if the file is missing, cannot be decoded or is too short.
     """
-    return to_levels(
+    return to_uint8(
         read_clip(
             clip_set.media(row, clip.video.path),
             bucket.frames,
@@ -69,7 +69,7 @@ def load_reference(
     return reference_to_tensor(letterbox(image, bucket.size)).contiguous()
 
 
-def to_levels(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor) -> Tensor:
     """Pixels in [-1, 1], [..., H, W], as the nearest of 256 levels, uint8."""
     levels = torch.empty(pixels.shape, dtype=torch.uint8)
     # Plane by plane it stays in the processor's cache: four times as fast.
@@ -79,7 +79,7 @@ def to_levels(pixels: Tensor) -> Tensor:
 
 
 def from_levels(levels: Tensor) -> Tensor:
-    """Levels, uint8, as float32 pixels in [-1, 1]; `to_levels` gives them back."""
+    """Levels, uint8, as float32 pixels in [-1, 1]; `to_uint8` gives them back."""
     return levels.to(torch.float32).div_(127.5).sub_(1.0)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 
 LISTING = "shards.json"
 SHARD_FOLDER = "shards"
@@ -189,7 +189,7 @@ def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
         "samples": sum(info.samples for info in infos),
         "shards": [asdict(info) for info in infos],
     }
-    with written_aside(folder / LISTING) as file:
+    with atomic_open(folder / LISTING) as file:
         file.write(json.dumps(listing, indent=1).encode("utf-8") + b"\n")
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 
-from refalign_ext.data.media import Media
+from refalign_ext.data.media_source import Media
 
 _ROUNDED = Fraction(1, 1000)  # seconds by which written times are rounded
 

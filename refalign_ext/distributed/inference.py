@@ -17,10 +17,10 @@ from refalign_ext.distributed.mesh import DATA, Parallel
 from refalign_ext.distributed.parallelize import can_shard_on_cpu
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.xfuser_backend import attach_xfuser
-from refalign_ext.pipeline import OneRank
+from refalign_ext.pipeline import SingleProcess
 
 
-class VideoRanks(OneRank):
+class VideoRanks(SingleProcess):
     """The ranks of `parallel` making one video; every method is called on all of them together.
 
     Args:
@@ -64,7 +64,7 @@ class VideoRanks(OneRank):
         return shard_text_encoder(model, self.parallel)
 
     def same_seed(self, seed: int) -> int:
-        return self.parallel.from_main(lambda: seed)
+        return self.parallel.broadcast_from_rank0(lambda: seed)
 
     def same(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors = [tensor.contiguous() for tensor in tensors]

@@ -225,7 +225,7 @@ class Parallel:
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def from_main(self, find: Callable[[], Any]) -> Any:
+    def broadcast_from_rank0(self, find: Callable[[], Any]) -> Any:
         """What `find` returns on rank 0, however long it takes, on every rank; so is a ValueError that it raises."""
         found: list[Any] = [None, None]
         try:
@@ -350,7 +350,7 @@ def is_first_to_fail() -> bool:
         return True  # the rank that holds the store is gone: better twice than not at all
 
 
-def tell_once(tell: Callable[[], None]) -> None:
+def report_error_once(tell: Callable[[], None]) -> None:
     """Have one of the ranks that end early tell the user, the first; what follows elsewhere follows from it.
 
     The others wait until it has told, because torchrun ends all ranks as soon as one is gone. Before the ranks have met

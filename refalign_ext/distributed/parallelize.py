@@ -185,7 +185,7 @@ def can_shard_on_cpu() -> bool:
     return hasattr(torch.cpu.Stream, "record_event")
 
 
-def free_gathered(trained: nn.Module) -> None:
+def reshard_all(trained: nn.Module) -> None:
     """Drop whole weights that FSDP keeps after a pass without gradients, so that changed shards are gathered again."""
     for module in trained.modules():
         if isinstance(module, FSDPModule):
@@ -197,7 +197,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sharded tensors gathered on every rank; all ranks call it together."""
     return {
         name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 
 PANELS = (
     ("flow-matching loss", ("loss/flow",)),
@@ -54,7 +54,7 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    with written_aside(out) as file:
+    with atomic_open(out) as file:
         figure.savefig(file, dpi=110, format="png")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.evaluation.features import Sample
 from refalign_ext.evaluation.separability import METRICS, Numbers, Place, SampleTokens
 
@@ -86,7 +86,7 @@ def draw(
     bar.close()
     _draw_curves(parts[-1], timestep, blocks, numbers)
     parts[-1].supxlabel(footer, fontsize=8, color="grey")
-    with written_aside(path) as file:
+    with atomic_open(path) as file:
         figure.savefig(file, dpi=110, format="png")
 
 

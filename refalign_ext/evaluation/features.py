@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone, initial_noise, placed
+from refalign_ext.encoders import token_stride
 from refalign_ext.evaluation.separability import Place, SampleTokens
-from refalign_ext.frozen import token_stride
 from refalign_ext.layout import TokenLayout
 from refalign_ext.pipeline import Conditions, R2VPipeline
 from refalign_ext.references import reference_to_tensor

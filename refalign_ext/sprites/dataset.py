@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refalign_ext.aside import aside_path
+from refalign_ext.atomic_io import atomic_path
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.sprites.world import (
     WORLD_VERSION,
@@ -265,7 +265,7 @@ def _digest(identity: list) -> str:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with aside_path(path) as aside:
+    with atomic_path(path) as aside:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from refalign_ext.muon import Muon
+from refalign_ext.training.muon import Muon
 
 SIDE = 48  # pixels of a view, as of a clip of r2v-tiny
 PATCH = 8  # pixels: VAE stride 4 times DiT patch 2, so that teacher and DiT grids match

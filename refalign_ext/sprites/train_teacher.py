@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.sprites.teacher_probe import feature_picture, linear_probe
 from refalign_ext.sprites.teacher_training import HEAD, HIDDEN, LAYERS, PATCH, SIDE, to_images, train
 from refalign_ext.sprites.train_siglip import CaptionLesson
@@ -221,7 +221,7 @@ def main(
             for name, (share, chance) in linear_probe(teacher).items()
         ]
         write(f"linear probe on held-out subjects, features averaged over the patches: {', '.join(known)}")
-        with written_aside(out / "features.png") as file:
+        with atomic_open(out / "features.png") as file:
             Image.fromarray(feature_picture(teacher)).save(file, format="PNG")
     click.echo(f"wrote {folder}, log.txt and features.png")
 

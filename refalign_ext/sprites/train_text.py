@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refalign_ext.aside import aside_path
+from refalign_ext.atomic_io import atomic_path
 from refalign_ext.sprites.text import random_encoder, write_tokenizer
 from refalign_ext.sprites.world import (
     BACKGROUNDS,
@@ -144,6 +144,6 @@ def main(steps: int, out: Path, seed: int) -> None:
         lines.append(f"{label}: {answers} ({count} steps, {seconds:.0f} s)")
         click.echo(lines[-1])
         if train:
-            with aside_path(out / "text.pt") as aside:
+            with atomic_path(out / "text.pt") as aside:
                 torch.save(encoder.state_dict(), aside)
     (out / "log.txt").write_text("\n".join(lines) + "\n")

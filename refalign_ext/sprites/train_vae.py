@@ -19,11 +19,11 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanResample
 from torch import Tensor, nn
 
-from refalign_ext.aside import aside_path
-from refalign_ext.muon import Muon
+from refalign_ext.atomic_io import atomic_path
 from refalign_ext.sprites.vae_latents import PLACE_CHANNELS, decoder_metric, fold_normalization, place_error
 from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
+from refalign_ext.training.muon import Muon
 
 KL_WEIGHT = 1e-3  # keeps the decoder calm about the small errors that generated latents have
 CONFIG = {
@@ -230,7 +230,7 @@ def run_stage(vae: AutoencoderKLWan, stage: Stage, out: Path, save_every: int, d
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": step + 1,
             }
-            with aside_path(state_file) as aside:
+            with atomic_path(state_file) as aside:
                 torch.save(state, aside)
 
 
@@ -296,7 +296,7 @@ def main(
         fold_normalization(vae, videos, metric)
         vae.train()
     run_stage(vae, Stage("places", place_steps, (0.01, 1.5e-3), whole_frames, places), out, save_every, data)
-    with aside_path(out / "vae.pt") as aside:
+    with atomic_path(out / "vae.pt") as aside:
         torch.save(vae.eval().state_dict(), aside)
     click.echo(f"wrote {out / 'vae.pt'}")
 

@@ -17,9 +17,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from refalign_ext.ablations import study as study_module
+from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.cli import main
-from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
+from refalign_ext.sprites.ablations import study as study_module
 
 ROOT = Path(__file__).resolve().parents[2]
 # Enough steps to be interrupted in; arm D of table 2 is the one whose model is another.

@@ -18,9 +18,9 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from refalign_ext.cli import main
-from refalign_ext.launch import train
-from tests.opens2v_fixture import BLUE, FRAMES, RED, SIZE, NativeSet, render_video, write_native_set
-from tests.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
+from refalign_ext.training.run import train
+from tests.helpers.opens2v_fixture import BLUE, FRAMES, RED, SIZE, NativeSet, render_video, write_native_set
+from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 EXACT = {
     "precision": "fp32",

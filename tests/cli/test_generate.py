@@ -322,7 +322,7 @@ def test_weights_of_another_task(
     fails, run_folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from refalign_ext.backbone import WAN_CONFIGS
-    from tests.tiny_checkpoint import build, tiny_config
+    from tests.helpers.tiny_checkpoint import build, tiny_config
 
     monkeypatch.setitem(WAN_CONFIGS, "r2v-smaller", tiny_config())
     folder = shutil.copytree(tiny_checkpoint, run_folder / "smaller")
@@ -485,7 +485,7 @@ def keep_values(name: str) -> Callable[[int], None]:
     """Have a rank that writes a video also save its values, which the codec blurs, as `name` beside the folder's files."""
 
     def before(rank: int) -> None:
-        from refalign_ext import generation
+        from refalign_ext.serving import generation
 
         write = generation.write_outputs
 

@@ -27,9 +27,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from refalign_ext.backbone import WAN_CONFIGS, build_dit, save_video
+from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
+from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
 from refalign_ext.config import setting_types
-from refalign_ext.distributed.checkpoint import checkpoints_in, read_meta
-from refalign_ext.distributed.reading import read_any_dit, read_dit, read_projectors
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"
@@ -289,7 +289,7 @@ def test_ctrl_c_saves_where_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from refalign_ext.trainer import StepReport, Trainer
+    from refalign_ext.training.trainer import StepReport, Trainer
 
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     original = Trainer.train_step
@@ -321,7 +321,7 @@ def test_a_second_ctrl_c_stops_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from refalign_ext.trainer import StepReport, Trainer
+    from refalign_ext.training.trainer import StepReport, Trainer
 
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
 
@@ -404,7 +404,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from refalign_ext import trainer
+    from refalign_ext.training import trainer
 
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     calls, original = [], trainer.flow_matching_errors
@@ -433,7 +433,7 @@ def test_losses_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(
 ) -> None:
     shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     monkeypatch.setattr(
-        "refalign_ext.trainer.flow_matching_errors",
+        "refalign_ext.training.trainer.flow_matching_errors",
         lambda predictions, targets: torch.stack([p.sum() for p in predictions]) * float("nan"),
     )
     shutil.copytree(sprite_run / "checkpoints", tmp_path / "run" / "checkpoints")
@@ -722,7 +722,7 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_written(
 
 
 def test_running_out_of_memory_names_the_flags() -> None:
-    from refalign_ext.launch import explain
+    from refalign_ext.training.run import explain
 
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 50)

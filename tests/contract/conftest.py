@@ -16,8 +16,8 @@ os.environ["CONTRACT_WAN_ROOT"] = NAMED_ROOT
 
 def copy_of_tree(root: Path, units: tuple[str, ...] = ()) -> Path:
     """A copy of the tree under test with these patches, all where none are named, and no others."""
-    from refalign_ext.rebase.patching import apply, load_units, revert
-    from refalign_ext.rebase.record import RECORD
+    from refalign_ext.upstream.patching import apply, load_units, revert
+    from refalign_ext.upstream.record import RECORD
 
     source = Path(NAMED_ROOT).expanduser().resolve() if NAMED_ROOT else UPSTREAM_LIKE
     shutil.copytree(source / "wan", root / "wan", ignore=shutil.ignore_patterns("__pycache__"))

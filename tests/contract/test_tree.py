@@ -23,12 +23,12 @@ from refalign_ext.backbone import WAN_CONFIGS, BackboneOutput, ReferenceBackbone
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.pipeline import R2VPipeline
-from refalign_ext.wan_root import WanTree
-from tests.distributed.ranks import run_ranks
-from tests.rebase_trees import fill
-from tests.tiny_checkpoint import build, tiny_config
-from tests.tiny_training import CPU, Source, change
-from tests.tiny_training import build as make_trainer
+from refalign_ext.upstream.tree import WanTree
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rebase_trees import fill
+from tests.helpers.tiny_checkpoint import build, tiny_config
+from tests.helpers.tiny_training import CPU, Source, change
+from tests.helpers.tiny_training import build as make_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT_DIM, TEXT_LEN, LAYERS = 20, 16, 2
@@ -309,8 +309,8 @@ import json, sys
 from refalign_ext import backbone
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.pipeline import R2VPipeline
-from tests.rebase_trees import fill
-from tests.tiny_training import CPU, Source, build, change
+from tests.helpers.rebase_trees import fill
+from tests.helpers.tiny_training import CPU, Source, build, change
 
 assert backbone.TREE is not None and backbone.WanModel.__module__ == "wan_tree.modules.model"
 assert {"r2v-tiny", "r2v-1.3B", "r2v-14B"} <= set(backbone.TREE.get("configs", "WAN_CONFIGS"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from refalign_ext.wan_root import TreeVAE, WanTree
+from refalign_ext.upstream.tree import TreeVAE, WanTree
 from wan.modules.t5 import build_t5, t5_state_dict_from_transformers
 from wan.modules.vae import WanVAE, vae_state_dict_from_diffusers
 

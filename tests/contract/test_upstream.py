@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone
-from refalign_ext.wan_root import WanTree
+from refalign_ext.upstream.tree import WanTree
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.utils.dit_checkpoint import dit_arguments

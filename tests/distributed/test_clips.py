@@ -15,24 +15,24 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from refalign_ext import training_data
-from refalign_ext.caching import FrozenParts, fill_cache
 from refalign_ext.config import tiny, with_overrides
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.data.caching.files import CacheHeader
-from refalign_ext.data.caching.names import cache_fingerprint
-from refalign_ext.data.caching.reader import LatentCache
-from refalign_ext.data.caching.rows import RowLoader
+from refalign_ext.data.cache.files import CacheHeader
+from refalign_ext.data.cache.names import cache_fingerprint
+from refalign_ext.data.cache.reader import LatentCache
+from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
-from refalign_ext.data.rows import write_manifest
+from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.sampling.choice import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.work import Share
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
-from tests.clips import RATE, render
-from tests.distributed.ranks import run_ranks
-from tests.tiny_training import CPU, TEACHER_DIM, build, change
+from refalign_ext.training import sources as training_data
+from refalign_ext.training.precompute import FrozenParts, fill_cache
+from tests.helpers.clips import RATE, render
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_training import CPU, TEACHER_DIM, build, change
 
 pytestmark = pytest.mark.timeout(300)
 

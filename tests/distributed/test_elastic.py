@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.agents import Agent, agent, curve, state_hash, until
+from tests.helpers.agents import Agent, agent, curve, state_hash, until
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -95,7 +95,7 @@ def test_sigterm_saves_and_ends_all_ranks(
 
 def linger(rank: int) -> None:
     """Steps long enough for a signal to come in time."""
-    from tests.tiny_training import Source
+    from tests.helpers.tiny_training import Source
 
     sample = Source.sample
 

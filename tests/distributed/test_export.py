@@ -15,15 +15,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from refalign_ext.backbone import WanModel, dit_arguments, load_dit, read_dit_checkpoint
-from refalign_ext.distributed.checkpoint import Checkpointer
+from refalign_ext.checkpoint.checkpointer import Checkpointer
+from refalign_ext.checkpoint.export import export, export_checkpoint
+from refalign_ext.checkpoint.state import build_state
+from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
-from refalign_ext.distributed.state import build_state
-from refalign_ext.distributed.stored import StoredTensors
-from refalign_ext.export import export, export_checkpoint
 from refalign_ext.projectors import ReferenceProjectors
-from tests.distributed.ranks import run_ranks
-from tests.tiny_checkpoint import tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_checkpoint import tiny_config
 from wan.utils.dit_checkpoint import diffusers_key, dit_state_dict_from_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

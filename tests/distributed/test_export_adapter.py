@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from refalign_ext.adapter_files import read_adapter
 from refalign_ext.backbone import (
     ReferenceBackbone,
     WanModel,
@@ -25,22 +24,23 @@ from refalign_ext.backbone import (
     dit_arguments,
     read_dit_checkpoint,
 )
+from refalign_ext.checkpoint import lazy_tensors as adapted
+from refalign_ext.checkpoint.adapters import read_adapter
+from refalign_ext.checkpoint.checkpointer import Checkpointer, is_checkpoint
+from refalign_ext.checkpoint.export import export_adapter, export_checkpoint
+from refalign_ext.checkpoint.lazy_tensors import base_named_by, fingerprint
+from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
+from refalign_ext.checkpoint.state import build_state
+from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.cli import main
 from refalign_ext.config import TrainConfig
-from refalign_ext.distributed import adapted
-from refalign_ext.distributed.adapted import base_named_by, fingerprint
-from refalign_ext.distributed.checkpoint import Checkpointer, is_checkpoint
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import parallelize
-from refalign_ext.distributed.reading import read_any_dit, read_dit, read_projectors
-from refalign_ext.distributed.state import build_state
-from refalign_ext.distributed.stored import StoredTensors
-from refalign_ext.export import export_adapter, export_checkpoint
 from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
-from refalign_ext.trainer import Trainer
-from tests import tiny_training
-from tests.distributed.ranks import run_ranks
-from tests.tiny_training import CPU, TEXT_DIM, Source, change, encode_text
+from refalign_ext.training.trainer import Trainer
+from tests.helpers import tiny_training
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_training import CPU, TEXT_DIM, Source, change, encode_text
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RANK, ALPHA = 3, 6.0
@@ -264,7 +264,7 @@ def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Pa
     whole.train_step()
     whole.save()
     start = whole.finish_saving()
-    average = {name: value.clone() for name, value in whole.averaged_state().items()}
+    average = {name: value.clone() for name, value in whole.ema_state_dict().items()}
     assert not torch.equal(average["head.head.weight"], whole.trained.dit.state_dict()["head.head.weight"])
     expected = [average]
     for number in range(2):

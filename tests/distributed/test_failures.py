@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from refalign_ext import launch
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
-from refalign_ext.distributed.parallelize import whole_tensors
-from tests.distributed.agents import agent
-from tests.distributed.ranks import run_ranks
-from tests.tiny_training import CPU, Source, build, change
+from refalign_ext.distributed.parallelize import gather_full_tensors
+from refalign_ext.training import run as launch
+from tests.helpers.agents import agent
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_training import CPU, Source, build, change
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -50,7 +50,9 @@ def fill_disk(rank: int) -> None:
 
 def lack_a_file(rank: int) -> None:
     if rank == 1:
-        launch.assemble = lambda config, parallel: raise_(ValueError("weights/dit.safetensors: no such file"))
+        launch.build_trainer = lambda config, parallel: raise_(
+            ValueError("weights/dit.safetensors: no such file")
+        )
 
 
 def raise_(error: BaseException) -> None:
@@ -154,7 +156,7 @@ def poisoned_steps(rank: int, folder: Path) -> list[tuple[bool, dict[str, torch.
     found = []
     for _ in range(3):
         report = trainer.train_step()
-        weights = whole_tensors({**trainer.trained.state_dict(), **trainer.average})
+        weights = gather_full_tensors({**trainer.trained.state_dict(), **trainer.average})
         found.append((report.skipped, weights, report.values["loss/total"]))
     return found
 
@@ -180,7 +182,7 @@ def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(tmp_path: Path) 
 
 
 def poison_all(rank: int) -> None:
-    launch.assemble = lambda config, parallel: build(config, Poisoned(POISONED, 1000), parallel)
+    launch.build_trainer = lambda config, parallel: build(config, Poisoned(POISONED, 1000), parallel)
 
 
 @pytest.mark.slow

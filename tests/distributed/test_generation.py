@@ -25,9 +25,9 @@ from refalign_ext.distributed.parallelize import can_shard_on_cpu
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.xfuser_backend import XfuserCore, attach_xfuser
 from refalign_ext.guidance import BRANCHES
-from refalign_ext.pipeline import OneRank, R2VPipeline
-from tests.distributed.ranks import run_ranks
-from tests.tiny_checkpoint import build, tiny_config
+from refalign_ext.pipeline import R2VPipeline, SingleProcess
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_checkpoint import build, tiny_config
 
 CPU = torch.device("cpu")
 PROMPT = "a large circle moves right"
@@ -49,9 +49,9 @@ class Division:
     dtype: str = "fp32"
     offload_model: bool = False
 
-    def ranks(self) -> OneRank:
+    def ranks(self) -> SingleProcess:
         if self.sizes.world == 1:
-            return OneRank()
+            return SingleProcess()
         return VideoRanks(
             Parallel.create(self.sizes, CPU),
             dit_fsdp=self.dit_fsdp,
@@ -274,7 +274,7 @@ def test_a_random_seed_is_that_of_the_first_rank(checkpoint: Path) -> None:
 
 
 def test_offloading_and_sharding_exclude_each_other(checkpoint: Path) -> None:
-    class Sharding(OneRank):
+    class Sharding(SingleProcess):
         shards_text_encoder = True
 
     with pytest.raises(ValueError, match="--offload_model True does not go with --dit_fsdp or --t5_fsdp"):

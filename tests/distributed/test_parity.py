@@ -7,10 +7,10 @@ import torch
 
 from refalign_ext.distributed import collectives
 from refalign_ext.distributed.mesh import DATA, Parallel, ParallelSizes
-from refalign_ext.distributed.parallelize import whole_tensors
-from refalign_ext.trainer import Trainer
-from tests.distributed.ranks import run_ranks
-from tests.tiny_training import CPU, Source, build, change
+from refalign_ext.distributed.parallelize import gather_full_tensors
+from refalign_ext.training.trainer import Trainer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_training import CPU, Source, build, change
 
 # 15 tokens a frame and 4 heads: no length here divides by 2, 4 or 8, so every division pads.
 SIZE, SAMPLES = (3, 6, 10), 4
@@ -54,7 +54,9 @@ class Keeper(torch.optim.SGD):
     """Keeps the whole gradients that a step would use and changes no weight."""
 
     def step(self, closure=None):  # noqa: ANN001, ANN201 - torch's own signature
-        self.kept = whole_tensors({str(i): p.grad for i, p in enumerate(self.param_groups[0]["params"])})
+        self.kept = gather_full_tensors(
+            {str(i): p.grad for i, p in enumerate(self.param_groups[0]["params"])}
+        )
 
 
 def gradients(
@@ -79,7 +81,7 @@ def three_steps(
     trainer = make(sizes, references, clip_norm=0.5, learning_rate=0.01, **changes)
     values = [trainer.train_step().values for _ in range(3)]
     values.append(trainer.validate())
-    return values, whole_tensors(
+    return values, gather_full_tensors(
         {**trainer.trained.state_dict(), **{f"average.{k}": v for k, v in trainer.average.items()}}
     )
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tests.tiny_training as tiny
+import tests.helpers.tiny_training as tiny
 from refalign_ext.backbone import WanModel
+from refalign_ext.checkpoint.state import build_state
+from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
-from refalign_ext.distributed.parallelize import parallelize, whole_tensors
-from refalign_ext.distributed.state import build_state
-from refalign_ext.distributed.stored import StoredTensors
+from refalign_ext.distributed.parallelize import gather_full_tensors, parallelize
 from refalign_ext.lora import add_lora, split_state_dict
-from refalign_ext.trainer import Trainer
-from tests.distributed.ranks import run_ranks
-from tests.tiny_training import CPU, build, change
+from refalign_ext.training.trainer import Trainer
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_training import CPU, build, change
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -81,7 +81,7 @@ def differences(trainer: Trainer, path: Path) -> list[str]:
     held = {
         f"{part}.{name}": value
         for part, tensors in state.items()
-        for name, value in whole_tensors(tensors).items()
+        for name, value in gather_full_tensors(tensors).items()
     }
     assert held.keys() == stored.tensors.keys()
     return [name for name, value in held.items() if not torch.equal(value.cpu(), stored.read(name))]
@@ -162,7 +162,7 @@ def start_from_half(
 
     tiny.parallelize = from_file
     trainer = build(config, None, Parallel.create(sizes, CPU))
-    weights = whole_tensors(split_state_dict(trainer.trained.dit.state_dict())[0])
+    weights = gather_full_tensors(split_state_dict(trainer.trained.dit.state_dict())[0])
     held = load_file(file)
     different = [name for name, value in held.items() if not torch.equal(weights[name], value.float())]
     dtypes = {value.dtype for value in trainer.trained.parameters()}

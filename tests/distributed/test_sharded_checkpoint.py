@@ -19,15 +19,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import WanModel
-from refalign_ext.distributed.checkpoint import Checkpointer, checkpoints_in, read_meta, resolve_resume
+from refalign_ext.checkpoint.checkpointer import Checkpointer, checkpoints_in, read_meta, resolve_resume
+from refalign_ext.checkpoint.reading import read_dit, read_projectors
+from refalign_ext.checkpoint.state import build_state, restore_state
+from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
-from refalign_ext.distributed.reading import read_dit, read_projectors
-from refalign_ext.distributed.state import build_state, restore_state
-from refalign_ext.distributed.stored import StoredTensors
-from refalign_ext.muon import Muon
 from refalign_ext.projectors import ReferenceProjectors
-from tests.distributed.ranks import run_ranks
+from refalign_ext.training.muon import Muon
+from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 CPU = torch.device("cpu")
@@ -282,7 +282,7 @@ def test_a_rank_that_dies_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
 def test_machines_that_do_not_share_the_folder_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("refalign_ext.distributed.checkpoint._SHARED_FOLDER_SECONDS", 0.0)
+    monkeypatch.setattr("refalign_ext.checkpoint.checkpointer._SHARED_FOLDER_SECONDS", 0.0)
     with pytest.raises(
         AssertionError, match="does not see all of __1_0.distcp: all machines need the same --out"
     ):

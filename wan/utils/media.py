@@ -45,7 +45,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_open(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a temporary path beside `path`; a clean exit renames it to `path`, an error removes it.
 
     The folder is created when it is missing. The temporary name keeps the suffix, which chooses the format.
@@ -130,7 +130,7 @@ def save_video(
     if height % 2 or width % 2:
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
-    with written_aside(target) as aside:
+    with atomic_open(target) as aside:
         with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.width, stream.height = frames.shape[2], frames.shape[1]
@@ -168,6 +168,6 @@ def save_image(image: torch.Tensor, path: str | os.PathLike[str], *, magnify: in
     if video.ndim != 4 or video.shape[1] != 1:
         raise ValueError(f"an image has shape [3, height, width], got {list(image.shape)}")
     picture = Image.fromarray(video_to_frames(video, magnify=magnify)[0])
-    with written_aside(target) as aside:
+    with atomic_open(target) as aside:
         picture.save(aside)
     return target

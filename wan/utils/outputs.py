@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.utils.media import save_image, save_video, written_aside
+from wan.utils.media import atomic_open, save_image, save_video
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +80,15 @@ def write_outputs(
     """
     text = json.dumps(settings, indent=2, ensure_ascii=False, default=str) + "\n"
     with ExitStack() as stack:
-        result = stack.enter_context(written_aside(paths.result))
+        result = stack.enter_context(atomic_open(paths.result))
         if paths.result.suffix.lower() == ".mp4":
             save_video(video, result, fps, magnify=magnify)
         else:
             save_image(video[:, :1], result, magnify=magnify)
-        sheet.save(stack.enter_context(written_aside(paths.sheet)))
-        stack.enter_context(written_aside(paths.settings)).write_text(text, encoding="utf-8")
+        sheet.save(stack.enter_context(atomic_open(paths.sheet)))
+        stack.enter_context(atomic_open(paths.settings)).write_text(text, encoding="utf-8")
         for image, path in zip(references, paths.reference_files(len(references)), strict=False):
-            image.save(stack.enter_context(written_aside(path)))
+            image.save(stack.enter_context(atomic_open(path)))
 
 
 def describe_versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.checking.processes import run_rows
 from refalign_ext.data.checking.row import DECODE_MODES, Finding, RowSettings
 from refalign_ext.data.checking.spool import Spool
@@ -157,7 +157,7 @@ def _summarise(result: CheckResult, clip_set: ClipSet, spool: Spool, shards: Seq
     """Writes the report and fills in the counts, reading what was spooled line by line."""
     groups: dict[tuple[str, str, str], Group] = {}
     bad_rows = array("Q")
-    with written_aside(result.report) as file:
+    with atomic_open(result.report) as file:
         for finding in _all_findings(clip_set, spool, shards):
             file.write(json.dumps(asdict(finding), ensure_ascii=False).encode() + b"\n")
             _count(groups, finding)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from refalign_ext.aside import written_aside
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.checking.contact_layout import (
     FAINT,
@@ -25,7 +25,7 @@ from refalign_ext.data.checking.contact_layout import (
     text_line,
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.cutting.reference import FrameMemory, mask_in_frame, read_reference, span_arguments
+from refalign_ext.data.materialise.reference import FrameMemory, mask_in_frame, read_reference, span_arguments
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
@@ -74,7 +74,7 @@ def contact_sheet(
 
 def write_contact_sheet(sheet: Image.Image, out: Path) -> None:
     """Writes a sheet as PNG, aside and then renamed."""
-    with written_aside(out) as file:
+    with atomic_open(out) as file:
         sheet.save(file, format="PNG")
 
 
@@ -119,7 +119,7 @@ def _span_text(clip: Clip) -> str:
 
 def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Image.Image]:
     """Evenly spaced frames, then those of targets with what is marked in them."""
-    from refalign_ext.data.video import read_frame
+    from refalign_ext.data.decoding import read_frame
 
     media, part = clip_set.media(row, clip.video.path), span_arguments(clip.video)
     crop = clip.video.crop_xyxy

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.cutting.reference import (
+from refalign_ext.data.length import Length
+from refalign_ext.data.materialise.reference import (
     CutError,
     FrameMemory,
     mask_in_frame,
     read_reference,
     span_arguments,
 )
-from refalign_ext.data.length import Length
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
 from refalign_ext.data.statistics.stats import frames_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from refalign_ext.data.video import VideoInfo
+    from refalign_ext.data.decoding import VideoInfo
 
 DECODE_MODES = ("ends", "all", "none")
 _RATE_TOLERANCE = 0.005  # 23.976 and 24, 29.97 and 30 are each other's rounding
@@ -162,7 +162,7 @@ class _Row:
             return None
         if not self.decodes:
             return None
-        from refalign_ext.data.video import probe
+        from refalign_ext.data.decoding import probe
 
         try:
             self.probed[name] = probe(media)
@@ -206,7 +206,7 @@ class _Row:
 
     def _decode(self, frames: range) -> None:
         """Decodes what the settings ask for; `frames` of the file are those of the clip."""
-        from refalign_ext.data.video import read_clip, read_frame
+        from refalign_ext.data.decoding import read_clip, read_frame
 
         span = self.clip.video
         media, part = self.clip_set.media(self.row, span.path), span_arguments(span)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from refalign_ext.aside import Busy
+from refalign_ext.atomic_io import FileLocked
 from refalign_ext.data.checking.row import Finding
 
 RowResult = tuple["list[Finding]", "int | None"]  # what is wrong with a row, and the hash of its id
@@ -24,7 +24,7 @@ class Spool:
         rows: how many rows are in it.
 
     Raises:
-        Busy: (a ValueError) if the same check is running already.
+        FileLocked: (a ValueError) if the same check is running already.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -87,7 +87,7 @@ def _opened(path: Path, mode: str) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise Busy(
+        raise FileLocked(
             f"{path}: the same check is running already: wait for it, or give each a --shard"
         ) from None
     except OSError:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from refalign_ext.data.conversion_report import Report, report_path
 from refalign_ext.data.convert.folder_files import Found, clips_in_folder
 from refalign_ext.data.convert.folder_probe import Probed, ProbedVideos
 from refalign_ext.data.convert.folder_table import TableOptions, clips_in_table
 from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
-from refalign_ext.data.report import Report, report_path
-from refalign_ext.data.rows import ManifestReader, write_manifest
+from refalign_ext.data.manifest_file import ManifestReader, write_manifest
 from refalign_ext.data.schema import Clip, VideoSpan
 
 GROUPS = ("folder", "none")

@@ -20,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from refalign_ext.data.report import Report
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse, resolve_inside, to_dict
 
 VIDEO_SUFFIXES = frozenset(

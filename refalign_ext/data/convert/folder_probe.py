@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from refalign_ext.aside import Busy
+from refalign_ext.atomic_io import FileLocked
 from refalign_ext.data.work import run_each
 
 _COLUMNS = "width, height, fps, frames, duration_s"
@@ -36,7 +36,7 @@ class ProbedVideos:
         root: the folder that names are relative to.
 
     Raises:
-        Busy: (a ValueError) if another process uses the file.
+        FileLocked: (a ValueError) if another process uses the file.
     """
 
     def __init__(self, path: Path, root: Path) -> None:
@@ -44,7 +44,7 @@ class ProbedVideos:
         try:
             self._store = _open(path)
         except sqlite3.OperationalError as error:
-            raise Busy(f"{path}: cannot be written, another process may be at it ({error})") from None
+            raise FileLocked(f"{path}: cannot be written, another process may be at it ({error})") from None
         except sqlite3.DatabaseError:
             path.unlink(missing_ok=True)
             self._store = _open(path)
@@ -118,7 +118,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 def _probe(item: tuple[str, str, int, int]) -> tuple[tuple[int, int, float, int, float] | None, str | None]:
     """(width, height, fps, frames, duration in seconds), or what is wrong; runs in a worker."""
-    from refalign_ext.data.video import probe
+    from refalign_ext.data.decoding import probe
 
     try:
         info = probe(Path(item[0]))

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.folder_files import inside, is_valid, picture
-from refalign_ext.data.report import Report
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from refalign_ext.aside import Busy, locked
+from refalign_ext.atomic_io import FileLocked, locked
+from refalign_ext.data.conversion_report import Report, report_path
 from refalign_ext.data.convert.opens2v_join import Join, Part
 from refalign_ext.data.convert.opens2v_pairs import stage_pairs
 from refalign_ext.data.convert.opens2v_record import EntryProblem, pack, read_entry
@@ -34,8 +35,7 @@ from refalign_ext.data.convert.staging import (
     staged_report,
     staging,
 )
-from refalign_ext.data.report import Report, report_path
-from refalign_ext.data.rows import write_manifest
+from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.work import Share, run_each
 
 _VERSION = 1
@@ -138,7 +138,7 @@ def convert_opens2v(
     try:
         with locked(folder / "join"):
             report = _join(jobs, out, folder, videos, pairs, pictures, selection, check_videos)
-    except Busy:
+    except FileLocked:
         if share.count == 1:
             raise
         report.next_step = f"another shard is writing {out}"

@@ -10,11 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.opens2v_pairs import Pair, cluster_of, pairs_of
 from refalign_ext.data.convert.opens2v_record import unpack
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.report import Report
-from refalign_ext.data.rows import MAX_ROW_BYTES
+from refalign_ext.data.manifest_file import MAX_ROW_BYTES
 from refalign_ext.data.schema import Clip, parse
 
 _NEIGHBOURS = 64  # clips of a cluster lie near each other: their lines are kept for that long

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.opens2v_stream import Incomplete, entries
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
-from refalign_ext.data.report import Report
 
 _VERSION = 2
 _LARGEST = 1e6  # no similarity comes near

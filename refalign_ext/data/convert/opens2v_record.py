@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.masks import RunLengthMask, area, bounding_box, iou, parse_mask
-from refalign_ext.data.report import Report
 from refalign_ext.data.schema import ClipScores, ReferenceScores, relative_path_problem
 
 LONGEST_KEY = 240

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refalign_ext.aside import locked, written_aside
+from refalign_ext.atomic_io import atomic_open, locked
+from refalign_ext.data.conversion_report import Report, report_path
 from refalign_ext.data.convert.phantom_info import InfoStore, batches, find_columns, open_parquet, stage_info
 from refalign_ext.data.convert.phantom_others import OthersStore, stage_others
 from refalign_ext.data.convert.phantom_rows import RowConverter, RowRules
@@ -26,8 +27,7 @@ from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint
 from refalign_ext.data.length import Length
-from refalign_ext.data.report import Report, report_path
-from refalign_ext.data.rows import ManifestReader, checked_line, index_path
+from refalign_ext.data.manifest_file import ManifestReader, checked_line, index_path
 from refalign_ext.data.work import Share, run_each
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _check_name(pattern: str) -> None:
 def _convert_piece(job: _Job, number: int) -> None:
     """Writes one piece and, when it is complete, its report; runs in a worker."""
     report = Report()
-    with written_aside(job.part(number)) as file:
+    with atomic_open(job.part(number)) as file:
         file.writelines(_lines(job, number, report))
     report.write(report_path(job.part(number)))
 
@@ -245,7 +245,7 @@ def _read_report(path: Path) -> Report:
 
 def _join(out: Path, parts: Sequence[Path]) -> None:
     """Writes the pieces one after the other, with an index."""
-    with written_aside(out) as joined:
+    with atomic_open(out) as joined:
         for part in parts:
             with part.open("rb") as file:
                 shutil.copyfileobj(file, joined, 1 << 20)

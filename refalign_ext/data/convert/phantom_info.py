@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
-from refalign_ext.data.report import Report
 from refalign_ext.data.schema import ClipScores
 
 if TYPE_CHECKING:

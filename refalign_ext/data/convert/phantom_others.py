@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.phantom_info import batches, open_parquet
 from refalign_ext.data.convert.phantom_pairs import REFERENCES, TARGET, Sighting, phrases_of, sightings
 from refalign_ext.data.convert.phantom_rows import Other
 from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
-from refalign_ext.data.report import Report
 
 MAX_OTHERS = 64  # pairs that one clip is given from elsewhere
 _SIDE = ("vid", "frame_frac", "x0", "y0", "x1", "y1", "cls")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
+from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.phantom_info import ClipInfo, ClipName, InfoStore
 from refalign_ext.data.convert.phantom_pairs import REFERENCES, TARGET, Sighting, phrases_of, sightings
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.length import Length
-from refalign_ext.data.report import Report
 from refalign_ext.data.schema import (
     Clip,
     Reference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refalign_ext.data.report import Report
+from refalign_ext.data.conversion_report import Report
 
 
 def manifest_root(out: Path) -> Path:

@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.aside import locked
-from refalign_ext.data.report import Report
+from refalign_ext.atomic_io import locked
+from refalign_ext.data.conversion_report import Report
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
 _CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file
@@ -67,7 +67,7 @@ def staging(
         alone: one process at a time; otherwise those that do it at once each fill a file, and the last one's stays.
 
     Raises:
-        Busy: (a ValueError) if it is to be alone and another process of this machine is staging the same file.
+        FileLocked: (a ValueError) if it is to be alone and another process of this machine is staging the same file.
         OSError: if the file cannot be written.
     """
     aside = target.with_name(f"{target.name}.part" if alone else f"{target.name}.{uuid.uuid4().hex}.part")

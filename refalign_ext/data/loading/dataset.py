@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from refalign_ext.data.caching.files import CacheError
+from refalign_ext.data.cache.files import CacheError
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.pixels import load_reference, to_levels, video_levels
+from refalign_ext.data.pixels import load_reference, to_uint8, video_uint8
 from refalign_ext.data.sampling.choice import Bucket, Choice, ReferenceChoice, Sampling, choose
 from refalign_ext.data.sampling.order import Place
 from refalign_ext.data.sampling.split import Allowed
 from refalign_ext.data.schema import Clip
 
 if TYPE_CHECKING:
-    from refalign_ext.data.caching.reader import LatentCache
+    from refalign_ext.data.cache.reader import LatentCache
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class ClipDataset(Dataset):
         latents = None if cache is None else cache.video(clip.id, place.bucket, choice.cut)
         levels = None
         if latents is None:
-            levels = video_levels(clip_set, row, clip, place.bucket, choice.cut, self.sampling)
+            levels = video_uint8(clip_set, row, clip, place.bucket, choice.cut, self.sampling)
         references = tuple(
             self._load_reference(place.part, row, clip, reference, place.bucket)
             for reference in choice.references
@@ -131,4 +131,4 @@ class ClipDataset(Dataset):
         if latents is not None and not (self.needs_features and features is None):
             return LoadedReference(None, latents, features if self.needs_features else None)
         pixels = load_reference(self.clip_sets[part], row, clip, choice, bucket, self.sampling)
-        return LoadedReference(to_levels(pixels), latents, features)
+        return LoadedReference(to_uint8(pixels), latents, features)

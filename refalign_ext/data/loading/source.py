@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.clip_index import MOST_SOURCES, USABLE, forget_survey, survey
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.loading.dataset import ClipDataset, Failure, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader
@@ -21,10 +22,9 @@ from refalign_ext.data.sampling.buckets import assign
 from refalign_ext.data.sampling.choice import Sampling
 from refalign_ext.data.sampling.order import Order, SetOrder, check_mix
 from refalign_ext.data.sampling.split import Allowed, GroupTable, Split
-from refalign_ext.data.sampling.survey import MOST_SOURCES, USABLE, forget_survey, survey
 
 if TYPE_CHECKING:
-    from refalign_ext.data.caching.reader import LatentCache
+    from refalign_ext.data.cache.reader import LatentCache
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from refalign_ext.data.statistics.tally import Distribution, Tally
 from refalign_ext.data.work import chunks, run_each
 
 if TYPE_CHECKING:
-    from refalign_ext.data.video import VideoInfo
+    from refalign_ext.data.decoding import VideoInfo
 
 ASPECTS = {"21:9": 21 / 9, "16:9": 16 / 9, "3:2": 3 / 2, "4:3": 4 / 3, "1:1": 1.0}
 ASPECTS |= {":".join(reversed(name.split(":"))): 1 / ratio for name, ratio in ASPECTS.items()}
@@ -226,7 +226,7 @@ def used_video(clip_set: ClipSet, row: int, clip: Clip, measure: bool) -> UsedVi
     if None in (frames, fps, width, height):
         if not measure:
             return None
-        from refalign_ext.data.video import probe
+        from refalign_ext.data.decoding import probe
 
         info = probe(clip_set.media(row, span.path))
         fps, width, height = fps or info.fps, width or info.width, height or info.height

@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all, and that one process at a time writes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_path(target: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path to write to, for what takes no file; it takes the place of `target` if nothing goes wrong.
+
+    Args:
+        folder: where it lies until then, on the same file system; None: next to the target.
+    """
+    folder = target.parent if folder is None else folder
+    for needed in (target.parent, folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    # Ranks on several machines may do the same at once: a process number would not be unique.
+    aside = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_open(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file under a temporary name that takes the place of `target` if nothing goes wrong; see `atomic_path`."""
+    with atomic_path(target, folder) as aside, aside.open("x+b") as file:
+        yield file
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk; of a folder, the names in it, so that no power failure forgets a rename."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FileLocked(ValueError):
+    """Another process of this machine is writing the same file."""
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Holds a lock on what is to be `target` that ends with the process.
+
+    The empty file `<target>.lock` stays, since another process may have opened it.
+
+    Raises:
+        FileLocked: (a ValueError) if another process has it.
+    """
+    with target.with_name(target.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileLocked(
+                f"{target}: another process is writing it: wait for it, or give every process its own --shard"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -1,0 +1,274 @@
+"""From a training checkpoint to the files that others load: upstream's layout, or a diffusers folder.
+
+Tensors go from the checkpoint to the output one after another, so the memory needed is that of the largest one (and of
+its change in float32, where an adapter is merged), and no device, process group or optimizer state is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from refalign_ext.checkpoint.lazy_tensors import StoredDiT, Weight
+
+LAYOUTS = ("upstream", "diffusers")
+_STEM = "diffusion_pytorch_model"
+_SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    layout: str,
+    projectors: bool,
+    raw: bool = False,
+    base: Path | None = None,
+    shard_gigabytes: float = 5.0,
+    progress: bool = True,
+) -> list[Path]:
+    """Write a checkpoint's weights as safetensors with their config.json.
+
+    An adapter is merged into its base, whose path and SHA-256 (see `distributed.adapted.fingerprint`) the files'
+    metadata then names. The folder appears under its name only when it is complete.
+
+    Args:
+        checkpoint: a step-* folder of train_refalign.py.
+        out: folder to write; must not exist, or be empty.
+        layout: `upstream` (Wan2.1's names) or `diffusers` (WanTransformer3DModel's names and configuration).
+        projectors: put the projectors beside the DiT's tensors, as `blocks.{i}.input_mlp.proj.{0,2}.weight`.
+        raw: the trained weights, where the checkpoint also has their moving average.
+        base: the model that the checkpoint's adapter belongs to; None: the one that its settings name.
+        shard_gigabytes: largest size of a file in units of 10^9 bytes; more is split over several files with an index.
+        progress: show a progress bar.
+
+    Returns:
+        The files with the tensors.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or has no such parts, the base is not there, or the folder is in use.
+        OSError: if the folder cannot be written.
+    """
+    from refalign_ext.backbone import diffusers_config, diffusers_key
+    from refalign_ext.checkpoint.checkpointer import read_model_config
+    from refalign_ext.checkpoint.reading import open_dit, open_projectors
+
+    if not shard_gigabytes > 0:
+        raise ValueError(
+            f"--shard_gigabytes {shard_gigabytes}: a file must have room for something, such as 5"
+        )
+    _check_arguments(checkpoint, out, layout)
+    dit, config = open_dit(checkpoint, raw=raw, base=base), read_model_config(checkpoint)
+    weights = dit.weights
+    if "patch_embedding.weight" not in weights:
+        raise ValueError(
+            f"{checkpoint} holds only what was trained, not a whole DiT: merge it into its base model"
+        )
+    beside = open_projectors(checkpoint) if projectors else {}
+    if projectors and not beside:
+        raise ValueError(f"{checkpoint} has no projectors: export it with --no-projectors")
+    if layout == "diffusers":
+        try:
+            config = diffusers_config(config)
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint}/config.json lacks {error}: use the file the training wrote"
+            ) from error
+        weights = {diffusers_key(name): weight for name, weight in weights.items()}
+    note = _note_on_base(dit)
+    with _written_aside(out) as folder:
+        files = _write_shards(folder, {**weights, **beside}, note, round(shard_gigabytes * 1e9), progress)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return [out / file for file in files]
+
+
+def export_adapter(
+    checkpoint: Path, out: Path, *, layout: str, raw: bool = False, base: Path | None = None
+) -> list[Path]:
+    """Write the adapter of a LoRA run's checkpoint alone. The folder appears under its name only when it is complete.
+
+    Args:
+        checkpoint, out, raw: as in `export_checkpoint`.
+        layout: `upstream` (peft's folder, for a WanModel) or `diffusers` (for WanTransformer3DModel.load_lora_adapter).
+        base: what the files name as the adapter's base; None: what the settings name. It is recorded with its SHA-256
+            where it is at hand.
+
+    Returns:
+        The file with the tensors.
+
+    Raises:
+        ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
+        OSError: if the folder cannot be written.
+    """
+    from refalign_ext.checkpoint.adapters import (
+        ADAPTER_FILE,
+        DIFFUSERS_FILE,
+        save_diffusers_adapter,
+        write_adapter,
+    )
+    from refalign_ext.checkpoint.reading import read_trained_adapter
+
+    _check_arguments(checkpoint, out, layout)
+    adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
+    with _written_aside(out) as folder:
+        if layout == "diffusers":
+            save_diffusers_adapter(folder, adapter)
+        else:
+            write_adapter(folder, adapter)
+    return [out / (DIFFUSERS_FILE if layout == "diffusers" else ADAPTER_FILE)]
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new or empty.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="upstream", help="Whose names and config.json.")
+@click.option(
+    "--projectors/--no-projectors",
+    default=False,
+    help="Keep the projectors, to go on training with alignment.",
+)
+@click.option("--raw", is_flag=True, help="The trained weights instead of their moving average.")
+@click.option(
+    "--adapter",
+    is_flag=True,
+    help="Of a LoRA run, the adapter alone (upstream: peft's folder) instead of the merged model.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="Of a LoRA run, the model it was trained on, if it is not where the settings say.",
+)
+@click.option(
+    "--shard_gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    help="Largest size of a file (10^9 bytes).",
+)
+def export(
+    checkpoint: Path,
+    out: Path,
+    layout: str,
+    projectors: bool,
+    raw: bool,
+    adapter: bool,
+    base: Path | None,
+    shard_gigabytes: float,
+) -> None:
+    """Write the model in a training CHECKPOINT as safetensors, without loading it on a device."""
+    if adapter and projectors:
+        raise ValueError("--adapter and --projectors exclude each other: export the merged model with them")
+    if adapter:
+        files = export_adapter(checkpoint, out, layout=layout, raw=raw, base=base)
+    else:
+        files = export_checkpoint(
+            checkpoint,
+            out,
+            layout=layout,
+            projectors=projectors,
+            raw=raw,
+            base=base,
+            shard_gigabytes=shard_gigabytes,
+        )
+    size = sum(file.stat().st_size for file in files)
+    click.echo(f"{out}: {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e9:.2f} GB")
+
+
+def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:
+    from refalign_ext.checkpoint.checkpointer import is_checkpoint
+
+    if layout not in LAYOUTS:
+        raise ValueError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+    if not is_checkpoint(checkpoint):
+        raise ValueError(f"{checkpoint}: no complete training checkpoint; name a step-* folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is in use: choose another folder or empty it")
+
+
+def _note_on_base(dit: StoredDiT) -> dict[str, str]:
+    """For the files' metadata."""
+    from refalign_ext.checkpoint.adapters import base_note
+    from refalign_ext.checkpoint.lazy_tensors import fingerprint
+
+    return {} if dit.base is None else base_note(str(dit.base.path), fingerprint(dit.base.files))
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    aside = out.with_name(f"{out.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if out.is_dir():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_shards(
+    folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int, progress: bool
+) -> list[str]:
+    """Write `weights` as one file or, beyond `limit` bytes, as several."""
+    from tqdm import tqdm
+
+    shards: list[dict[str, Weight]] = [{}]
+    size = 0
+    for name, weight in weights.items():
+        if shards[-1] and size + weight.size_in_bytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = weight
+        size += weight.size_in_bytes
+    total = sum(weight.size_in_bytes for weight in weights.values())
+    count = len(shards)
+    files = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        files = [f"{_STEM}.safetensors"]
+    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True, disable=not progress) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            _write_file(folder / file, shard, note, bar)
+    if count > 1:
+        placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / f"{_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return files
+
+
+def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, str], bar: Any) -> None:
+    """A safetensors file, tensor by tensor: eight bytes with the header's length, a JSON header, then the data.
+
+    The library's own writer takes all tensors of a file at once. Format: the safetensors README, "Format".
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **note}}
+    end = 0
+    for name, weight in weights.items():
+        begin, end = end, end + weight.size_in_bytes
+        kind = str(weight.dtype).removeprefix("torch.")
+        if kind not in _SAFETENSORS_TYPES:
+            raise ValueError(f"{name} is {kind}: weights that can be exported are floating-point numbers")
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[kind],
+            "shape": list(weight.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for weight in weights.values():
+            plain = weight.read().reshape(-1).view(torch.uint8)
+            file.write(plain.numpy().data)
+            bar.update(plain.numel())

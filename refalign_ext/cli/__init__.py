@@ -1,0 +1,53 @@
+"""`python -m refalign_ext ...`: everything around training and generation that is not a script of its own."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+# Loaded when they are called: each brings its own libraries, and --help should not wait for those of the others.
+COMMANDS = {
+    "ablate": ("refalign_ext.cli.ablate", "The paper's tables in miniature, on the sprite world."),
+    "data": ("refalign_ext.cli.data", "Convert, check, cut, cache and describe training data."),
+    "doctor": ("refalign_ext.cli.upstream", "What fits in a Wan tree, and what this machine can do."),
+    "export": ("refalign_ext.checkpoint.export", "Write a training checkpoint or adapter as safetensors."),
+    "patch": (
+        "refalign_ext.cli.upstream",
+        "What an official Wan checkout needs for CPU, several GPUs, training.",
+    ),
+    "plot-features": (
+        "refalign_ext.cli.plot_features",
+        "How well reference tokens are told apart, per block.",
+    ),
+    "sprites": ("refalign_ext.cli.sprites", "The sprite world and the embedded model."),
+}
+
+
+class Commands(click.Group):
+    """Loads a command when it is asked for, and tells users' mistakes in one line with exit code 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return getattr(import_module(COMMANDS[name][0]), name.replace("-", "_"))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            click.echo(f"refalign_ext: error: {' '.join(str(error).split())}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=Commands)
+def main() -> None:
+    """RefAlign on Wan2.1."""

@@ -1,0 +1,273 @@
+"""`python -m refalign_ext data convert ...`: data sets in their own formats to a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from refalign_ext.cli.data_options import (
+    EXISTING,
+    PATH,
+    SHOW_DEFAULTS,
+    given_length,
+    is_helper,
+    length_options,
+    share_option,
+    tell,
+    workers_option,
+)
+from refalign_ext.data.convert.selection import (
+    FOLDER_SELECTION,
+    OPENS2V_SELECTION,
+    PHANTOM_SELECTION,
+    Selection,
+)
+
+if TYPE_CHECKING:
+    from refalign_ext.data.work import Share
+
+
+@click.group()
+def convert() -> None:
+    """Write the manifest of a data set, and a report of what was dropped and why."""
+
+
+def _selection(limits: dict[str, Any]) -> Selection:
+    """The rules that the command line gives; "off" switches one off, and those that a data set has no options for."""
+    given = {name: None if value == "off" else value for name, value in limits.items()}
+    return Selection(**dict.fromkeys(_RULES) | given)
+
+
+_RULES = {
+    "min_aesthetic": (float, "Keep a reference that reaches this aesthetic score or --min_gme."),
+    "min_gme": (float, "Keep a reference that reaches this text match or --min_aesthetic."),
+    "min_area_ratio": (float, "Least share of the frame that a reference takes."),
+    "max_references": (int, "Subjects of a clip."),
+    "max_cross": (int, "Cross references of a subject."),
+    "max_mask_iou": (float, "Masks that overlap more are one thing under two names."),
+    "min_text_similarity": (float, "Of cross pairs."),
+    "min_image_similarity": (float, "Of cross pairs; they have to be above it."),
+    "min_frames": (int, "Least frames of a clip in its file."),
+    "min_clip_aesthetic": (float, "Least aesthetic score of a clip."),
+    "min_clip_motion": (float, "Least motion score of a clip."),
+    "min_clip_tech": (float, "Least technical score of a clip."),
+}
+
+
+class _Limit(click.ParamType):
+    """A number, or "off"."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind, self.name = kind, "number|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "off" or isinstance(value, self.kind):
+            return value
+        try:
+            return self.kind(value)
+        except ValueError:
+            self.fail(f"{value!r}: give a number, or off", param, ctx)
+
+
+def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options for the rules that a data set has what it takes for, with its usual values as their defaults."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            kind, text = _RULES[name]
+            default = getattr(usual, name)
+            default = "off" if default is None else default
+            command = click.option(f"--{name}", type=_Limit(kind), default=default, help=text)(command)
+        return command
+
+    return add
+
+
+@convert.command(context_settings=SHOW_DEFAULTS)
+@click.argument("source", type=EXISTING)
+@click.option(
+    "--out", type=PATH, help="Manifest to write; without it manifest.jsonl in the folder of the clips."
+)
+@click.option("--prompt_suffix", default=".txt", help="Of the files that hold prompts.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="WHAT=NAME",
+    help="Column of a table that holds WHAT, such as video=movie.",
+)
+@click.option(
+    "--media_root",
+    type=EXISTING,
+    help="Folder that names in a table are relative to; without it the table's.",
+)
+@click.option(
+    "--group", type=click.Choice(["none", "folder"]), default="none", help="What validation must not share."
+)
+@click.option(
+    "--pair",
+    type=click.Choice(["cross", "regular"]),
+    default="cross",
+    help="regular: cut out of the clip itself.",
+)
+@length_options
+@_selection_options(FOLDER_SELECTION, "min_frames", "max_references", "max_cross")
+@workers_option(2)
+def folder(
+    source: Path,
+    out: Path | None,
+    prompt_suffix: str,
+    columns: tuple[str, ...],
+    media_root: Path | None,
+    group: str,
+    pair: str,
+    frames: int | None,
+    fps: float | None,
+    stride: int | None,
+    workers: int,
+    **limits: Any,
+) -> None:
+    """SOURCE is a folder with clip.mp4, clip.txt, clip.ref1.png ..., or a table (.csv, .tsv, .jsonl) that lists clips."""
+    from refalign_ext.data.convert.folder import convert_folder
+
+    if is_helper():
+        return
+    named = {}
+    for column in columns:
+        what, is_given, name = column.partition("=")
+        if not is_given:
+            raise click.UsageError(f"--column {column}: write WHAT=NAME, such as --column video=movie")
+        named[what] = name
+    if out is None:
+        out = (source if source.is_dir() else source.parent) / "manifest.jsonl"
+    report = convert_folder(
+        source,
+        out,
+        prompt_suffix=prompt_suffix,
+        columns=named,
+        media_root=media_root,
+        group=group,
+        pair=pair,
+        length=given_length(frames, fps, stride),
+        selection=_selection(limits),
+        workers=workers,
+    )
+    tell(report, out)
+
+
+@convert.command(context_settings=SHOW_DEFAULTS)
+@click.argument("parts", type=EXISTING, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="Manifest to write, in a folder that holds the videos.")
+@click.option("--video_root", type=EXISTING, required=True, help="Has PART/PATH of every video.")
+@click.option("--cross_pairs", type=EXISTING, help="Folder with cluster_videos.json and the clusters' pairs.")
+@click.option("--backgrounds", type=EXISTING, help="Has PART/KEY.png: they become background references.")
+@click.option("--check_videos/--no_check_videos", default=True, help="Drop clips whose video is not there.")
+@click.option(
+    "--keep_staging/--no_keep_staging", default=True, help="Keep what was read, for other rules later."
+)
+@_selection_options(
+    OPENS2V_SELECTION,
+    "min_aesthetic",
+    "min_gme",
+    "min_area_ratio",
+    "max_references",
+    "max_cross",
+    "max_mask_iou",
+    "min_text_similarity",
+    "min_image_similarity",
+    "min_frames",
+    "min_clip_aesthetic",
+    "min_clip_motion",
+    "min_clip_tech",
+)
+@click.option(
+    "--overflow", type=click.Choice(["drop", "clamp"]), default="drop", help="Boxes that leave the frame."
+)
+@workers_option(2)
+@share_option
+def opens2v(
+    parts: tuple[Path, ...],
+    out: Path,
+    video_root: Path,
+    cross_pairs: Path | None,
+    backgrounds: Path | None,
+    check_videos: bool,
+    keep_staging: bool,
+    workers: int,
+    share: Share,
+    **limits: Any,
+) -> None:
+    """PARTS are OpenS2V-5M's total_part*.json with masks and boxes; they are read as streams."""
+    from refalign_ext.data.convert.opens2v import convert_opens2v
+
+    report = convert_opens2v(
+        parts,
+        out,
+        video_root=video_root,
+        selection=_selection(limits),
+        share=share,
+        cross_pairs=cross_pairs,
+        backgrounds=backgrounds,
+        workers=workers,
+        check_videos=check_videos,
+        keep_staging=keep_staging,
+    )
+    tell(report, out)
+
+
+@convert.command(context_settings=SHOW_DEFAULTS)
+@click.argument("pairs", type=EXISTING)
+@click.argument("info", type=EXISTING)
+@click.option("--out", type=PATH, required=True, help="Manifest to write, in a folder that holds the videos.")
+@click.option("--video_root", type=EXISTING, required=True, help="Folder of the videos.")
+@click.option(
+    "--video_name", default="{vid}.mp4", help="Of a video there; {uuid}, {start} and {end} are known too."
+)
+@click.option(
+    "--regular/--no_regular", default=True, help="Boxes in the clip itself become regular references."
+)
+@click.option("--both_ways", is_flag=True, help="Pairs are seen from the referenced clip too.")
+@click.option("--only_existing", is_flag=True, help="Drop clips and references whose video is not there.")
+@length_options
+@_selection_options(
+    PHANTOM_SELECTION, "min_area_ratio", "max_references", "max_cross", "min_image_similarity", "min_frames"
+)
+@workers_option(2)
+@share_option
+def phantom(
+    pairs: Path,
+    info: Path,
+    out: Path,
+    video_root: Path,
+    video_name: str,
+    regular: bool,
+    both_ways: bool,
+    only_existing: bool,
+    frames: int | None,
+    fps: float | None,
+    stride: int | None,
+    workers: int,
+    share: Share,
+    **limits: Any,
+) -> None:
+    """PAIRS is Phantom-Data's filtered parquet with cross pairs, INFO the parquet with the meta info of all clips."""
+    from refalign_ext.data.convert.phantom import convert_phantom
+
+    report = convert_phantom(
+        pairs,
+        info,
+        out,
+        video_root=video_root,
+        video_name=video_name,
+        regular=regular,
+        both_ways=both_ways,
+        only_existing=only_existing,
+        length=given_length(frames, fps, stride),
+        selection=_selection(limits),
+        share=share,
+        workers=workers,
+    )
+    tell(report, out)

@@ -1,0 +1,124 @@
+"""Options that several `data` commands have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from refalign_ext.data.conversion_report import Report
+    from refalign_ext.data.length import Length
+    from refalign_ext.data.work import Share
+
+EXISTING = click.Path(path_type=Path, exists=True)
+PATH = click.Path(path_type=Path)
+_LONGEST_WORK_S = 30 * 24 * 3600.0  # that one rank waits for another
+SHOW_DEFAULTS = {"show_default": True}
+
+
+def share_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--shard",
+        "share",
+        callback=_to_share,
+        metavar="I/N",
+        help="Do part I (from 0) of N, as a job of an array; under torchrun ranks share the work by themselves.",
+    )(command)
+
+
+def _to_share(_: click.Context, __: click.Parameter, text: str | None) -> Share:
+    from refalign_ext.data.work import Share
+
+    return Share.from_environment() if text is None else Share.parse(text)
+
+
+def workers_option(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--workers",
+        type=click.IntRange(0),
+        default=default,
+        help="Processes; 0 does all of it in this one.",
+    )
+
+
+def length_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--stride", type=click.IntRange(1), help="Training takes every n-th frame."),
+        click.option("--fps", type=float, help="Training takes this many frames per second."),
+        click.option("--frames", type=click.IntRange(1), help="Frames of a training clip."),
+    ):
+        command = option(command)
+    return command
+
+
+def given_length(frames: int | None, fps: float | None, stride: int | None) -> Length | None:
+    """The length that the options name; None if they name none.
+
+    Raises:
+        ValueError: for a rate without a number of frames, and for what cannot be.
+    """
+    from refalign_ext.data.length import Length
+
+    if frames is None:
+        if fps is not None or stride is not None:
+            raise ValueError("--fps and --stride say how --frames are taken: give --frames too")
+        return None
+    return Length(frames, fps, stride or 1)
+
+
+def beside(clips: Path, ending: str) -> Path:
+    """The file next to a manifest or folder whose name goes on with `ending`; "." has a name too."""
+    clips = clips if clips.name else Path(os.path.abspath(clips))
+    return clips.with_name(clips.name + ending)
+
+
+def named_png(flag: str, path: Path | None, usual: Path) -> Path:
+    """Where a picture goes: it is written as PNG.
+
+    Raises:
+        ValueError: naming the flag, for another ending.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise ValueError(f"{flag} {path}: name a .png file")
+    return path or usual
+
+
+def is_helper() -> bool:
+    """Whether torchrun started this process beside another one that does all of the work."""
+    from refalign_ext.data.work import Share
+
+    return Share.from_environment().index > 0
+
+
+def start_together() -> Callable[[], None]:
+    """Joins the ranks of torchrun, if it started any; what is returned waits for all of them.
+
+    A rank that ends with an exit code other than 0 makes torchrun end all others: none may before they are done.
+    """
+    from refalign_ext.data.work import Share
+
+    if Share.from_environment().count == 1:
+        return lambda: None
+    import torch
+
+    from refalign_ext.distributed.mesh import start_process_group, stop_process_group
+
+    start_process_group(torch.device("cpu"), _LONGEST_WORK_S)
+    return lambda: stop_process_group(together=True)
+
+
+def tell(report: Report, out: Path) -> None:
+    """Shows what was kept and dropped, and where the result lies.
+
+    Raises:
+        ValueError: if there is nothing in it.
+    """
+    click.echo(report.table())
+    if report.next_step is None:
+        if not report.kept["clips"]:
+            raise ValueError(f"{out}: no clip is left, for the reasons above")
+        click.echo(f"wrote {out}")

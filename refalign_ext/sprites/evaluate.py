@@ -1,0 +1,310 @@
+"""Generate sprite clips with a model and judge them: the embedded model's figures and the previews of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from refalign_ext.backbone import (
+    WAN_CONFIGS,
+    ReferenceBackbone,
+    WanVAE,
+    build_dit,
+    make_solver,
+    resolve_device,
+)
+from refalign_ext.checkpoint.checkpointer import read_meta
+from refalign_ext.checkpoint.reading import read_any_dit, read_teacher_input
+from refalign_ext.config import recipe, with_overrides
+from refalign_ext.encoders import on_grid, teacher_folder, text_encoder
+from refalign_ext.guidance import NULL, TEXT_IMAGE, combine_branches, required_branches
+from refalign_ext.projectors import teacher_input_from_tensors
+from refalign_ext.sampler import denoise
+from refalign_ext.sprites.dataset import to_frames, to_video_tensor
+from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
+from refalign_ext.sprites.vae_onepass import decode_latents, encode_latents, lay_channels_last
+from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
+from refalign_ext.teachers import load_teacher
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
+
+REFERENCES = ("own", "shuffled")
+SHEET_FRAMES = 5  # of a clip in a contact sheet
+Reference = tuple[np.ndarray, float, float]  # image [H, W, 3] uint8, angle in radians, scale
+ReferenceInput = Callable[[Tensor], Tensor]
+"""Images [K, 3, H, W] in [-1, 1] -> what goes into the DiT beside their latents, [K, N, dim]."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate and how; the same job on two models is a paired comparison.
+
+    `references` says whose the model is given: a clip's `own`, or as a control `shuffled`, those of another clip of the
+    job with as few of its colours as there are. The verdict is about the clip's own subjects either way, so a shuffled
+    job scores high only where a model guesses or a judge is lenient.
+    """
+
+    clips: int
+    subjects: int = 1
+    split: str = "held_out"
+    pair: str = "cross"
+    seed: int = 1000
+    ref_guide_scale: float | None = None
+    text_guide_scale: float | None = None
+    sample_steps: int | None = None
+    sample_shift: float | None = None
+    references: str = "own"
+
+    def __post_init__(self) -> None:
+        if self.references not in REFERENCES:
+            raise ValueError(f"references is {self.references!r}: choose one of {', '.join(REFERENCES)}")
+        if self.references == "shuffled" and self.clips < 2:
+            raise ValueError("shuffled references are those of another clip: ask for 2 clips or more")
+
+
+@dataclass
+class Evaluation:
+    """Generated clips [T, H, W, 3] with their truth, the references that the model was given, and verdicts."""
+
+    clips: list[Clip] = field(default_factory=list)
+    videos: list[np.ndarray] = field(default_factory=list)
+    references: list[list[np.ndarray]] = field(default_factory=list)
+    backgrounds: list[bool] = field(default_factory=list)
+    verdicts: list[list[Verdict]] = field(default_factory=list)
+
+    def table(self) -> dict[str, dict[str, float]]:
+        """Shares with 95% intervals; see `judge.summarize`."""
+        return summarize(self.backgrounds, self.verdicts)
+
+
+class SpriteEvaluator:
+    """Generates in batches with the same guidance, solver and classes as the pipeline.
+
+    Args:
+        task: the r2v-tiny entry of WAN_CONFIGS.
+        vae: its VAE.
+        encode_text: prompts to text features.
+        precision: of the DiT, `fp32` or `bf16` (autocast, as in training); the VAE keeps float32.
+    """
+
+    def __init__(
+        self,
+        task: EasyDict,
+        vae: WanVAE,
+        encode_text: Callable[[Sequence[str]], list[Tensor]],
+        precision: str = "fp32",
+    ) -> None:
+        self.task, self.vae, self.encode_text, self.precision = task, vae, encode_text, precision
+
+    def draw(self, job: Job, index: int) -> tuple[Clip, list[Reference]]:
+        """Clip `index` of a job and its own references; cut-outs are tilted as in training, and so are their clips."""
+        rng = np.random.default_rng([job.seed, job.subjects, index])
+        clip = sample_clip(rng, subjects_of(job.split), job.subjects, tilted=job.pair == "regular")
+        width, height = self.task.size
+        return clip, [
+            sample_reference(rng, performance, height, width, job.pair) for performance in clip.performances
+        ]
+
+    def draw_all(self, job: Job) -> list[tuple[Clip, list[Reference]]]:
+        """Every clip of a job with the references that the model is given."""
+        drawn = [self.draw(job, index) for index in range(job.clips)]
+        if job.references == "own":
+            return drawn
+        colors = [[performance.subject.colors for performance in clip.performances] for clip, _ in drawn]
+
+        def shared(index: int, other: int) -> int:
+            return sum(len(mine & theirs) for mine in colors[index] for theirs in colors[other])
+
+        given = []
+        for index, (clip, _) in enumerate(drawn):
+            others = [(index + step) % job.clips for step in range(1, job.clips)]
+            given.append((clip, drawn[min(others, key=lambda other: shared(index, other))][1]))
+        return given
+
+    @torch.no_grad()
+    def reconstruct(self, job: Job, through_vae: bool = True, progress: bool = False) -> Evaluation:
+        """The judge's opinion of real clips, as rendered or after the VAE's own chunked encode and decode."""
+        from tqdm import tqdm
+
+        width, height = self.task.size
+        result = Evaluation()
+        for index in tqdm(range(job.clips), desc="judging", unit="clip", disable=not progress):
+            clip, references = self.draw(job, index)
+            video, _ = render_clip(clip, self.task.frame_num, height, width)
+            if through_vae:
+                latents = self.vae.encode([to_video_tensor(video).to(self.vae.device)])
+                video = to_frames(self.vae.decode(latents)[0])
+            self._add(result, clip, video, references)
+        return result
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: nn.Module,
+        job: Job,
+        batch_size: int = 16,
+        progress: bool = False,
+        reference_input: ReferenceInput | None = None,
+    ) -> Evaluation:
+        """Generate and judge a job's clips; clip `index` has its own seed, whatever the batch size.
+
+        Args:
+            reference_input: of a model that was trained with `teacher_input`; see `reference_input_of`.
+        """
+        from tqdm import tqdm
+
+        backbone, result, everything = ReferenceBackbone(model.eval()), Evaluation(), self.draw_all(job)
+        bar = tqdm(total=job.clips, desc="generating", unit="clip", disable=not progress)
+        try:
+            for start in range(0, job.clips, batch_size):
+                drawn = everything[start : start + batch_size]
+                videos = self._sample(backbone, job, start, drawn, reference_input)
+                for (clip, references), video in zip(drawn, videos, strict=True):
+                    self._add(result, clip, to_frames(video), references)
+                bar.update(len(drawn))
+        finally:
+            backbone.detach()
+            bar.close()
+        return result
+
+    def _add(self, result: Evaluation, clip: Clip, video: np.ndarray, references: list) -> None:
+        background, verdicts = judge_clip(video, clip, [(angle, scale) for _, angle, scale in references])
+        result.clips.append(clip)
+        result.videos.append(video)
+        result.references.append([image for image, _, _ in references])
+        result.backgrounds.append(background)
+        result.verdicts.append(verdicts)
+
+    def _sample(
+        self,
+        backbone: ReferenceBackbone,
+        job: Job,
+        start: int,
+        drawn: list,
+        reference_input: ReferenceInput | None,
+    ) -> Tensor:
+        task, device = self.task, self.vae.device
+        image_scale = task.ref_guide_scale if job.ref_guide_scale is None else job.ref_guide_scale
+        text_scale = task.text_guide_scale if job.text_guide_scale is None else job.text_guide_scale
+        images = torch.stack(
+            [
+                torch.stack([to_video_tensor(image[None]) for image, _, _ in references])
+                for _, references in drawn
+            ]
+        ).to(device)  # [B, M, 3, 1, H, W]
+        encoded = encode_latents(self.vae, images.flatten(0, 1))  # [B * M, C, 1, h, w]
+        references = encoded[:, :, 0].unflatten(0, images.shape[:2]).transpose(1, 2)  # [B, C, M, h, w]
+        noise = torch.stack(
+            [
+                torch.randn(
+                    (
+                        references.shape[1],
+                        (task.frame_num - 1) // task.vae_stride[0] + 1,
+                        *references.shape[3:],
+                    ),
+                    generator=torch.Generator().manual_seed(job.seed * 100003 + start + offset),
+                )
+                for offset in range(len(drawn))
+            ]
+        ).to(device)
+        prompts = self.encode_text([clip.caption for clip, _ in drawn])
+        negative = self.encode_text([task.sample_neg_prompt]) * len(drawn)
+        names = required_branches(image_scale, text_scale)
+        context = [text for name in names for text in (prompts if name == TEXT_IMAGE else negative)]
+        clean = [row for name in names for row in references * (name != NULL)]
+        added = None
+        if reference_input is not None:
+            tokens = reference_input(images[:, :, :, 0].flatten(0, 1)).unflatten(0, images.shape[:2])
+            added = torch.cat([tokens * (name != NULL) for name in names])  # [B, M, N, dim] of each branch
+
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            times = timestep.expand(len(clean)).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                output = backbone(list(latents) * len(names), times, context, clean, reference_input=added)
+            chunks = torch.stack(output.prediction).float().chunk(len(names))
+            return combine_branches(dict(zip(names, chunks, strict=True)), image_scale, text_scale)
+
+        solver = make_solver(
+            task.sample_solver,
+            job.sample_steps or task.sample_steps,
+            job.sample_shift or task.sample_shift,
+            task.num_train_timesteps,
+            device,
+        )
+        latents = denoise(predict, noise, solver, progress=False)
+        return decode_latents(self.vae, latents)
+
+
+def judge_folder(
+    folder: Path,
+    what: str,
+    job: Job,
+    *,
+    dit_ckpt: Path | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    progress: bool = True,
+) -> Evaluation:
+    """Judge `"real"` clips, their `"reconstruction"` by a checkpoint folder's VAE, or its `"generation"`."""
+    task = WAN_CONFIGS["r2v-tiny"]
+    place = resolve_device(device)
+    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=place, config=task.vae)
+    evaluator = SpriteEvaluator(task, vae, text_encoder(folder, task, place, place), precision)
+    if what != "generation":
+        if job.references != "own":
+            raise ValueError(
+                f"shuffled references are a control of generated clips: there are none in {what}"
+            )
+        return evaluator.reconstruct(job, through_vae=what == "reconstruction", progress=progress)
+    lay_channels_last(vae.model)
+    source = dit_ckpt or folder
+    checkpoint = read_any_dit(source, with_teacher_input=True)
+    model = build_dit(checkpoint, task, source, device=place, dtype=torch.float32).requires_grad_(False)
+    reference_input = reference_input_of(source, task, folder, place, model.dim)
+    return evaluator.generate(model, job, progress=progress, reference_input=reference_input)
+
+
+def reference_input_of(
+    source: Path, task: EasyDict, folder: Path, device: torch.device, dim: int
+) -> ReferenceInput | None:
+    """What a checkpoint that was trained with `teacher_input` adds to its references, or None for any other.
+
+    Args:
+        source: the DiT's checkpoint; its settings name the teacher.
+        folder: of the frozen parts, with the task's own teacher.
+        dim: width of the DiT.
+
+    Raises:
+        ValueError: if the teacher is not there or is another one.
+    """
+    tensors = read_teacher_input(source)
+    if not tensors:
+        return None
+    named = read_meta(source)["settings"]["alignment"]
+    overrides = {f"alignment.{name}": named[name] for name in ("teacher", "teacher_path")}
+    path = teacher_folder(with_overrides(recipe("tiny"), overrides), task, folder)
+    teacher = load_teacher(named["teacher"], path, device=device)
+    module = teacher_input_from_tensors(tensors, teacher_dim=teacher.dim, dim=dim, source=str(source))
+    module, features = module.to(device).requires_grad_(False), on_grid(teacher, task)
+    return lambda images: module(features(images))
+
+
+def contact_sheet(
+    evaluation: Evaluation, rows: int = 8, frames: int = SHEET_FRAMES, scale: int = 3
+) -> np.ndarray:
+    """References, then evenly spaced frames, one clip a row: [H, W, 3] uint8."""
+    most = max(len(images) for images in evaluation.references)
+    lines = []
+    for video, references in list(zip(evaluation.videos, evaluation.references, strict=True))[:rows]:
+        blank = np.full_like(references[0], 235)
+        shown = video[np.linspace(0, len(video) - 1, frames).round().astype(int)]
+        cells = [*references, *[blank] * (most - len(references)), *shown]
+        lines.append(np.concatenate(cells, 1))
+    return np.concatenate(lines).repeat(scale, 0).repeat(scale, 1)

@@ -1,0 +1,282 @@
+"""Runs the frozen parts over every row of a clip set before training and stores what they give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from refalign_ext.backbone import WanVAE
+from refalign_ext.config import TrainConfig
+from refalign_ext.data.cache.files import (
+    HEADER,
+    CacheHeader,
+    ChunkRecord,
+    chunk_path,
+    default_folder,
+    read_header,
+    read_record,
+    write_chunk,
+    write_header,
+)
+from refalign_ext.data.cache.names import LATENT_TYPES, differences, features_name, text_name
+from refalign_ext.data.cache.rows import LoadedRow, RowLoader
+from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.pixels import from_levels
+from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.work import Share, run_each
+from refalign_ext.encoders import (
+    checkpoint_folder,
+    frozen_fingerprint,
+    on_grid,
+    task_config,
+    teacher_folder,
+    text_encoder,
+)
+from refalign_ext.teachers import load_teacher
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 32
+_EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What turns pixels and prompts into what training sees, each call for one thing alone.
+
+    Attributes:
+        encode: a video [3, T, H, W] in [-1, 1] to latents [C, F, h, w].
+        features: an image [3, H, W] to teacher features [N, D]; None: no alignment.
+        encode_text: a prompt to features [L, D], in the type in which they are stored.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    features: Callable[[Tensor], Tensor] | None
+    encode_text: Callable[[str], Tensor]
+
+
+@dataclass
+class CacheSummary:
+    """What a call did, for its share of the chunks.
+
+    Attributes:
+        rows: in the share; made, kept: chunks written, and found as they should be.
+        failures: videos, references and whole rows that could not be loaded; examples: why, of the first few.
+        bytes: of the chunk files of this share.
+    """
+
+    rows: int = 0
+    made: int = 0
+    kept: int = 0
+    failures: int = 0
+    bytes: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, record: ChunkRecord, path: Path) -> None:
+        """Counts a chunk."""
+        self.rows += len(record.rows)
+        self.bytes += path.stat().st_size
+        self.failures += len(record.failures)
+        room = _EXAMPLES - len(self.examples)
+        self.examples += list(record.failures.values())[:room]
+
+
+def build_cache(
+    config: TrainConfig,
+    data: str | Path,
+    out: str | Path | None = None,
+    *,
+    sampling: Sampling,
+    device: torch.device,
+    share: Share | None = None,
+    workers: int = 0,
+    dtype: str = "float32",
+    chunk_rows: int = CHUNK_ROWS,
+    retry_failed: bool = False,
+) -> CacheSummary:
+    """Makes a cache or goes on with one; chunks that are as they should be are kept.
+
+    Nothing is loaded onto the device if this share of the cache is complete.
+
+    Args:
+        config: the run that the cache is for: its task, checkpoint folder and teacher count.
+        data: a manifest, or a folder that `data materialise` packed.
+        out: the folder of the cache; None: where training looks for it, beside the data.
+        sampling: the run's; its `clip_variants` must be above 0.
+        share: the chunks to make; None: as torchrun's environment says, else all.
+        workers: processes that decode.
+        dtype: of latents and teacher features; "bfloat16" halves the files and rounds what training sees.
+        chunk_rows: rows of a chunk: what a run that is killed loses at most, and holds in memory.
+        retry_failed: make chunks again in which something could not be loaded.
+
+    Raises:
+        ValueError: for settings and files that do not fit, or if `out` holds a cache of something else.
+        OSError: if `out` cannot be written.
+    """
+    if dtype not in LATENT_TYPES:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(LATENT_TYPES)}")
+    if chunk_rows < 1:
+        raise ValueError(f"--chunk_rows {chunk_rows}: give at least 1")
+    loader = RowLoader(open_clip_set(data), sampling)
+    header = CacheHeader(frozen_fingerprint(config, sampling, dtype=dtype), len(loader.clip_set), chunk_rows)
+    return fill_cache(
+        loader,
+        default_folder(Path(data)) if out is None else Path(out),
+        header,
+        lambda: load_parts(config, device),
+        share=share or Share.from_environment(),
+        workers=workers,
+        # Prompts that every run may ask for: dropped text, and the negative prompt of previews.
+        prompts=("", task_config(config).sample_neg_prompt),
+        retry_failed=retry_failed,
+    )
+
+
+def load_parts(config: TrainConfig, device: torch.device) -> FrozenParts:
+    """The frozen parts of a run on a device (the text encoder on the CPU if the configuration says so).
+
+    Raises:
+        ValueError: for missing or unfitting files.
+    """
+    task, folder = task_config(config), checkpoint_folder(config, dit=False)
+    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
+    teacher = None
+    if config.needs_teacher:
+        teacher = load_teacher(config.alignment.teacher, teacher_folder(config, task, folder), device=device)
+    features = on_grid(teacher, task)
+    home, cpu = torch.device("cpu") if config.t5_cpu else device, torch.device("cpu")
+    encode_text = text_encoder(folder, task, home, cpu, remember=0)
+    return FrozenParts(
+        lambda video: vae.encode([video])[0],
+        None if features is None else lambda image: features(image[None])[0],
+        # The encoder works in this type: nothing is lost.
+        lambda prompt: encode_text([prompt])[0].to(task.t5_dtype),
+    )
+
+
+def fill_cache(
+    loader: RowLoader,
+    folder: Path,
+    header: CacheHeader,
+    load: Callable[[], FrozenParts],
+    *,
+    share: Share,
+    workers: int = 0,
+    prompts: Sequence[str] = ("",),
+    retry_failed: bool = False,
+) -> CacheSummary:
+    """Makes this share's chunks that are missing, damaged or of rows that have changed; see `build_cache`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _require_same(folder, header)
+    write_header(folder, header)
+    summary, todo = CacheSummary(), []
+    mine = share.take(range(header.chunks))
+    for number in tqdm(mine, "looking for finished chunks", unit="chunk", disable=None, delay=2):
+        record = _current(folder, number, header, loader)
+        if record is None or (retry_failed and record.failures):
+            todo.append(number)
+        else:
+            summary.kept += 1
+            summary.add(record, chunk_path(folder, number))
+    if todo:
+        _remove_leftovers(folder, set(todo))
+        parts, dtype = load(), getattr(torch, header.fingerprint["settings"]["dtype"])
+        rows = [row for number in todo for row in header.chunk(number)]
+        with closing(run_each(loader, rows, workers=workers, description="caching", unit="row")) as stream:
+            for number in todo:
+                chunk = _Chunk(parts, dtype, prompts)
+                for row in header.chunk(number):
+                    chunk.add(loader.clip_set.place(row), next(stream)[1])
+                record = ChunkRecord(header.fingerprint, chunk.rows, chunk.failures)
+                write_chunk(folder, number, chunk.tensors, record)
+                summary.made += 1
+                summary.add(record, chunk_path(folder, number))
+    return summary
+
+
+class _Chunk:
+    """Collects the tensors of a chunk's rows on the CPU."""
+
+    def __init__(self, parts: FrozenParts, dtype: torch.dtype, prompts: Sequence[str]) -> None:
+        self.parts, self.dtype = parts, dtype
+        self.tensors: dict[str, Tensor] = {}
+        self.rows: list[list[str]] = []
+        self.failures: dict[str, str] = {}
+        self._add_prompts(prompts)
+
+    @torch.no_grad()
+    def add(self, place: str, row: LoadedRow) -> None:
+        """Encodes a row; `place` is what errors about it start with."""
+        if row.clip_id and any(row.clip_id == other for other, _ in self.rows):
+            raise ValueError(f"{place}: id {row.clip_id!r} is used twice: `data check` names all such rows")
+        self.rows.append([row.clip_id, row.digest])
+        if row.reason:
+            self.failures[place] = row.reason
+            return
+        self._add_prompts(row.prompts)
+        for item in row.items:
+            if item.levels is None:
+                self.failures[item.name] = item.reason
+                continue
+            pixels = from_levels(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
+            is_image = pixels.ndim == 3
+            found = {item.name: self.parts.encode(pixels[:, None] if is_image else pixels)}
+            if is_image and self.parts.features is not None:
+                found[features_name(item.name)] = self.parts.features(pixels)
+            if all(tensor.isfinite().all() for tensor in found.values()):
+                self.tensors |= {name: tensor.to("cpu", self.dtype) for name, tensor in found.items()}
+            else:
+                self.failures[item.name] = f"{place} ({row.clip_id}): what the encoders give is not finite"
+
+    @torch.no_grad()
+    def _add_prompts(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            name = text_name(prompt)
+            if name not in self.tensors:
+                self.tensors[name] = self.parts.encode_text(prompt).cpu()
+
+
+def _require_same(folder: Path, header: CacheHeader) -> None:
+    """Raises ValueError if the folder holds a cache that was made from something else."""
+    if not (folder / HEADER).exists():
+        return
+    old = read_header(folder)
+    found = differences(old.fingerprint, header.fingerprint)
+    found = found or differences(header.fingerprint, old.fingerprint)
+    if not found and old.chunk_rows != header.chunk_rows:
+        found = [f"chunk_rows {old.chunk_rows}, this run asks for {header.chunk_rows}"]
+    if found:
+        raise ValueError(
+            f"--out {folder} holds another cache: {'; '.join(found)}: give another folder or delete this one"
+        )
+
+
+def _remove_leftovers(folder: Path, numbers: set[int]) -> None:
+    """What a run that was killed had half written of these chunks; those of other shares may be in the making."""
+    names = {chunk_path(folder, number).name for number in numbers}
+    for aside in folder.glob(".chunk-*.part"):
+        if aside.name[1:].rsplit(".", 2)[0] in names:
+            aside.unlink(missing_ok=True)
+
+
+def _current(folder: Path, number: int, header: CacheHeader, loader: RowLoader) -> ChunkRecord | None:
+    """The record of a chunk that need not be made again, or None."""
+    path = chunk_path(folder, number)
+    if not path.exists():
+        return None
+    try:
+        record, _ = read_record(path)
+    except ValueError as error:
+        logger.warning("making a chunk again: %s", error)
+        return None
+    if record.fingerprint != header.fingerprint or len(record.rows) != len(header.chunk(number)):
+        return None
+    same = all(list(loader.identify(row)) == stored for row, stored in zip(header.chunk(number), record.rows))
+    return record if same else None

@@ -1,0 +1,211 @@
+"""One training run from the command line: configuration, plan, ranks, logs, previews, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refalign_ext.backbone import resolve_device
+from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
+from refalign_ext.config import TrainConfig, configure
+from refalign_ext.distributed.mesh import (
+    Parallel,
+    environment_rank,
+    environment_world_size,
+    lost_rank,
+    rank_device,
+    start_process_group,
+    stop_process_group,
+)
+from refalign_ext.encoders import task_config
+from refalign_ext.errors import describe_error
+from refalign_ext.planning.plan import Plan, make_training_plan
+from refalign_ext.planning.table import describe
+from refalign_ext.training.build import build_trainer
+from refalign_ext.training.logging import RunLog
+from refalign_ext.training.loop import run
+from refalign_ext.training.previews import make_preview
+from refalign_ext.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe_name: str | None,
+    overrides: dict[str, Any],
+    *,
+    device: str = "auto",
+    resume: str = "auto",
+    threads: int | None = None,
+    dry_run: bool = False,
+    world_size: int | None = None,
+) -> Trainer | None:
+    """Train as the command line asks; returns the trainer at its last step, or None after a dry run.
+
+    Under torchrun every rank calls it.
+
+    Args:
+        dry_run: print the plan and stop; nothing is loaded, written or needed.
+        world_size: ranks to plan for in a dry run; None: those that there are.
+
+    Raises:
+        ValueError: for settings or files that do not fit, before anything is written.
+        FloatingPointError: if too many steps in a row are not finite.
+        KeyboardInterrupt: after a stop that was asked for; the checkpoint is written by then.
+    """
+    is_main = environment_rank() == 0
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(levelname)s %(message)s")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    config = configure(recipe_name, overrides)
+    place = None if dry_run else resolve_device(rank_device(device))
+    plan = _plan(config, place, world_size if dry_run else environment_world_size())
+    if is_main and (dry_run or not plan.fits or plan.sizes.world > 1 or config.task != "r2v-tiny"):
+        print(describe(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
+    plan.require_fit()
+    if dry_run:
+        return None
+    assert place is not None
+    with _ranks(plan, place, config) as parallel:
+        return _train(config, parallel, resume)
+
+
+def _plan(config: TrainConfig, device: torch.device | None, world_size: int | None) -> Plan:
+    memory = None
+    if device is not None and device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    size = world_size or environment_world_size()
+    return make_training_plan(config, task_config(config), size, device_memory=memory)
+
+
+@contextmanager
+def _ranks(plan: Plan, device: torch.device, config: TrainConfig) -> Iterator[Parallel]:
+    """This rank's place in the plan, as long as the block lasts.
+
+    Raises:
+        ConnectionError: if another rank is gone or does not answer.
+    """
+    if plan.sizes.world == 1:
+        yield Parallel.single(device)
+        return
+    timeout = 60 * config.timeout_minutes
+    start_process_group(device, timeout)
+    try:
+        yield Parallel.create(plan.sizes, device, timeout)
+    except (OSError, RuntimeError) as error:
+        reason = lost_rank(error, timeout)
+        if reason is None:
+            raise
+        raise ConnectionError(reason) from error
+    # After a failure the process ends anyway, and leaving the group could wait for ranks that are gone.
+    stop_process_group()
+
+
+def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
+    out = Path(config.out)
+    # Rank 0 decides, so that all go on from the same place even if one looks a moment later.
+    checkpoint = parallel.broadcast_from_rank0(lambda: resolve_resume(out / "checkpoints", resume))
+    parallel.broadcast_from_rank0(lambda: _check_writable(out))
+    trainer = build_trainer(config, parallel)
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+        logger.info("resuming from %s", checkpoint)
+    log = RunLog(
+        out,
+        first_step=trainer.step,
+        wandb_project=config.wandb,
+        settings=trainer.config.to_dict(),
+        is_main=parallel.is_main,
+    )
+    _prepare_data(trainer)
+    if parallel.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        for moved in set_aside_after(out / "checkpoints", trainer.step):
+            logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
+        (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
+    parallel.barrier()
+    with log, _stop_on_signal(parallel.is_main) as received:
+        trainer.stop_requested = lambda: bool(received)
+        run(trainer, log, preview=make_preview(trainer, log))
+    if trainer.step < config.steps:
+        raise KeyboardInterrupt(128 + (received[0] if received else signal.SIGINT))
+    logger.info("done: %s", out / "checkpoints")
+    return trainer
+
+
+def _prepare_data(trainer: Trainer) -> None:
+    """Fill caches on rank 0, which may take long; the others then find them."""
+    sources = [source for source in (trainer.source, trainer.validation) if source is not None]
+    for turn in (True, False):
+        if trainer.parallel.is_main == turn:
+            for source in sources:
+                source.prepare()
+        trainer.parallel.wait_for_main()
+
+
+def explain(error: BaseException) -> str:
+    """One line for the user; REFALIGN_TRACEBACK=1 prints the traceback first."""
+    line = describe_error(
+        error,
+        "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full",
+    )
+    if line is None:
+        return f"{' '.join(str(error).split())[:300]} (REFALIGN_TRACEBACK=1 shows where)"
+    return line
+
+
+def _check_writable(out: Path) -> None:
+    """Try the folder, or the nearest one above it that exists, without leaving anything there."""
+    folder = out.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+
+
+@contextmanager
+def _stop_on_signal(says_so: bool) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM lets the running step finish and be saved; a second Ctrl-C stops at once.
+
+    Yields the list to which received signals are added.
+    """
+    received: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(int(number))
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+        if (
+            says_so and len(received) == 1
+        ):  # a scheduler may repeat itself, and torchrun passes on what it got
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            print(f"\nstopping after this step{again}", file=sys.stderr)
+
+    # Handlers belong to the main thread, and a job in the background ignores the terminal's Ctrl-C.
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,302 @@
+"""Patches for an official Wan checkout: what `patch status|apply|revert|diff` do.
+
+A unit is a file of `patches/`: its docstring says what for, `NAME` what it is called, and `edit(tree)` finds its places
+by the names in the syntax trees and puts our text there. `edit` answers False where the tree has no use for it, and
+raises `PlaceNotFound` where a place has changed. Units are applied one after another in the order of their files, in
+memory; a tree is written only when all of them have found their places, and then file by file aside and renamed.
+
+What the files held before lies in `.refalign_patches/` of the tree, which git ignores, so that `revert` restores it
+byte for byte. What is about to be written is noted there first: after a kill at any moment, `apply` goes on and `revert`
+goes back.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from io import StringIO
+from pathlib import Path
+
+from refalign_ext.upstream.checkout import changed_files, head_commit
+from refalign_ext.upstream.record import RECORD, Record, digest, read_record
+from refalign_ext.upstream.source import PlaceNotFound, SourceTree
+
+FOLDER = Path(__file__).resolve().parents[2] / "patches"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One patch.
+
+    Attributes:
+        name: what it is called on the command line.
+        summary: the first line of its docstring.
+        edit: puts it into a tree in memory; False: the tree has no use for it.
+    """
+
+    name: str
+    summary: str
+    edit: Callable[[SourceTree], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one unit on a tree.
+
+    Attributes:
+        state: "applied", "not applied", "not needed", "changed" or "unfinished" (writing was interrupted).
+        detail: for "changed", the place that is gone.
+    """
+
+    unit: Unit
+    state: str
+    detail: str = ""
+
+
+def load_units(folder: Path = FOLDER) -> list[Unit]:
+    """The units of a folder, in the order of their file names.
+
+    Raises:
+        ValueError: if the folder is not there, as when only the package is installed.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}: run this from a checkout of the repository, which has patches/"
+        )
+    units = []
+    for path in sorted(folder.glob("*.py")):
+        spec = spec_from_file_location(f"refalign_patches.{path.stem}", path)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        units.append(Unit(module.NAME, module.__doc__.strip().splitlines()[0], module.edit))
+    return units
+
+
+def choose_units(units: Sequence[Unit], names: Sequence[str]) -> list[Unit]:
+    """The units of these names, all where none are given.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    known = [unit.name for unit in units]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no patch {unknown[0]}: choose from {', '.join(known)}")
+    return [unit for unit in units if not names or unit.name in names]
+
+
+def status(root: Path, units: Sequence[Unit]) -> list[Outcome]:
+    """How each unit stands, found out in memory from the files as they were before any unit."""
+    present = SourceTree(root)
+    record = _current(read_record(root), present.texts)
+    originals = _originals(root, record)
+    is_finished = _is_finished(record, present.texts)
+    tree = SourceTree(root, originals)
+    outcomes = []
+    for unit in units:
+        is_applied = unit.name in record.units
+        before = dict(tree.texts)
+        try:
+            is_needed = unit.edit(tree)
+            tree.commit()
+            state = "applied" if is_applied else "not applied"
+            state = state if is_finished else "unfinished"
+            outcomes.append(Outcome(unit, state if is_needed else "not needed"))
+        except PlaceNotFound as error:
+            tree = SourceTree(root, before)
+            outcomes.append(Outcome(unit, "changed", str(error)))
+    return outcomes
+
+
+def apply(root: Path, units: Sequence[Unit], *, names: Sequence[str] = (), force: bool = False) -> str:
+    """Brings the chosen units into a tree, beside those that it has.
+
+    Args:
+        units: all there are.
+        names: the chosen ones; none: all.
+        force: also for a tree that has edits of its own or is no git checkout.
+
+    Returns:
+        The unified diff of what was written; empty if there was nothing to do.
+
+    Raises:
+        ValueError: if a place is gone (all are named) or the tree is not to be touched; nothing is written then.
+    """
+    record = _current(read_record(root), SourceTree(root).texts)
+    chosen = {unit.name for unit in choose_units(units, names)} | set(record.units)
+    originals = _originals(root, record)
+    new, used = _patched(root, originals, [unit for unit in units if unit.name in chosen])
+    return _write(root, record, originals, new, used, force=force)
+
+
+def revert(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
+    """Takes the chosen units (none named: all) out again; gives the unified diff of what was written.
+
+    Raises:
+        ValueError: if a patched file has been edited since, or a unit that stays no longer fits.
+    """
+    record = _current(read_record(root), SourceTree(root).texts)
+    dropped = {unit.name for unit in choose_units(units, names)}
+    originals = _originals(root, record)
+    kept = [unit for unit in units if unit.name in record.units and unit.name not in dropped]
+    new, used = _patched(root, originals, kept)
+    return _write(root, record, originals, new, used, force=True)
+
+
+def diff(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
+    """The unified diff from the unpatched files to all chosen units, whether they are applied or not.
+
+    Raises:
+        ValueError: if a place is gone.
+    """
+    originals = _originals(root, read_record(root))
+    new, _ = _patched(root, originals, choose_units(units, names))
+    return unified_diff(originals, new)
+
+
+def unified_diff(before: dict[str, str], after: dict[str, str]) -> str:
+    """All changed files as one patch in git's form."""
+    parts = []
+    for name in sorted(after):
+        old, new = (StringIO(texts[name], newline="\n").readlines() for texts in (before, after))
+        parts += difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
+    return "".join(
+        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in parts
+    )
+
+
+def _patched(root: Path, texts: dict[str, str], units: Sequence[Unit]) -> tuple[dict[str, str], list[str]]:
+    """The texts with these units, and the names of those that were needed."""
+    tree = SourceTree(root, dict(texts))
+    used, gone = [], []
+    for unit in units:
+        before = dict(tree.texts)
+        try:
+            if unit.edit(tree):
+                used.append(unit.name)
+            tree.commit()
+        except PlaceNotFound as error:
+            gone.append(f"{unit.name}: {error}")
+            tree = SourceTree(root, before)
+    if gone:
+        raise ValueError(
+            f"{root}: the tree has changed where a patch belongs, nothing was written: {'; '.join(gone)}"
+        )
+    return tree.texts, used
+
+
+def _is_finished(record: Record, texts: dict[str, str]) -> bool:
+    return all(digest(texts[name]) == known[-1] for name, known in record.files.items())
+
+
+def _current(record: Record, texts: dict[str, str]) -> Record:
+    """The record, empty where all files are as before any unit, as after `git checkout`."""
+    is_before = all(name in texts and digest(texts[name]) == known[0] for name, known in record.files.items())
+    return Record() if is_before else record
+
+
+def _originals(root: Path, record: Record) -> dict[str, str]:
+    """Every file of the tree as it was before any unit.
+
+    Raises:
+        ValueError: if a patched file is no longer what was written.
+    """
+    texts = dict(SourceTree(root).texts)
+    for name, known in record.files.items():
+        if name not in texts or digest(texts[name]) not in known:
+            raise ValueError(
+                f"{root / name} was edited after it was patched: undo that edit, or restore the file with git and "
+                f"delete {root / RECORD}"
+            )
+        if digest(texts[name]) == known[0]:
+            continue
+        text = (root / RECORD / "before" / name).read_bytes().decode()
+        if digest(text) != known[0]:
+            raise ValueError(f"{root / RECORD / 'before' / name} is damaged: restore the tree with git")
+        texts[name] = text
+    return texts
+
+
+def _write(
+    root: Path,
+    record: Record,
+    originals: dict[str, str],
+    new: dict[str, str],
+    used: list[str],
+    *,
+    force: bool,
+) -> str:
+    """Makes the tree's files those of `new`, all or none."""
+    present = SourceTree(root).texts
+    written = {name: text for name, text in new.items() if text != present[name]}
+    folder = root / RECORD
+    if not written and _is_finished(record, present):
+        if new == originals:
+            _forget(folder)
+        return ""
+    if not force:
+        require_clean(root, record)
+    touched = {*written, *record.files}
+    files = {name: [digest(texts[name]) for texts in (originals, present, new)] for name in sorted(touched)}
+    note = folder / "applied.json"
+    noted = note.read_text(encoding="utf-8") if note.is_file() else None
+    done: list[str] = []
+    try:
+        _write_aside(folder / ".gitignore", "*\n")
+        for name in files:
+            _write_aside(folder / "before" / name, originals[name])
+        _write_aside(note, json.dumps({"units": used, "files": files}, indent=2) + "\n")
+        for name, text in written.items():
+            done.append(name)
+            _write_aside(root / name, text)
+    except BaseException:
+        for name in done:
+            if (root / name).read_bytes() != present[name].encode():
+                _write_aside(root / name, present[name])
+        if noted is None:
+            _forget(folder)
+        else:
+            _write_aside(note, noted)
+        raise
+    if new == originals:
+        _forget(folder)
+    return unified_diff({name: present[name] for name in written}, written)
+
+
+def require_clean(root: Path, record: Record) -> None:
+    """Refuses a tree whose state is not that of a release.
+
+    Raises:
+        ValueError: saying how to go on.
+    """
+    if head_commit(root) is None:
+        raise ValueError(
+            f"{root} is no git checkout, so edits in it cannot be told from the release: use --force to patch it anyway"
+        )
+    if edited := [name for name in changed_files(root) if name not in record.files]:
+        more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
+        raise ValueError(
+            f"{root} has edits of its own in {', '.join(edited[:3])}{more}: commit or undo them, or use --force"
+        )
+
+
+def _write_aside(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        aside.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, aside)
+        os.replace(aside, path.resolve())
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _forget(folder: Path) -> None:
+    (folder / "applied.json").unlink(missing_ok=True)  # first: the rest means nothing without it
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,527 @@
+"""The source of training samples: surveyed once, split, mixed, encoded, and stopped when too much of it is bad."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refalign_ext.backbone import WAN_CONFIGS, WanVAE
+from refalign_ext.data import clip_index as survey_module
+from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.cache.files import CacheError
+from refalign_ext.data.clip_index import BAD_ROW, BAD_VIDEO, USABLE, survey, survey_paths
+from refalign_ext.data.clip_set import ClipSet, open_clip_set
+from refalign_ext.data.loading import source as source_module
+from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.manifest_file import write_manifest
+from refalign_ext.data.materialise.run import materialise
+from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
+from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.sampling.split import Split, digest
+from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+
+BUCKET = Bucket(32, 32, 5)
+HERE = LoaderSettings(workers=0)
+
+
+def render(path: Path, frames: int = 12, size: tuple[int, int] = (48, 32), codec: str = "libx264") -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=8)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(frames):
+            pixels = np.full((size[1], size[0], 3), 10 * number % 256, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def row(name: str, video: str = "long.mp4", *refs: Reference, **changes: object) -> Clip:
+    refs = refs or (Reference("regular", image="a.png"), Reference("cross", image="b.png"))
+    return Clip(name, "custom", VideoSpan(video), f"about {name}", (Subject("1", refs=refs),), **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    render(tmp_path / "long.mp4")
+    render(tmp_path / "tall.mp4", 7, (32, 64))
+    render(tmp_path / "short.mp4", 4)
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (30, 20), "blue").save(tmp_path / "b.png")
+    return tmp_path
+
+
+def clip_set(folder: Path, *rows: Clip, name: str = "data.jsonl") -> ClipSet:
+    write_manifest(folder / name, rows)
+    return open_clip_set(folder / name)
+
+
+def encode(videos: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [video.mean(dim=(2, 3), keepdim=True) for video in videos]
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(2)[:, :, ::400].clone()
+
+
+def make(*sets: ClipSet, **changes: object) -> ClipSource:
+    sampling = changes.pop("sampling", Sampling((BUCKET,), seed=3))
+    return ClipSource(sets, sampling, **{"encode": encode, "features": features, "settings": HERE, **changes})
+
+
+def same(one: EncodedSample, other: EncodedSample) -> bool:
+    tensors = ("latents", "references", "features")
+    is_same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
+    return is_same and (one.name, one.prompt) == (other.name, other.prompt)
+
+
+# --- samples
+
+
+def test_samples_are_encoded_pixels_of_the_choice(folder: Path) -> None:
+    clips = clip_set(folder, row("a", "long.mp4", Reference("cross", image="b.png")))
+    sampling = Sampling((BUCKET,), clip_variants=1)
+    (sample,) = make(clips, sampling=sampling).samples(0, range(1))
+    video = from_levels(video_uint8(clips, 0, clips[0], BUCKET, 0, sampling))
+    picture = load_reference(clips, 0, clips[0], ReferenceChoice(0, 0, None), BUCKET, sampling)
+    assert (sample.name, sample.prompt) == ("a", "about a")
+    assert torch.equal(sample.latents, encode([video])[0])
+    assert torch.equal(sample.references, encode([picture[:, None]])[0])
+    assert torch.equal(sample.features, features(picture[None]))
+    assert make(clips, features=None).samples(0, range(1))[0].features is None
+
+
+def test_every_clip_comes_once_per_epoch_and_positions_decide(folder: Path) -> None:
+    clips = clip_set(folder, *(row(name) for name in "abcd"))
+    source = make(clips, batch_size=2)
+    samples = [sample for start in range(0, 12, 2) for sample in source.samples(0, range(start, start + 2))]
+    names = [sample.name for sample in samples]
+    assert [sorted(names[start : start + 4]) for start in (0, 4, 8)] == [list("abcd")] * 3
+    assert names[:4] != names[4:8] or names[4:8] != names[8:]
+    # Resumed, out of turn, one at a time, or on the second of two ranks: the same.
+    assert all(map(same, make(clips, batch_size=2).samples(5, range(6, 8)), samples[6:8]))
+    assert all(map(same, source.samples(5, range(2, 4)), samples[2:4]))
+    ones = make(clips, batch_size=1)
+    assert all(same(ones.samples(0, range(at, at + 1))[0], samples[at]) for at in (0, 1, 2, 7, 3))
+    second = make(clips, batch_size=2, data_rank=1, data_size=2)
+    for start in (2, 6, 10):
+        assert all(map(same, second.samples(0, range(start, start + 2)), samples[start : start + 2]))
+    other = make(clips, sampling=Sampling((BUCKET,), seed=4))
+    assert [other.samples(0, range(at, at + 1))[0].name for at in range(12)] != names
+
+
+def test_batches_are_fetched_ahead_and_not_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = clip_set(folder, *(row(name) for name in "abcdefg"))
+    started = []
+    original = ClipSource._start
+    monkeypatch.setattr(ClipSource, "_start", lambda self, at: started.append(at.start) or original(self, at))
+    plain = [make(clips).samples(0, range(at, at + 1))[0] for at in range(10)]
+    started.clear()
+    source = make(clips, settings=LoaderSettings(workers=2, start_method="fork"))
+    assert all(same(source.samples(0, range(at, at + 1))[0], plain[at]) for at in range(5))
+    assert started == [0]
+    assert all(same(source.samples(0, range(at, at + 1))[0], plain[at]) for at in (8, 9))
+    assert started == [0, 8]
+    source.close()
+    assert same(source.samples(0, range(3, 4))[0], plain[3])
+    source.close()
+
+
+def test_a_continued_run_of_another_batch_size_keeps_batches_of_one_bucket(folder: Path) -> None:
+    buckets = (Bucket(32, 32, 5), Bucket(16, 32, 5))
+    clips = clip_set(folder, *(row(f"{n}", "tall.mp4" if n % 2 else "long.mp4") for n in range(10)))
+    source = make(clips, sampling=Sampling(buckets), batch_size=4, encode=lambda videos: videos)
+    for start in range(6, 40, 4):
+        assert len({sample.latents.shape for sample in source.samples(0, range(start, start + 4))}) == 1
+
+
+def test_buckets_follow_the_clips(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    buckets = (Bucket(32, 32, 9), Bucket(32, 32, 5), Bucket(16, 32, 5))
+    clips = clip_set(folder, row("long"), row("tall", "tall.mp4"), row("short", "short.mp4"))
+    with caplog.at_level(logging.INFO):
+        source = make(clips, sampling=Sampling(buckets), encode=lambda videos: videos)
+        shapes = {
+            s.name: tuple(s.latents.shape) for at in range(8) for s in source.samples(0, range(at, at + 1))
+        }
+    assert shapes == {"long": (3, 9, 32, 32), "tall": (3, 5, 32, 16)}
+    assert "2 of 3 clips (1 are shorter than 5 frames)" in caplog.text
+
+
+def test_several_sets_are_mixed(folder: Path) -> None:
+    first = clip_set(folder, row("a"), row("b"))
+    second = clip_set(folder, row("c"), name="more.jsonl")
+    by_number = make(first, second)
+    names = Counter(by_number.samples(0, range(at, at + 1))[0].name for at in range(90))
+    assert names["c"] == pytest.approx(30, abs=8)
+    stages = make(first, second, mix=(0.6, 0.4), schedule="stages", total=20)
+    names = [stages.samples(0, range(at, at + 1))[0].name for at in range(24)]
+    assert set(names[:12]) == {"a", "b"} and set(names[12:]) == {"c"}
+    with pytest.raises(ValueError, match="mix has 1 shares for 2 clip sets"):
+        make(first, second, mix=(1.0,))
+
+
+def test_a_cache_stands_in_for_what_it_has(folder: Path) -> None:
+    clips = clip_set(folder, *(row(name) for name in "abc"))
+    sampling = Sampling((BUCKET,), clip_variants=2, reference_variants=2, seed=3)
+
+    class Cache:
+        def video(self, clip_id: str, bucket: Bucket, cut: int) -> torch.Tensor | None:
+            number = "abc".index(clip_id)
+            video = from_levels(video_uint8(clips, number, clips[number], bucket, cut, sampling))
+            return None if clip_id == "c" else encode([video])[0]
+
+        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceChoice) -> tuple | None:
+            number = "abc".index(clip_id)
+            picture = load_reference(clips, number, clips[number], choice, bucket, sampling)
+            found = features(picture[None])[0] if clip_id == "a" else None
+            return None if clip_id == "c" else (encode([picture[:, None]])[0], found)
+
+    without = make(clips, sampling=sampling)
+    cached = make(clips, sampling=sampling, caches=[Cache()])
+    for at in range(12):
+        assert same(cached.samples(0, range(at, at + 1))[0], without.samples(0, range(at, at + 1))[0])
+
+
+def test_a_real_size_goes_through_a_vae(folder: Path) -> None:
+    render(folder / "large.mp4", size=(128, 80))
+    refs = (Reference("cross", image="a.png"), Reference("cross", image="b.png"))
+    subjects = tuple(Subject(str(number), refs=(one,)) for number, one in enumerate(refs))
+    clips = clip_set(folder, replace(row("a", "large.mp4"), subjects=subjects))
+    vae = WanVAE(config={**WAN_CONFIGS["r2v-tiny"].vae, "dim": 2})
+    source = make(clips, sampling=Sampling((Bucket(96, 64, 9),)), encode=vae.encode, features=None)
+    (sample,) = source.samples(0, range(1))
+    assert sample.latents.shape == (16, 3, 16, 24)
+    assert sample.references.shape == (16, 2, 16, 24)
+    assert not sample.latents.requires_grad
+    assert torch.isfinite(sample.latents).all() and sample.references.std() > 0
+
+
+def test_a_packed_folder_gives_the_samples_of_its_manifest(folder: Path) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(9)))
+    materialise(folder / "data.jsonl", folder / "packed", pack=True, shard_size=2)
+    packed = open_clip_set(folder / "packed")
+    shards = {packed[row].id: shard for shard, rows in enumerate(packed.windows()) for row in rows}
+    assert len(set(shards.values())) > 2
+    fixed = Sampling((BUCKET,), clip_variants=1, reference_variants=1, cross_pairs=0.0)
+
+    def samples(clips: ClipSet) -> list[EncodedSample]:
+        source = make(clips, sampling=fixed, settings=replace(HERE, together=1))
+        return [source.samples(0, range(at, at + 1))[0] for at in range(18)]
+
+    from_shards, from_files = samples(packed), {sample.name: sample for sample in samples(clips)}
+    assert all(same(sample, from_files[sample.name]) for sample in from_shards)
+    for epoch in (from_shards[:9], from_shards[9:]):
+        assert {sample.name for sample in epoch} == from_files.keys()
+        visited = [shards[sample.name] for sample in epoch]
+        changes = sum(one != other for one, other in zip(visited, visited[1:]))
+        assert changes == len(set(visited)) - 1  # one shard after the other
+    assert [sample.name for sample in from_shards[:9]] != sorted(from_files)
+
+
+# --- bad clips
+
+
+def test_bad_clips_are_left_out_or_replaced_counted_and_named_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = clip_set(
+        folder,
+        row("good"),
+        row("better"),
+        row("text", "text.mp4"),
+        row("absent", "absent.mp4"),
+        row("picture", "long.mp4", Reference("cross", image="text.png")),
+    )
+    with caplog.at_level(logging.WARNING):
+        source = make(clips)
+        samples = [source.samples(0, range(at, at + 1))[0] for at in range(20)]
+        again = [source.samples(0, range(at, at + 1))[0] for at in range(20)]
+    assert all(map(same, samples, again))
+    assert {sample.name for sample in samples} == {"good", "better"}
+    assert source.bad_clips == 1
+    skipped = [message for message in caplog.messages if message.startswith("skipping clip")]
+    assert len(skipped) == 3
+    assert sum("clip text: " in m and "cannot be decoded" in m for m in skipped) == 1
+    assert sum("clip absent: " in m and "absent.mp4" in m for m in skipped) == 1
+    assert sum("clip picture (1 skipped so far): " in m and "text.png" in m for m in skipped) == 1
+    assert "2 of 5 clips cannot be used (2 unreadable video): " in caplog.text
+    assert "data.jsonl, row 3; " in caplog.text and "data.jsonl, row 4" in caplog.text
+
+
+def test_nothing_usable_is_an_error(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl: no clip can be used: of 2 clips 1 cannot be used, 1 are"
+    ):
+        make(clip_set(folder, row("a", "text.mp4"), row("b", "short.mp4"))).prepare()
+    bad = Reference("cross", image="text.png")
+    source = make(clip_set(folder, row("a", "long.mp4", bad), row("b", "long.mp4", bad)))
+    with pytest.raises(ValueError, match=r"data\.jsonl: none of 2 clips tried for position 0 .*text\.png"):
+        source.samples(0, range(1))
+    (folder / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl has no clips"):
+        make(open_clip_set(folder / "empty.jsonl")).prepare()
+
+
+def test_too_many_bad_clips_stop_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "LEAST_TRIED", 6)
+    bad = Reference("cross", image="text.png")
+    rows = [row(f"{n}", "long.mp4", *([bad] if n < 3 else [])) for n in range(12)]
+    clips = clip_set(folder, *rows)
+    source = make(clips)
+    with pytest.raises(
+        ValueError,
+        match=r"of the \d+ clips tried so far cannot be used, more than max_bad_share 0.1: [012]: .*text.png",
+    ):
+        for at in range(40):
+            source.samples(0, range(at, at + 1))
+    patient = make(clips, settings=replace(HERE, max_bad_share=0.6))
+    for at in range(40):
+        patient.samples(0, range(at, at + 1))
+    assert patient.bad_clips == 3
+    broken = clip_set(
+        folder, *(row(f"{n}", "text.mp4" if n < 4 else "long.mp4") for n in range(12)), name="b.jsonl"
+    )
+    with pytest.raises(
+        ValueError, match="4 of 12 clips cannot be used, more than max_bad_share 0.1: `data check`"
+    ):
+        make(broken).prepare()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_that_breaks_stops_training_at_once(folder: Path, workers: int) -> None:
+    class Damaged:
+        def video(self, clip_id: str, bucket: Bucket, cut: int) -> None:
+            raise CacheError("chunk-000003.safetensors is damaged: delete it")
+
+    settings = LoaderSettings(workers=workers, max_bad_share=1.0, start_method="fork")
+    source = make(clip_set(folder, row("a"), row("b")), caches=[Damaged()], settings=settings)
+    with pytest.raises(ValueError, match="^chunk-000003.safetensors is damaged: delete it$"):
+        source.samples(0, range(1))
+    assert source.bad_clips == 0
+    source.close()
+
+
+@pytest.mark.parametrize("name", ["workers", "prefetch", "together", "max_bad_share"])
+def test_settings_out_of_range_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1"):
+        LoaderSettings(**{name: -1})
+
+
+# --- split
+
+
+def holds(split: Split, group: str) -> bool:
+    return bool(split.holds(np.array([digest(group)], np.uint64))[0])
+
+
+def test_training_and_validation_share_no_group(folder: Path) -> None:
+    groups = [f"g{n % 12}" for n in range(24)]
+    rows = []
+    for number, group in enumerate(groups):
+        cross = [Reference("cross", image="b.png", source_group=f"g{n}") for n in range(3)]
+        by_id = Reference("cross", image="b.png", source_id=f"{(number + 1) % 24}")
+        rows.append(
+            row(f"{number}", "long.mp4", Reference("regular", image="a.png"), *cross, by_id, group_id=group)
+        )
+    clips = clip_set(folder, *rows)
+    seen: dict[str, set[str]] = {}
+    for part in ("train", "validation"):
+        split = Split(0.4, 1, part)
+        source = make(clips, split=split, sampling=Sampling((BUCKET,), cross_pairs=0.8))
+        source.prepare()
+        order_rows = np.concatenate(source._sets[0].rows)
+        seen[part] = {rows[number].group for number in order_rows}
+        assert all(holds(split, group) for group in seen[part])
+        dataset = source._dataset
+        loader = source._start(range(1))
+        used = set()
+        for _ in range(60):
+            (sample,) = next(loader)
+            assert not sample.failures
+            clip = rows[sample.choice.row]
+            for choice in sample.choice.references:
+                reference = clip.subjects[0].refs[choice.reference]
+                owner = reference.source_group
+                if reference.source_id is not None:
+                    owner = rows[int(reference.source_id)].group
+                used.add(owner or clip.group)
+                assert owner is None or holds(split, owner)
+        assert len(used) > 1 and dataset is source._dataset
+    assert seen["train"] and seen["validation"]
+    assert not seen["train"] & seen["validation"]
+    assert seen["train"] | seen["validation"] == set(groups)
+
+
+def test_clips_whose_references_are_all_on_the_other_side_are_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = Split(0.5, 0, "train")
+    here = [f"g{n}" for n in range(40) if holds(split, f"g{n}")]
+    there = [f"g{n}" for n in range(40) if not holds(split, f"g{n}")]
+    lost = row("lost", "long.mp4", Reference("cross", image="b.png", source_group=there[0]), group_id=here[0])
+    lost_by_id = row(
+        "lost too", "long.mp4", Reference("cross", image="b.png", source_id="other"), group_id=here[0]
+    )
+    kept = row("kept", "long.mp4", Reference("cross", image="b.png", source_group=here[1]), group_id=here[0])
+    other = row("other", group_id=there[0])
+    with caplog.at_level(logging.INFO):
+        source = make(clip_set(folder, lost, kept, other, lost_by_id), split=split)
+        names = {source.samples(0, range(at, at + 1))[0].name for at in range(8)}
+    assert names == {"kept"}
+    assert (
+        "1 belong to the other side of the split, 2 have all their references on the other side"
+        in caplog.text
+    )
+    validation = make(clip_set(folder, lost, kept), split=Split(0.0, 0, "validation"))
+    with pytest.raises(ValueError, match="no clip can be used for validation"):
+        validation.prepare()
+
+
+# --- survey
+
+
+def test_a_survey_knows_every_clip_and_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    render(folder / "ten.mkv", 10, (64, 32))
+    known = VideoSpan("none.mp4", start_frame=5, end_frame=45, fps=25.0, width=640, height=360)
+    cut = VideoSpan("ten.mkv", start_s=0.5, end_s=1.0, crop_xyxy=(0, 0, 16, 32))
+    spans = [
+        known,
+        cut,
+        VideoSpan("ten.mkv", start_frame=4),
+        VideoSpan("text.mp4"),
+        VideoSpan("ten.mkv", end_frame=99),
+        VideoSpan("ten.mkv", end_frame=11),
+    ]
+    rows = [replace(row(f"{n}", group_id="g"), video=span) for n, span in enumerate(spans)]
+    clips = clip_set(folder, *rows)
+    with (folder / "data.jsonl").open("a") as file:
+        file.write("{}\n")
+    clips = open_clip_set(folder / "data.jsonl")
+    with caplog.at_level(logging.WARNING):
+        found = survey(clips)
+    assert found["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO, BAD_VIDEO, USABLE, BAD_ROW]
+    assert found["frames"].tolist()[:3] == [40, 4, 6] and found["frames"][5] == 10
+    assert found[["width", "height"]].tolist()[:3] == [(640, 360), (16, 32), (64, 32)]
+    assert found["fps"].tolist()[:3] == [25.0, 8.0, 8.0]
+    assert found["group"][0] == digest("g") and found["id"][1] == digest("1") and found["is_free"][0]
+    assert sum(message.startswith("skipping ") for message in caplog.messages) == 3
+    monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
+    again = survey(clips)
+    assert isinstance(again, np.memmap) and again.tobytes() == found.tobytes()
+    monkeypatch.undo()
+    clips = clip_set(folder, rows[0])
+    assert len(survey(clips)) == 1  # another manifest, another survey
+
+
+def test_an_interrupted_survey_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(survey_module, "_CHUNK", 3)
+    clips = clip_set(folder, *(row(f"{n}") for n in range(10)))
+    original, looked = survey_module.measure, []
+
+    def failing(clip_set: ClipSet, number: int, span: VideoSpan) -> tuple[int, int, int, float]:
+        if number == 7 and len(looked) < 10:
+            raise KeyboardInterrupt
+        looked.append(number)
+        return original(clip_set, number, span)
+
+    monkeypatch.setattr(survey_module, "measure", failing)
+    with pytest.raises(KeyboardInterrupt):
+        survey(clips)
+    assert not survey_paths(clips)[0].exists()
+    part = survey_paths(clips)[0].with_name("data.jsonl.survey.part")
+    part.write_bytes(part.read_bytes() + b"half a record")
+    looked += [-1] * 10
+    found = survey(clips)
+    assert looked[-4:] == [6, 7, 8, 9] and looked[-5] == -1
+    assert (found["state"] == USABLE).all() and len(set(found["id"].tolist())) == 10
+    assert not part.exists()
+
+
+def test_a_survey_that_cannot_be_kept_is_made_each_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
+
+    def refused(path: Path, mark: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(survey_module, "_continued", refused)
+    assert (survey(clips)["state"] == USABLE).all()
+    assert "cannot be kept" in caplog.text and not survey_paths(clips)[0].exists()
+
+
+def test_a_survey_is_kept_elsewhere_if_the_set_cannot_be_written_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips, original = clip_set(folder, *(row(f"{n}") for n in range(3))), survey_module._continued
+
+    def refused(path: Path, mark: bytes) -> object:
+        if path.parent == folder:
+            raise PermissionError(13, "Permission denied")
+        return original(path, mark)
+
+    monkeypatch.setattr(survey_module, "_continued", refused)
+    elsewhere = tmp_path / "run" / "surveys"
+    first = survey(clips, elsewhere=elsewhere)
+    assert isinstance(first, np.memmap) and list(elsewhere.iterdir()) == survey_paths(clips, elsewhere)[1:]
+    monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
+    assert survey(clips, elsewhere=elsewhere).tobytes() == first.tobytes()
+    assert not caplog.messages
+
+
+def test_a_survey_needs_no_locks_but_does_not_share_a_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
+
+    def without_locks(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(survey_module.fcntl, "flock", without_locks)
+    assert isinstance(survey(clips), np.memmap)
+    survey_paths(clips)[0].unlink()
+    monkeypatch.undo()
+    with survey_module._continued(Path(f"{survey_paths(clips)[0]}.part"), b"busy"):
+        assert not isinstance(survey(clips), np.memmap)
+    assert "cannot be kept" in caplog.text
+
+
+def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "LEAST_TRIED", 2)
+    clips = clip_set(folder, *(row(f"{n}") for n in range(4)))
+    (folder / "long.mp4").rename(folder / "away.mp4")
+    for share, message in ((0.1, "4 of 4 clips cannot be used, more than"), (1.0, "no clip can be used")):
+        with pytest.raises(ValueError, match=message):
+            make(clips, settings=replace(HERE, max_bad_share=share)).prepare()
+    (folder / "away.mp4").rename(folder / "long.mp4")
+    assert make(clips).samples(0, range(1))[0].name in "0123"
+
+
+def test_damaged_surveys_are_made_anew(folder: Path) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
+    good = survey(clips).tobytes()
+    for damage in (b"", b"RASURV1\n", survey_paths(clips)[0].read_bytes()[:-5], b"x" * 500):
+        survey_paths(clips)[0].write_bytes(damage)
+        assert survey(clips).tobytes() == good
+
+
+def test_looking_at_clips_can_be_passed_to_other_processes(folder: Path) -> None:
+    clips = clip_set(folder, *(row(f"{n}") for n in range(5)), row("bad", "text.mp4"))
+    look = pickle.loads(pickle.dumps(partial(survey_module._look, clips)))
+    records, reasons = pickle.loads(pickle.dumps(look(range(2, 6))))
+    assert records["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO]
+    assert reasons[0][0] == "bad" and "cannot be decoded" in reasons[0][1]

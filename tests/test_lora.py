@@ -1,0 +1,430 @@
+"""Adapters on a small WanModel with references attached: what they change, what they leave, and their files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from refalign_ext.backbone import ReferenceBackbone, WanModel
+from refalign_ext.checkpoint.adapters import (
+    Adapter,
+    diffusers_tensors,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    save_diffusers_adapter,
+    write_adapter,
+)
+from refalign_ext.lora import (
+    adapter_scale,
+    adapter_state_dict,
+    add_lora,
+    base_key,
+    has_lora,
+    initial_adapter,
+    is_adapter_key,
+    join_state_dict,
+    matching_layers,
+    merge_tensors,
+    merged_state_dict,
+    merged_weight,
+    split_state_dict,
+)
+
+SIZES = {
+    "dim": 32,
+    "ffn_dim": 48,
+    "freq_dim": 16,
+    "text_dim": 12,
+    "text_len": 6,
+    "num_heads": 2,
+    "num_layers": 2,
+}
+ATTENTION = [f"{kind}.{leaf}" for kind in ("self_attn", "cross_attn") for leaf in "qkvo"]
+DEFAULT = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in [*ATTENTION, "ffn.0", "ffn.2"]]
+
+
+def make_model(seed: int = 0) -> WanModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = WanModel(**SIZES)
+        nn.init.xavier_uniform_(model.head.head.weight)
+        for name, parameter in model.named_parameters():
+            if name.startswith("text_embedding") and parameter.dim() == 2:
+                nn.init.xavier_uniform_(parameter)
+    return model
+
+
+def outputs(backbone: ReferenceBackbone) -> list[Tensor]:
+    """Two samples with one and two references: predictions, and the first block's reference tokens."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    result = backbone(
+        [noise(16, 2, 4, 4), noise(16, 2, 4, 4)],
+        torch.tensor([300.0, 700.0]),
+        [noise(3, 12), noise(5, 12)],
+        [noise(16, 1, 4, 4), noise(16, 2, 4, 4)],
+        tap_depth=1,
+    )
+    return [*result.prediction, *result.reference_tokens]
+
+
+def loss_of(backbone: ReferenceBackbone) -> Tensor:
+    return sum((output - 1).square().mean() for output in outputs(backbone))
+
+
+def train(backbone: ReferenceBackbone, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=2e-2)
+    for _ in range(steps):
+        loss_of(backbone).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def trained() -> WanModel:
+    """A model with trained adapters (alpha is not the rank); do not change it."""
+    model = make_model()
+    add_lora(model, 4, 6.0)
+    backbone = ReferenceBackbone(model)
+    train(backbone)
+    return backbone.detach()
+
+
+def assert_bitwise(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for key, tensor in expected.items():
+        same = found[key].dtype == tensor.dtype and torch.equal(found[key], tensor)
+        assert same and torch.equal(found[key].signbit(), tensor.signbit()), key
+
+
+def test_a_new_adapter_changes_no_output_and_no_key_of_the_base() -> None:
+    model = make_model()
+    before, keys = outputs(ReferenceBackbone(copy.deepcopy(model))), list(model.state_dict())
+    backbone = ReferenceBackbone(model)
+    state = torch.get_rng_state()
+    assert add_lora(model, 4, 8.0) == DEFAULT
+    assert torch.equal(torch.get_rng_state(), state)
+    for found, expected in zip(outputs(backbone), before, strict=True):
+        assert torch.equal(found, expected)
+    assert type(model) is WanModel and adapter_scale(model) == (4, 8.0)
+    base, adapter = split_state_dict(model.state_dict())
+    assert list(base) == keys
+    assert list(adapter) == [f"{name}.lora_{factor}.weight" for name in DEFAULT for factor in "AB"]
+    assert "blocks.0.self_attn.q.base_layer.weight" in model.state_dict()
+    assert set(join_state_dict(base, adapter)) == set(model.state_dict())
+    assert_bitwise(merged_state_dict(model), make_model().state_dict())
+    assert_bitwise(merged_state_dict(make_model()), make_model().state_dict())
+    assert model.config["dim"] == 32 and "peft_config" not in model.config
+
+
+def test_only_adapters_learn() -> None:
+    model = make_model()
+    add_lora(model, 4, 4.0)
+    backbone = ReferenceBackbone(model)
+    train(backbone, steps=1)  # before the first step B is zero, and so is A's gradient
+    loss_of(backbone).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == is_adapter_key(name), name
+        if is_adapter_key(name):
+            assert parameter.dtype == torch.float32 and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+    base, _ = split_state_dict(model.state_dict())
+    assert_bitwise(base, dict(make_model().state_dict()))
+
+
+def test_merging_gives_what_the_adapters_give(trained: WanModel) -> None:
+    expected = outputs(ReferenceBackbone(copy.deepcopy(trained)))
+    model = make_model()
+    before = outputs(ReferenceBackbone(copy.deepcopy(model)))
+    model.load_state_dict(merged_state_dict(trained))
+    for found, wanted, base in zip(outputs(ReferenceBackbone(model)), expected, before, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert (wanted - base).abs().max() > 1e-2
+    untouched = [key for key in model.state_dict() if key.removesuffix(".weight") not in DEFAULT]
+    merged, start = merged_state_dict(trained), make_model().state_dict()
+    assert_bitwise({key: merged[key] for key in untouched}, {key: start[key] for key in untouched})
+
+
+def test_merging_plain_tensors(trained: WanModel) -> None:
+    base, adapter = split_state_dict(trained.state_dict())
+    whole = merge_tensors(base, adapter, rank=4, alpha=6.0)
+    assert_bitwise(whole, merged_state_dict(trained))
+    key = "blocks.1.ffn.2.weight"
+    a, b = adapter["blocks.1.ffn.2.lora_A.weight"], adapter["blocks.1.ffn.2.lora_B.weight"]
+    torch.testing.assert_close(whole[key], base[key] + 1.5 * b @ a)
+    shards = [dict(list(base.items())[::2]), dict(list(base.items())[1::2])]
+    merged = [merge_tensors(shard, adapter, rank=4, alpha=6.0, partial=True) for shard in shards]
+    assert_bitwise({name: (merged[0] | merged[1])[name] for name in base}, whole)
+    half = merge_tensors({name: t.bfloat16() for name, t in base.items()}, adapter, rank=4, alpha=6.0)
+    assert torch.equal(half[key], (base[key].bfloat16().float() + (b @ a) * 1.5).bfloat16())
+
+    with pytest.raises(ValueError, match=r"lacks 1 layers of the adapter, such as blocks\.1\.ffn\.2"):
+        merge_tensors({k: t for k, t in base.items() if k != key}, adapter, rank=4, alpha=6.0)
+    with pytest.raises(ValueError, match=r"is for a layer of \[32, 48\] and this one has \[32, 40\]"):
+        merge_tensors(base | {key: torch.zeros(32, 40)}, adapter, rank=4, alpha=6.0)
+    with pytest.raises(ValueError, match="not of rank 5"):
+        merge_tensors(base, adapter, rank=5, alpha=6.0)
+    with pytest.raises(ValueError, match=r"lacks a factor of blocks\.0\.self_attn\.q"):
+        merge_tensors(base, {k: t for k, t in list(adapter.items())[1:]}, rank=4, alpha=6.0)
+
+
+def test_merging_nothing_keeps_the_sign_of_zero() -> None:
+    weight = torch.tensor([[-0.0, 1.0]])
+    assert merged_weight(weight, torch.ones(1, 2), torch.zeros(1, 1), 2.0) is weight
+
+
+def test_the_start_depends_on_the_seed_and_the_layer_alone() -> None:
+    whole, part, other = make_model(), make_model(), make_model()
+    add_lora(whole, 4, 4.0, seed=7)
+    torch.manual_seed(99)
+    add_lora(part, 4, 4.0, "blocks.1.ffn", seed=7)
+    add_lora(other, 4, 4.0, seed=8)
+    start = adapter_state_dict(whole)
+    for key, tensor in adapter_state_dict(part).items():
+        assert torch.equal(tensor, start[key])
+    key = "blocks.1.ffn.0.lora_A.weight"
+    assert not torch.equal(adapter_state_dict(other)[key], start[key])
+    assert not torch.equal(start["blocks.0.ffn.0.lora_A.weight"], start[key])
+    a, b = start["blocks.1.ffn.2.lora_A.weight"], start["blocks.1.ffn.2.lora_B.weight"]
+    assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5 and a.shape == (4, 48)
+    assert abs(a.mean()) < 0.03 and not b.any() and b.shape == (32, 4)
+
+
+def test_a_model_without_values_is_filled_later() -> None:
+    with torch.device("meta"):
+        model = WanModel(**SIZES)
+        names = add_lora(model, 4, 8.0, seed=3)
+    assert names == DEFAULT
+    assert all(parameter.is_meta for parameter in model.parameters())
+    state = join_state_dict(make_model().state_dict(), initial_adapter(model, 3))
+    model.load_state_dict(state, assign=True)
+    real = make_model()
+    add_lora(real, 4, 8.0, seed=3)
+    assert_bitwise(dict(model.state_dict()), dict(real.state_dict()))
+    expected = outputs(ReferenceBackbone(make_model()))
+    for found, wanted in zip(outputs(ReferenceBackbone(model)), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_adapters_are_float32_whatever_the_base_is(dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    add_lora(model, 4, 4.0)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if is_adapter_key(name) else dtype), name
+    before = outputs(ReferenceBackbone(make_model().to(dtype)))
+    backbone = ReferenceBackbone(model)
+    for found, wanted in zip(outputs(backbone), before, strict=True):
+        assert torch.equal(found, wanted)
+    loss_of(backbone).backward()
+    assert merged_state_dict(model)["blocks.0.ffn.0.weight"].dtype == dtype
+
+
+def test_autocast(trained: WanModel) -> None:
+    backbone = ReferenceBackbone(copy.deepcopy(trained))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = outputs(backbone)
+    with torch.no_grad():
+        expected = outputs(backbone)
+    for half, full in zip(found, expected, strict=True):
+        assert (half - full).norm() < 3e-2 * full.norm()
+
+
+def test_activation_checkpointing_gives_the_same_gradients(trained: WanModel) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(trained)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.train()
+        backbone = ReferenceBackbone(model)
+        backbone.zero_grad()
+        loss_of(backbone).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(gradients[0]) == 2 * len(DEFAULT)
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("q,k,v,o,ffn", DEFAULT),
+        (" ffn.2 ,cross_attn.v", [f"blocks.{i}.{name}" for i in (0, 1) for name in ("cross_attn.v", "ffn.2")]),
+        ("blocks.1.self_attn", [f"blocks.1.self_attn.{leaf}" for leaf in "qkvo"]),
+        ("text_embedding", ["text_embedding.0", "text_embedding.2"]),
+        (r"re:blocks\.0\.(self_attn\.[qk]|ffn\.0)", [f"blocks.0.{x}" for x in ("self_attn.q", "self_attn.k", "ffn.0")]),
+        ("re:.*_attn.{1,2}o", [f"blocks.{i}.{kind}.o" for i in (0, 1) for kind in ("self_attn", "cross_attn")]),
+    ],
+)  # fmt: skip
+def test_targets(targets: str, expected: list[str]) -> None:
+    model = make_model()
+    assert matching_layers(model, targets) == expected
+    assert add_lora(model, 2, 2.0, targets) == expected
+    assert sorted(adapter_state_dict(model)) == sorted(
+        f"{name}.lora_{factor}.weight" for name in expected for factor in "AB"
+    )
+
+
+@pytest.mark.parametrize(
+    "targets", ["to_q", "q,to_q", "", "q,", "re:q", "time_projection", "head", "modulation"]
+)
+def test_targets_that_match_nothing_list_what_there_is(targets: str) -> None:
+    there_is = r"there are blocks\.\*\.cross_attn\.k, .*blocks\.\*\.ffn\.0.*text_embedding\.2$"
+    with pytest.raises(ValueError, match="matches no linear layer: " + there_is):
+        add_lora(make_model(), 2, 2.0, targets)
+
+
+def test_mistakes() -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match="is no regular expression"):
+        add_lora(model, 2, 2.0, "re:(")
+    for rank, alpha in ((0, 1.0), (4, 0.0), (4, float("nan"))):
+        with pytest.raises(ValueError, match="do not make an adapter"):
+            add_lora(model, rank, alpha)
+    assert not has_lora(model) and list(model.state_dict()) == list(make_model().state_dict())
+    with pytest.raises(ValueError, match="has no LoRA adapters"):
+        adapter_scale(model)
+    add_lora(model, 2, 2.0)
+    with pytest.raises(ValueError, match="already has LoRA adapters"):
+        add_lora(model, 2, 2.0, "base_layer")
+
+
+def test_keys() -> None:
+    assert base_key("blocks.0.self_attn.q.base_layer.weight") == "blocks.0.self_attn.q.weight"
+    assert base_key("blocks.0.modulation") == "blocks.0.modulation"
+    assert base_key("dit.blocks.0.ffn.0.lora_A.default.weight") == "dit.blocks.0.ffn.0.lora_A.weight"
+    assert base_key("blocks.0.ffn.0.lora_B.weight") == "blocks.0.ffn.0.lora_B.weight"
+    assert is_adapter_key("a.lora_A.default.weight") and is_adapter_key("a.lora_B.weight")
+    assert not is_adapter_key("a.base_layer.weight") and not is_adapter_key("lora_A.bias")
+
+
+def test_saved_and_loaded(trained: WanModel, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", trained, "Wan2.1-T2V-1.3B")
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    adapter = read_adapter(folder)
+    assert (adapter.rank, adapter.alpha, adapter.base) == (4, 6.0, "Wan2.1-T2V-1.3B")
+    expected = adapter_state_dict(trained)
+    assert_bitwise({key: adapter.tensors[key] for key in expected}, expected)
+
+    fresh, prepared = make_model(), make_model()
+    add_lora(prepared, 4, 6.0, seed=5)
+    for model in (fresh, prepared):
+        assert load_adapter(model, folder) == DEFAULT
+        assert_bitwise(dict(model.state_dict()), dict(trained.state_dict()))
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+            n for n in model.state_dict() if is_adapter_key(n)
+        }
+    other = make_model()
+    add_lora(other, 4, 4.0)
+    with pytest.raises(
+        ValueError, match=r"rank 4, alpha 6, 20 layers\) does not fit the model's \(4, 4, 20\)"
+    ):
+        load_adapter(other, folder)
+    with torch.random.fork_rng(devices=[]):
+        larger = WanModel(**{**SIZES, "ffn_dim": 64})
+    with pytest.raises(ValueError, match="is for another model .*Wan2.1-T2V-1.3B"):
+        load_adapter(larger, folder)
+
+
+def test_peft_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = save_adapter(tmp_path, trained, "base")
+    model = make_model()
+    wrapped = PeftModel.from_pretrained(model, folder)
+    assert_bitwise(adapter_state_dict(model), adapter_state_dict(trained))
+    wanted = outputs(ReferenceBackbone(copy.deepcopy(trained)))
+    for found, expected in zip(outputs(ReferenceBackbone(model)), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    # and what peft writes is read here
+    wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    theirs = read_adapter(tmp_path / "theirs")
+    ours = adapter_state_dict(trained)
+    assert_bitwise({key: theirs.tensors[key] for key in ours}, ours)
+
+
+def test_diffusers_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    path = save_diffusers_adapter(tmp_path, Adapter(adapter_state_dict(trained), 4, 6.0))
+    assert path.name == "pytorch_lora_weights.safetensors"
+
+    def theirs(weights: dict[str, Tensor]) -> WanTransformer3DModel:
+        with torch.random.fork_rng(devices=[]):
+            model = WanTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=16,
+                text_dim=12,
+                freq_dim=16,
+                ffn_dim=48,
+                num_layers=2,
+            )
+        model.load_state_dict(convert_wan_transformer_to_diffusers(dict(weights)))
+        return model.eval()
+
+    base, _ = split_state_dict(trained.state_dict())
+    adapted, merged, plain = theirs(base), theirs(merged_state_dict(trained)), theirs(base)
+    adapted.load_lora_adapter(str(tmp_path), weight_name=path.name)
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([400]),
+        "encoder_hidden_states": torch.randn(1, 6, 12, generator=generator),
+    }
+    with torch.no_grad():
+        found, expected, without = (model(**inputs).sample for model in (adapted, merged, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - without).abs().max() > 1e-2
+    text = {f"text_embedding.0.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
+    assert "transformer.condition_embedder.text_embedder.linear_1.lora_A.weight" in diffusers_tensors(
+        Adapter(text, 1, 1.0)
+    )
+    unknown = {f"other.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
+    with pytest.raises(ValueError, match="no counterpart of the adapter's layer other"):
+        diffusers_tensors(Adapter(unknown, 1, 1.0))
+
+
+def test_files_that_are_no_adapter(trained: WanModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no LoRA adapter"):
+        read_adapter(tmp_path)
+    adapter = Adapter(adapter_state_dict(trained), 4, 6.0, "base")
+    folder = write_adapter(tmp_path / "a", adapter)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(DEFAULT) and config["peft_type"] == "LORA"
+    for change, message in (
+        ({"use_dora": True}, "uses use_dora: only plain LoRA"),
+        ({"rank_pattern": {"q": 8}}, "uses rank_pattern"),
+        ({"peft_type": "LOHA"}, "is of type LOHA"),
+        ({"r": 8}, "not of rank 8"),
+        ({"r": None}, "is no LoRA adapter"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            read_adapter(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
+        read_adapter(folder)
+    with pytest.raises(ValueError, match="is no LoRA tensor"):
+        write_adapter(tmp_path / "b", Adapter({"x.weight": torch.ones(1, 1)}, 1, 1.0))
+    with pytest.raises(ValueError, match="is empty"):
+        write_adapter(tmp_path / "b", Adapter({}, 1, 1.0))
+    with pytest.raises(ValueError, match="has no LoRA adapters"):
+        save_adapter(tmp_path / "b", make_model(), "base")
+    assert not (tmp_path / "b").exists()
