@@ -23,9 +23,9 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
-from tests.clips import render
-from tests.opens2v_fixture import FRAMES, SIZE, write_native_set
-from tests.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
+from tests.helpers.clips import render
+from tests.helpers.opens2v_fixture import FRAMES, SIZE, write_native_set
+from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"
