@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         from refalign_ext.distributed.mesh import report_error_once
-        from refalign_ext.training.run import explain, train
+        from refalign_ext.training.run import explain, run_training
 
         overrides = read_overrides(options)
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         fail(str(error))
     try:
-        train(
+        run_training(
             options.recipe,
             overrides,
             device=options.device,

@@ -33,14 +33,14 @@ from refalign_ext.planning.plan import Plan, make_training_plan
 from refalign_ext.planning.table import describe
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.logging import RunLog
-from refalign_ext.training.loop import run
+from refalign_ext.training.loop import train_loop
 from refalign_ext.training.previews import make_preview
 from refalign_ext.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(
+def run_training(
     recipe_name: str | None,
     overrides: dict[str, Any],
     *,
@@ -136,7 +136,7 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     parallel.barrier()
     with log, _stop_on_signal(parallel.is_main) as received:
         trainer.stop_requested = lambda: bool(received)
-        run(trainer, log, preview=make_preview(trainer, log))
+        train_loop(trainer, log, preview=make_preview(trainer, log))
     if trainer.step < config.steps:
         raise KeyboardInterrupt(128 + (received[0] if received else signal.SIGINT))
     logger.info("done: %s", out / "checkpoints")
