@@ -28,7 +28,6 @@ from refalign_ext.distributed.mesh import (
     stop_process_group,
 )
 from refalign_ext.encoders import task_config
-from refalign_ext.errors import describe_error
 from refalign_ext.planning.plan import Plan, make_training_plan
 from refalign_ext.planning.table import describe
 from refalign_ext.training.build import build_trainer
@@ -151,17 +150,6 @@ def _prepare_data(trainer: Trainer) -> None:
             for source in sources:
                 source.prepare()
         trainer.parallel.wait_for_main()
-
-
-def explain(error: BaseException) -> str:
-    """One line for the user; REFALIGN_TRACEBACK=1 prints the traceback first."""
-    line = describe_error(
-        error,
-        "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full",
-    )
-    if line is None:
-        return f"{' '.join(str(error).split())[:300]} (REFALIGN_TRACEBACK=1 shows where)"
-    return line
 
 
 def _check_writable(out: Path) -> None:
