@@ -68,7 +68,6 @@ _FROM_WAN = {
     "latent_shape": "wan.sampling",
     "required_files": "wan.sampling",
     "PeakMemory": "wan.utils.runtime",
-    "is_out_of_memory": "wan.utils.runtime",
     "placed": "wan.utils.runtime",
     "release_cached_memory": "wan.utils.runtime",
     "resolve_device": "wan.utils.runtime",

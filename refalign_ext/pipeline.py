@@ -27,7 +27,6 @@ from refalign_ext.backbone import (
     choose_seed,
     encode_prompts,
     initial_noise,
-    is_out_of_memory,
     latent_shape,
     make_solver,
     placed,
@@ -38,6 +37,7 @@ from refalign_ext.backbone import (
     resolve_device,
     resolve_dtype,
 )
+from refalign_ext.errors import is_out_of_memory
 from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
 from refalign_ext.references import prepare_reference, reference_to_tensor
 from refalign_ext.request import MAX_REFERENCES, Role

@@ -719,15 +719,3 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_written(
     assert start(*TINY, "--out", "run", "--alignment.depth", 2, "--resume", whole) == 2
     assert "step-00000002 does not fit this run" in capfd.readouterr().err.strip().splitlines()[-1]
     assert entries(tmp_path) == before
-
-
-def test_running_out_of_memory_names_the_flags() -> None:
-    from refalign_ext.training.run import explain
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 50)
-    for error in (caught.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ...")):
-        text = explain(error)
-        assert text.startswith("out of memory: ") and "\n" not in text
-        assert "--batch_size" in text and "--activation_checkpointing" in text
-    assert "REFALIGN_TRACEBACK" in explain(RuntimeError("something\nelse"))

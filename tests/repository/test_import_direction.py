@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The parts of refalign_ext (a file or a folder), one group per line. A part may import parts on the lines above it and on
 # its own line left of it.
 ORDER = [
-    "atomic_io config request",
+    "errors atomic_io config request",
     "layout",
     "references tasks",
     "losses timesteps",
@@ -24,7 +24,6 @@ ORDER = [
     "teachers",
     "upstream",
     "backbone",
-    "errors",
     "guidance",
     "sampler",
     "pipeline",
