@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from refalign_ext.backbone import WAN_CONFIGS, BackboneOutput, ReferenceBackbone, WanModel, dit_arguments
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.upstream.tree import WanTree
 from tests.helpers.ranks import run_ranks
