@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from easydict import EasyDict
+if TYPE_CHECKING:
+    from easydict import EasyDict
 
 R2V_DEFAULTS = {
     # Paper section on inference: eq. 5 with 5.0 and 7.5, 50 Euler steps, 81 frames at 832x480, 16 fps; shift 5.
@@ -23,6 +23,9 @@ R2V_DEFAULTS = {
 
 def tiny_task() -> EasyDict:
     """The embedded sprite model: real classes, small numbers; assets/r2v-tiny holds its weights."""
+    import torch
+    from easydict import EasyDict
+
     return EasyDict(
         __name__="Config: RefAlign R2V tiny",
         t5_model="umt5_tiny",
