@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.schema import Clip, Reference, Subject
-from refalign_ext.references import MAX_REFERENCES
+from refalign_ext.request import MAX_REFERENCES
 
 _DRAWS = 1  # sets these random numbers apart from those of order and replacement
 _ANY = 2**53  # numbers to draw from where their number is not limited
