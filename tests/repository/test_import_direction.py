@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # The parts of refalign_ext (a file or a folder), one group per line. A part may import parts on the lines above it and on
 # its own line left of it.
 ORDER = [
-    "errors atomic_io config tasks",
+    "errors atomic_io config request",
     "layout",
-    "references",
+    "references tasks",
     "losses timesteps",
     "projectors",
     "teachers",

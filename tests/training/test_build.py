@@ -122,7 +122,7 @@ def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
     ("config", "message"),
     [
         (TrainConfig(task="r2v-1.3B"), "--task r2v-1.3B needs --ckpt_dir FOLDER"),
-        (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: training is for reference-to-video"),
+        (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: a task of the family r2v"),
         (TrainConfig(task="r2v-1.3B", ckpt_dir="none"), "none: no such checkpoint folder"),
         (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
         (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
