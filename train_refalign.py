@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ DESCRIPTION = """Train reference-to-video with reference alignment (RefAlign).
 Without arguments it trains the embedded r2v-tiny model on the sprite world: no downloads, no GPU, and a stopped run
 goes on where it was. Real weights: --task r2v-1.3B --ckpt_dir Wan2.1-T2V-1.3B --data manifest.jsonl
 On many devices: torchrun --nproc_per_node=8 train_refalign.py ...; --dry-run shows how it would be divided."""
+
+OUT_OF_MEMORY = "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full"
 
 # Classes of settings by what their flags begin with, and the settings that have a flag of their own or none.
 CLASSES = (("", "TrainConfig"), ("alignment.", "AlignmentConfig"), ("sampling.", "SamplingConfig"))
@@ -139,8 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--world_size {options.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
         )
     try:
-        from refalign_ext.distributed.mesh import report_error_once
-        from refalign_ext.training.run import explain, train
+        from refalign_ext.distributed.process_group import report_error_once
+        from refalign_ext.errors import EXPECTED_ERRORS, describe_error
+        from refalign_ext.training.run import run_training
 
         overrides = read_overrides(options)
     except KeyboardInterrupt:
@@ -148,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         fail(str(error))
     try:
-        train(
+        run_training(
             options.recipe,
             overrides,
             device=options.device,
@@ -157,10 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run=options.dry_run,
             world_size=options.world_size,
         )
-    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-        line = explain(error)
-        report_error_once(lambda: say(f"train_refalign.py: error: {' '.join(line.split())}"))
-        return 2
+    except EXPECTED_ERRORS as error:
+        line = describe_error(error, OUT_OF_MEMORY)
+        text = traceback.format_exc() if line is None else f"train_refalign.py: error: {line}"
+        report_error_once(lambda: say(text))
+        return 1 if line is None else 2
     except KeyboardInterrupt as stop:
         with suppress(KeyboardInterrupt):
             report_error_once(lambda: say("stopped; the same command goes on from the last checkpoint"))

@@ -20,9 +20,9 @@ from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import recompute_activations
 from refalign_ext.planning.plan import make_training_plan
 from refalign_ext.projectors import TeacherInput, teacher_input_from_tensors
-from refalign_ext.training.build import _teacher_input, _trained_parts
+from refalign_ext.training.build import _teacher_input, build_trained_modules
 from refalign_ext.training.previews import _generate
-from refalign_ext.training.trainer import Draw, Trainer, draw
+from refalign_ext.training.trainer import SampleRandomness, Trainer, sample_randomness
 from tests.helpers import tiny_training as tiny
 from tests.helpers.tiny_training import BASE, TEACHER_DIM, TEXT_DIM, Source, change
 
@@ -49,9 +49,9 @@ def build(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, scale: float = 0
         return tiny.build(config, Source())
 
 
-def batch(trainer: Trainer, keep: tuple[bool, ...]) -> tuple[list[EncodedSample], list[Draw]]:
+def batch(trainer: Trainer, keep: tuple[bool, ...]) -> tuple[list[EncodedSample], list[SampleRandomness]]:
     samples = trainer.source.samples(0, range(len(keep)))
-    draws = [draw(sample, index, trainer.config) for index, sample in enumerate(samples)]
+    draws = [sample_randomness(sample, index, trainer.config) for index, sample in enumerate(samples)]
     return samples, [
         dataclasses.replace(d, keep_references=k, keep_text=True) for d, k in zip(draws, keep, strict=True)
     ]
@@ -195,7 +195,7 @@ def test_a_run_starts_from_a_checkpoint_with_and_without_it(
     start = with_overrides(recipe("tiny"), {"alignment.weight": 0.0, "teacher_input": True})
     for source, scale in ((trainer, 1.0), (plain, 0.0)):
         config = with_overrides(start, {"dit_ckpt": str(saved(source))})
-        model, projectors = _trained_parts(config, task, tmp_path, teacher, alone)
+        model, projectors = build_trained_modules(config, task, tmp_path, teacher, alone)
         assert projectors is None
         assert torch.equal(model.head.head.weight, source.ema_state_dict()["head.head.weight"])
         found = _teacher_input(config, tmp_path, DIM, teacher).projection.weight
@@ -204,7 +204,9 @@ def test_a_run_starts_from_a_checkpoint_with_and_without_it(
         assert torch.equal(found, expected * scale)
     config = with_overrides(start, {"dit_ckpt": str(tmp_path / "arm" / "checkpoints" / "step-00000000")})
     with pytest.raises(ValueError, match="was trained with --teacher_input"):
-        _trained_parts(with_overrides(config, {"teacher_input": False}), task, tmp_path, teacher, alone)
+        build_trained_modules(
+            with_overrides(config, {"teacher_input": False}), task, tmp_path, teacher, alone
+        )
     with pytest.raises(ValueError, match="use the --alignment.teacher that it was trained with"):
         _teacher_input(config, tmp_path, DIM, EasyDict(dim=TEACHER_DIM + 1))
     assert not _teacher_input(start, tmp_path, DIM, teacher).projection.weight.any()

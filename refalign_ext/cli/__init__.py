@@ -7,6 +7,12 @@ from importlib import import_module
 
 import click
 
+from refalign_ext.errors import describe_error
+
+_OUT_OF_MEMORY = (
+    "out of memory: lower what the command does at once (--batch_size, --workers), or use another --device"
+)
+
 # Loaded when they are called: each brings its own libraries, and --help should not wait for those of the others.
 COMMANDS = {
     "ablate": ("refalign_ext.cli.ablate", "The paper's tables in miniature, on the sprite world."),
@@ -43,8 +49,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
-            click.echo(f"refalign_ext: error: {' '.join(str(error).split())}", err=True)
+        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
+            line = describe_error(error, _OUT_OF_MEMORY)
+            if line is None:
+                raise
+            click.echo(f"refalign_ext: error: {line}", err=True)
             sys.exit(2)
 
 

@@ -94,7 +94,6 @@ def ablate(
     from refalign_ext.config import read_settings
     from refalign_ext.sprites.ablations.report import write_report
     from refalign_ext.sprites.ablations.study import Study
-    from refalign_ext.training.run import explain
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     if start is not None and start_steps is not None:
@@ -124,8 +123,6 @@ def ablate(
     except KeyboardInterrupt as stop:
         click.echo("stopped; the same command goes on from there", err=True)
         sys.exit(stop.args[0] if stop.args else 130)
-    except (RuntimeError, MemoryError, FloatingPointError) as error:
-        raise ValueError(explain(error)) from error
     if elsewhere:
         click.echo(
             f"in other processes' hands: {', '.join(elsewhere)}; the same command again completes the table"

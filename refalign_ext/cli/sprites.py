@@ -71,7 +71,7 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
     from refalign_ext.checkpoint.checkpointer import checkpoints_in
     from refalign_ext.config import read_settings
     from refalign_ext.sprites import embedded_model as embedded
-    from refalign_ext.training.run import explain, train
+    from refalign_ext.training.run import run_training
 
     chosen = read_settings(settings)
     if threads is not None:
@@ -88,12 +88,10 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
         write(folder, result)
     own = {"ckpt_dir": str(folder), "out": str(out / "dit")}
     try:
-        train("tiny", {**chosen, **own}, device=device, threads=threads)
+        run_training("tiny", {**chosen, **own}, device=device, threads=threads)
     except KeyboardInterrupt as stop:
         click.echo("stopped; the same command goes on from there", err=True)
         sys.exit(stop.args[0] if stop.args else 130)
-    except (RuntimeError, MemoryError, FloatingPointError) as error:
-        raise ValueError(explain(error)) from error
     embedded.write_dit(folder, checkpoints_in(out / "dit" / "checkpoints")[-1])
     click.echo(f"wrote {folder}; judge it with: python -m refalign_ext sprites report --ckpt_dir {folder}")
 

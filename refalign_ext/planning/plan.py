@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from refalign_ext.backbone import WAN_CONFIGS, latent_shape
 from refalign_ext.config import TrainConfig
-from refalign_ext.distributed.mesh import ParallelSizes, fixed_sizes, generation_sizes, split_sequence
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes, split_sequence, training_sizes
 from refalign_ext.lora import TARGETS
 from refalign_ext.planning.flops import (
     AlignmentShape,
@@ -40,6 +40,7 @@ from refalign_ext.planning.memory import (
     t5_parameters,
     vae_parameters,
 )
+from refalign_ext.tasks import TASKS
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -180,7 +181,7 @@ def choose_sizes(
             global batch (naming the nearest global batches that do).
     """
     if config.ulysses_size or config.ring_size:
-        return fixed_sizes(world_size, task.num_heads, config.ulysses_size or None, config.ring_size or None)
+        return training_sizes(world_size, task.num_heads, ulysses=config.ulysses_size, ring=config.ring_size)
     memory, _ = _memory_to_reckon_with(config.task, device_memory)
     candidates = list(_possible_sizes(config, task, world_size))
     if not candidates:
@@ -228,7 +229,7 @@ def make_generation_plan(
     if sizes is None:
         sizes = generation_sizes(world_size, shape.num_heads, cfg=cfg_size, ulysses=ulysses, ring=ring)
     cfg_size = sizes.data
-    size, frame_num = size or task.size, frame_num or task.frame_num
+    size, frame_num = size or TASKS[task_name].size, frame_num or TASKS[task_name].frame_num
     video_tokens, reference_tokens = _tokens(task, size, frame_num, references)
     load = Load.of(sizes, video_tokens, reference_tokens, batch=1, precision=precision)
     memory, notes = _memory_to_reckon_with(task_name, device_memory)
@@ -287,7 +288,7 @@ def make_generation_plan(
 def _memory_to_reckon_with(task: str, device_memory: int | None) -> tuple[int | None, list[str]]:
     if device_memory is not None:
         return device_memory, []
-    if task == "r2v-tiny":
+    if TASKS[task].bundled is not None:
         return None, []
     return ASSUMED_MEMORY, [f"no GPU seen: {ASSUMED_MEMORY // 10**9} GB of memory on each device are assumed"]
 

@@ -36,16 +36,15 @@ from refalign_ext.checkpoint.checkpointer import is_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.data.result_sheet import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
-from refalign_ext.distributed.mesh import (
-    Parallel,
-    ParallelSizes,
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.process_group import (
     environment_world_size,
-    generation_sizes,
     is_lost_contact,
     rank_device,
     start_process_group,
     stop_process_group,
 )
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.pipeline import R2VPipeline, SingleProcess, prepare_references
@@ -242,7 +241,7 @@ def _check_request(args: argparse.Namespace, config: EasyDict, supported: tuple[
         if takes_references and getattr(args, name) is None:
             setattr(args, name, config[name])
     if args.magnify is None:
-        args.magnify = config.get("display_magnify", 1)
+        args.magnify = config.get("magnify", 1)
 
 
 def _default_size(supported: tuple[str, ...]) -> str:

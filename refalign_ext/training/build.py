@@ -60,7 +60,7 @@ def build_trainer(config: TrainConfig, parallel: Parallel) -> Trainer:
         path = teacher_folder(config, task, folder)
         teacher = load_teacher(config.alignment.teacher, path, device=device)
     vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
-    model, projectors = _trained_parts(config, task, folder, teacher, parallel)
+    model, projectors = build_trained_modules(config, task, folder, teacher, parallel)
     if config.lora_rank:
         alpha = config.lora_alpha or float(config.lora_rank)
         add_lora(model, config.lora_rank, alpha, config.lora_targets or TARGETS, seed=config.seed)
@@ -82,7 +82,7 @@ def build_trainer(config: TrainConfig, parallel: Parallel) -> Trainer:
     return Trainer(config, backbone, trained, source, encode_text, parallel, validation)
 
 
-def _trained_parts(
+def build_trained_modules(
     config: TrainConfig, task: EasyDict, folder: Path, teacher: Teacher | None, parallel: Parallel
 ) -> tuple[torch.nn.Module, ReferenceProjectors | None]:
     saved_projectors = {}

@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 Preview = Callable[[int], dict[str, float]]
 
 
-def run(trainer: Trainer, log: RunLog, *, preview: Preview | None = None, progress: bool = True) -> None:
+def train_loop(
+    trainer: Trainer, log: RunLog, *, preview: Preview | None = None, progress: bool = True
+) -> None:
     """Train to `config.steps`, or to the end of the step in which a rank asks to stop; the last step is saved.
 
     All ranks call it together; only rank 0 shows and logs.

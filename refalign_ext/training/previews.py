@@ -21,7 +21,7 @@ from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames
 from refalign_ext.teachers import load_teacher
 from refalign_ext.training.logging import SAMPLES_FOLDER, RunLog
-from refalign_ext.training.trainer import Trainer, draw
+from refalign_ext.training.trainer import Trainer, sample_randomness
 
 PREVIEW_SEED = 7  # not that of the published figures (`Job.seed`): runs are steered by their previews
 
@@ -149,5 +149,5 @@ def _generate(trainer: Trainer, sample: EncodedSample, place: int) -> Tensor:
     solver = make_solver(
         task.sample_solver, task.sample_steps, task.sample_shift, task.num_train_timesteps, device
     )
-    noise = draw(sample, place, config, purpose="preview/").noise.to(device)
+    noise = sample_randomness(sample, place, config, purpose="preview/").noise.to(device)
     return denoise(predict, noise, solver, progress=trainer.parallel.is_main)

@@ -18,8 +18,8 @@ import torch
 from refalign_ext.backbone import resolve_device
 from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
 from refalign_ext.config import TrainConfig, configure
-from refalign_ext.distributed.mesh import (
-    Parallel,
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.process_group import (
     environment_rank,
     environment_world_size,
     lost_rank,
@@ -28,19 +28,18 @@ from refalign_ext.distributed.mesh import (
     stop_process_group,
 )
 from refalign_ext.encoders import task_config
-from refalign_ext.errors import describe_error
 from refalign_ext.planning.plan import Plan, make_training_plan
 from refalign_ext.planning.table import describe
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.logging import RunLog
-from refalign_ext.training.loop import run
+from refalign_ext.training.loop import train_loop
 from refalign_ext.training.previews import make_preview
 from refalign_ext.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(
+def run_training(
     recipe_name: str | None,
     overrides: dict[str, Any],
     *,
@@ -136,7 +135,7 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     parallel.barrier()
     with log, _stop_on_signal(parallel.is_main) as received:
         trainer.stop_requested = lambda: bool(received)
-        run(trainer, log, preview=make_preview(trainer, log))
+        train_loop(trainer, log, preview=make_preview(trainer, log))
     if trainer.step < config.steps:
         raise KeyboardInterrupt(128 + (received[0] if received else signal.SIGINT))
     logger.info("done: %s", out / "checkpoints")
@@ -151,17 +150,6 @@ def _prepare_data(trainer: Trainer) -> None:
             for source in sources:
                 source.prepare()
         trainer.parallel.wait_for_main()
-
-
-def explain(error: BaseException) -> str:
-    """One line for the user; REFALIGN_TRACEBACK=1 prints the traceback first."""
-    line = describe_error(
-        error,
-        "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full",
-    )
-    if line is None:
-        return f"{' '.join(str(error).split())[:300]} (REFALIGN_TRACEBACK=1 shows where)"
-    return line
 
 
 def _check_writable(out: Path) -> None:

@@ -47,8 +47,8 @@ EncodeText = Callable[[Sequence[str]], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What chance decides about one sample: its timestep, noise and dropped conditions."""
+class SampleRandomness:
+    """What chosen decides about one sample: its timestep, noise and dropped conditions."""
 
     timestep: Tensor  # []
     noise: Tensor | None  # [C, F, h, w]
@@ -76,12 +76,12 @@ class BatchLosses:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What is kept of one forward and backward pass: a step of many passes must not hold on to their latents."""
+class MicroBatch:
+    """What is kept of one forward and backward pass: a step of many micro_batches must not hold on to their latents."""
 
     samples: list[str]
     layouts: list[SampleLayout]
-    draws: list[Draw]  # without the noise
+    randomness: list[SampleRandomness]  # without the noise
     losses: BatchLosses  # without the gradient
 
 
@@ -104,22 +104,26 @@ class StepReport:
     layouts: list[SampleLayout]
 
 
-def draw(sample: EncodedSample, index: int, config: TrainConfig, *, purpose: str = "") -> Draw:
+def sample_randomness(
+    sample: EncodedSample, index: int, config: TrainConfig, *, purpose: str = ""
+) -> SampleRandomness:
     """Everything random about the sample at global position `index`, from the seed and the position alone.
 
     Args:
-        purpose: sets draws apart that share positions, such as those of validation.
+        purpose: sets randomness apart that share positions, such as those of validation.
     """
     digest = hashlib.sha256(f"{config.seed}/{purpose}{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     timestep = timestep_recipe(config.timesteps).sample(1, generator)[0]
     noise = torch.randn(sample.latents.shape, generator=generator)
-    lot = torch.rand((), generator=generator).item()
-    drops_text = lot < config.drop_text
-    drops_references = config.drop_text <= lot < config.drop_text + config.drop_references
+    u = torch.rand((), generator=generator).item()
+    drops_text = u < config.drop_text
+    drops_references = config.drop_text <= u < config.drop_text + config.drop_references
     edge = config.drop_text + config.drop_references
-    drops_both = edge <= lot < edge + config.drop_both
-    return Draw(timestep, noise, not (drops_text or drops_both), not (drops_references or drops_both))
+    drops_both = edge <= u < edge + config.drop_both
+    return SampleRandomness(
+        timestep, noise, not (drops_text or drops_both), not (drops_references or drops_both)
+    )
 
 
 class Trainer:
@@ -168,24 +172,27 @@ class Trainer:
         """Samples of one optimizer step over all ranks."""
         return self.config.batch_size * self.parallel.sizes.data * self.accumulation
 
-    def losses(self, samples: list[EncodedSample], draws: list[Draw]) -> BatchLosses:
+    def losses(self, samples: list[EncodedSample], randomness: list[SampleRandomness]) -> BatchLosses:
         """Eq. 11 for one batch: flow matching plus gated, weighted reference alignment."""
         alignment, projectors = self.config.alignment, self.trained.projectors
         teacher_input = self.trained.teacher_input
-        timestep = torch.stack([chance.timestep for chance in draws])  # [B]
+        timestep = torch.stack([chosen.timestep for chosen in randomness])  # [B]
         latents = [sample.latents.to(self.device) for sample in samples]
-        noise = [chance.noise.to(self.device) for chance in draws]
+        noise = [chosen.noise.to(self.device) for chosen in randomness]
         references = [
-            sample.references.to(self.device) * chance.keep_references
-            for sample, chance in zip(samples, draws, strict=True)
+            sample.references.to(self.device) * chosen.keep_references
+            for sample, chosen in zip(samples, randomness, strict=True)
         ]
         prompts = [
-            sample.prompt if chance.keep_text else "" for sample, chance in zip(samples, draws, strict=True)
+            sample.prompt if chosen.keep_text else ""
+            for sample, chosen in zip(samples, randomness, strict=True)
         ]
         texts = self.encode_text(prompts)
         if projectors is not None or teacher_input is not None:
             features, mask = stack_features(samples, self.device)  # [B, M, N, D], [B, M]
-            mask = mask & torch.tensor([[chance.keep_references] for chance in draws], device=self.device)
+            mask = mask & torch.tensor(
+                [[chosen.keep_references] for chosen in randomness], device=self.device
+            )
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output = self.backbone(
                 add_noise(latents, noise, timestep),
@@ -228,44 +235,47 @@ class Trainer:
             FloatingPointError: after `max_skipped_steps` such steps in a row.
         """
         set_learning_rates(self.optimizers, learning_rate_scale(self.step, self.config))
-        passes: list[Pass] = []
+        micro_batches: list[MicroBatch] = []
         for micro in range(self.accumulation):
             indices = self._indices(micro)
             with self.waiting():
                 samples = self.source.samples(self.step, indices)
-            draws = [draw(sample, index, self.config) for sample, index in zip(samples, indices, strict=True)]
-            losses = self.losses(samples, draws)
+            randomness = [
+                sample_randomness(sample, index, self.config)
+                for sample, index in zip(samples, indices, strict=True)
+            ]
+            losses = self.losses(samples, randomness)
             (losses.total / self.accumulation).backward()
-            passes.append(
-                Pass(
+            micro_batches.append(
+                MicroBatch(
                     [sample.name for sample in samples],
                     [self._layout(sample) for sample in samples],
-                    [replace(chance, noise=None) for chance in draws],
+                    [replace(chosen, noise=None) for chosen in randomness],
                     replace(losses, total=losses.total.detach()),
                 )
             )
         norm = self._clip_gradients()
-        values, stopping = self._average_over_ranks([done.losses for done in passes])
+        values, stopping = self._average_over_ranks([done.losses for done in micro_batches])
         values["gradient_norm"] = norm
         values["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         self.step += 1
         self.samples_seen += self.clips_per_step
         skipped = not (math.isfinite(values["loss/total"]) and math.isfinite(norm))
         if skipped:
-            self._skip(passes, values)
+            self._skip(micro_batches, values)
         else:
             self._guard.reset()
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
                 self._update_average()
-            for done in passes:
-                timesteps = torch.stack([chance.timestep for chance in done.draws])
+            for done in micro_batches:
+                timesteps = torch.stack([chosen.timestep for chosen in done.randomness])
                 self.timestep_bins.add(timesteps, done.losses.errors)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        names = [name for done in passes for name in done.samples]
-        layouts = [layout for done in passes for layout in done.layouts]
+        names = [name for done in micro_batches for name in done.samples]
+        layouts = [layout for done in micro_batches for layout in done.layouts]
         return StepReport(values, skipped, stopping, names, layouts)
 
     def _indices(self, micro: int) -> range:
@@ -302,20 +312,20 @@ class Trainer:
             values |= {f"alignment_by_block/{name}_{block}": term for block, term in enumerate(terms)}
         return values, mean[-1] > 0
 
-    def _skip(self, passes: list[Pass], values: dict[str, float]) -> None:
+    def _skip(self, micro_batches: list[MicroBatch], values: dict[str, float]) -> None:
         mine = [
             {
                 "sample": name,
-                "timestep": chance.timestep.item(),
-                "keep_text": chance.keep_text,
-                "keep_references": chance.keep_references,
+                "timestep": chosen.timestep.item(),
+                "keep_text": chosen.keep_text,
+                "keep_references": chosen.keep_references,
                 "flow_error": done.losses.errors[place].item(),
                 "batch_total": done.losses.total.item(),
                 "batch_positive": done.losses.positive.tolist(),
                 "batch_negative": done.losses.negative.tolist(),
             }
-            for done in passes
-            for place, (name, chance) in enumerate(zip(done.samples, done.draws, strict=True))
+            for done in micro_batches
+            for place, (name, chosen) in enumerate(zip(done.samples, done.randomness, strict=True))
         ]
         by_rank = self.parallel.gather_objects(mine)
         folder = Path(self.config.out)
@@ -340,7 +350,9 @@ class Trainer:
         for first in range(0, count, data):
             place = first + self.parallel.data_rank
             samples = self.validation.samples(place, range(place, place + 1))
-            losses = self.losses(samples, [draw(samples[0], place, self.config, purpose="validation/")])
+            losses = self.losses(
+                samples, [sample_randomness(samples[0], place, self.config, purpose="validation/")]
+            )
             if place < count:
                 terms = [losses.total, losses.flow, losses.positive.mean(), losses.negative.mean()]
                 sums += torch.stack(terms[: len(names)]).double()

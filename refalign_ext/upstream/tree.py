@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, module_from_spec
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VARIABLE = "WAN_ROOT"
-OURS = Path(__file__).resolve().parents[2]
+from refalign_ext.upstream.own_wan import OURS, VARIABLE
+
 MODEL_FILE = Path("wan", "modules", "model.py")
 _REMEDY = "python -m refalign_ext doctor --wan_root shows what fits, python -m refalign_ext patch apply mends what can be"
 
@@ -134,7 +134,7 @@ class WanTree:
         }
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
-    def rehouse(self, model: nn.Module) -> nn.Module:
+    def adopt_parameters(self, model: nn.Module) -> nn.Module:
         """The tree's WanModel with the parameters, without copying them, of one of ours.
 
         Raises:
@@ -142,42 +142,45 @@ class WanTree:
         """
         arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
         with torch.device("meta"):
-            housed = self.get("modules.model", "WanModel")(**arguments)
-        shape = getattr(getattr(housed, "freqs", None), "shape", None)
+            adopted = self.get("modules.model", "WanModel")(**arguments)
+        shape = getattr(getattr(adopted, "freqs", None), "shape", None)
         if shape != model.freqs.shape:
             raise ValueError(
                 f"{self.root}: WanModel.freqs has the shape {shape}, not {list(model.freqs.shape)}; {_REMEDY}"
             )
         # A plain attribute upstream, neither parameter nor buffer, hence lost on the meta device.
-        housed.freqs = model.freqs
+        adopted.freqs = model.freqs
         try:
-            housed.load_state_dict(model.state_dict(), strict=True, assign=True)
+            adopted.load_state_dict(model.state_dict(), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{self.root}: {' '.join(str(error).split())[:300]}; {_REMEDY}") from None
-        for name, parameter in housed.named_parameters():
+        for name, parameter in adopted.named_parameters():
             parameter.requires_grad_(model.get_parameter(name).requires_grad)
-        return housed.train(model.training)
+        return adopted.train(model.training)
 
-    def substitute(self, name: str, ours: Any) -> Any:
-        """What takes the place of something of our `wan` by the name that refalign_ext knows it by.
+    def replacement_for(self, name: str, ours: Any) -> Any:
+        """What a checkout puts in the place of a class or function of our `wan`, by its name in `refalign_ext.backbone`.
 
         `WanModel` is the tree's. Loading a DiT checks and reads with ours and hands the weights over. The text encoder
         and the autoencoder are the tree's in their released sizes; upstream's classes cannot be built in any other, so
-        the embedded tiny ones stay ours. What a run writes down names the tree. Everything else stays ours.
+        the embedded tiny ones stay ours. What a run writes down names the tree.
         """
         if name == "WanModel":
             self.require_attention()
             return self.get("modules.model", "WanModel")
         if name in ("build_dit", "load_dit"):
-            self.require_attention()
-            return lambda *args, **options: self.rehouse(ours(*args, **options))
+
+            def adopted(*args: Any, **options: Any) -> nn.Module:
+                self.require_attention()
+                return self.adopt_parameters(ours(*args, **options))
+
+            return adopted
         if name == "T5EncoderModel":
             return self._text_encoder(ours)
         if name == "WanVAE":
             return self._autoencoder(ours)
-        if name == "describe_versions":
-            return lambda: {**ours(), "wan": str(self.root)}
-        return ours
+        assert name == "describe_versions", name
+        return lambda: {**ours(), "wan": str(self.root)}
 
     def require_attention(self) -> None:
         """Asks the tree's attention for one number, on CUDA where that is there.
@@ -277,11 +280,6 @@ def refusal(boundary: object, vae_stride: object) -> str | None:
     return None
 
 
-def is_ours(root: Path) -> bool:
-    """Whether a folder holds this repository's `wan/`, here or in another copy."""
-    return (root / "wan" / "utils" / "weights.py").is_file()
-
-
 def selected_tree() -> WanTree | None:
     """The tree that the environment asks for; None: this repository's own `wan/`.
 
@@ -292,18 +290,3 @@ def selected_tree() -> WanTree | None:
     if root and Path(root).expanduser().resolve() != OURS:
         return WanTree(root)
     return None
-
-
-def check_own_wan() -> None:
-    """Refuses a `wan` package found first on the path that is not this repository's; it is not imported for that.
-
-    Raises:
-        ValueError: saying how to use that tree.
-    """
-    spec = find_spec("wan")
-    folder = Path(next(iter((spec and spec.submodule_search_locations) or [str(OURS / "wan")])))
-    if not is_ours(folder.parent):
-        raise ValueError(
-            f"the package wan found first is {folder}: put {OURS} before it on PYTHONPATH and name that tree by "
-            f"{VARIABLE}={folder.parent}"
-        )

@@ -152,7 +152,7 @@ def test_a_second_call_repeats_nothing(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("done before")
 
-    monkeypatch.setattr(study_module, "train", never)
+    monkeypatch.setattr(study_module, "run_training", never)
     monkeypatch.setattr(study_module, "judge_checkpoint", never)
     again = run(out)
     assert again.exit_code == 0, again.output
@@ -203,7 +203,7 @@ def test_what_ends_training_ends_the_study_in_one_line(
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(study_module, "train", fails)
+    monkeypatch.setattr(study_module, "run_training", fails)
     result = run(tmp_path / "out")
     assert result.exit_code == code
     assert line in result.stderr.strip().splitlines()[-1]

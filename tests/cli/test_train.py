@@ -566,7 +566,7 @@ def test_other_starts_and_no_alignment(
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
         (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
         (["--task", "r2v-7B"], "--task r2v-7B: .*r2v-1.3B, r2v-14B, r2v-tiny"),
-        (["--task", "t2v-1.3B"], "--task t2v-1.3B: training is for reference-to-video"),
+        (["--task", "t2v-1.3B"], "--task t2v-1.3B: a task of the family r2v"),
         (["--ckpt_dir", "here"], "lacks .*Wan2.1_VAE_tiny.pth, .*google/umt5-tiny"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--data", "none.jsonl"], "--data: none.jsonl does not exist"),
@@ -719,15 +719,3 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_written(
     assert start(*TINY, "--out", "run", "--alignment.depth", 2, "--resume", whole) == 2
     assert "step-00000002 does not fit this run" in capfd.readouterr().err.strip().splitlines()[-1]
     assert entries(tmp_path) == before
-
-
-def test_running_out_of_memory_names_the_flags() -> None:
-    from refalign_ext.training.run import explain
-
-    with pytest.raises(RuntimeError) as caught:
-        torch.empty(1 << 50)
-    for error in (caught.value, MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried ...")):
-        text = explain(error)
-        assert text.startswith("out of memory: ") and "\n" not in text
-        assert "--batch_size" in text and "--activation_checkpointing" in text
-    assert "REFALIGN_TRACEBACK" in explain(RuntimeError("something\nelse"))

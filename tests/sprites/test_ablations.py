@@ -31,7 +31,7 @@ from refalign_ext.sprites.judge import judge_clip
 from refalign_ext.sprites.judged import write_json
 from refalign_ext.sprites.world import render_clip
 from refalign_ext.teachers import TEACHERS, load_teacher
-from refalign_ext.training.trainer import draw
+from refalign_ext.training.trainer import sample_randomness
 
 _PARTS = {
     "B": {"alignment.negative_weight"},
@@ -136,7 +136,7 @@ def test_all_start_from_one_model_that_never_saw_a_reference() -> None:
     assert start.from_scratch and start.alignment.weight == 0 and start.batch_size == 4
     assert start.drop_references + start.drop_both == pytest.approx(1.0)
     empty = EncodedSample("", "", torch.zeros(1), torch.zeros(1), None)
-    chances = [draw(empty, index, start) for index in range(200)]
+    chances = [sample_randomness(empty, index, start) for index in range(200)]
     assert not any(chance.keep_references for chance in chances)
     assert 0.03 < np.mean([not chance.keep_text for chance in chances]) < 0.2
     arm = config_of(study_of("2", settings=settings), TABLES["2"].arms[0])
@@ -192,7 +192,7 @@ def test_arms_of_a_seed_see_the_same_samples_noise_and_timesteps(tmp_path: Path)
         study = study_of(table)
         configs = [config_of(study, arm) for arm in study.arms.arms]
         for index in (0, 7, 1000):
-            chances = [draw(first, index, config) for config in configs]
+            chances = [sample_randomness(first, index, config) for config in configs]
             for chance in chances[1:]:
                 assert torch.equal(chance.noise, chances[0].noise)
                 assert chance.timestep == chances[0].timestep

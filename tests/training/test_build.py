@@ -15,11 +15,12 @@ from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arg
 from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.config import TrainConfig, recipe
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.encoders import text_encoder
 from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.training.build import _trained_parts, build_trainer
+from refalign_ext.training.build import build_trained_modules, build_trainer
 
 TASK = EasyDict(WAN_CONFIGS["r2v-tiny"], dim=24, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16)
 ALONE = Parallel.single(torch.device("cpu"))
@@ -53,7 +54,7 @@ def settings(path: Path, **alignment: object) -> TrainConfig:
 def parts(
     path: Path, parallel: Parallel = ALONE, **alignment: object
 ) -> tuple[nn.Module, ReferenceProjectors]:
-    return _trained_parts(settings(path, **alignment), TASK, path.parent, TEACHER, parallel)
+    return build_trained_modules(settings(path, **alignment), TASK, path.parent, TEACHER, parallel)
 
 
 def test_a_training_checkpoint_brings_its_weights_and_projectors(
@@ -82,12 +83,12 @@ def test_the_moving_average_is_what_a_run_starts_from(trained: TrainedModules, t
 def test_new_parts_depend_on_the_seed_alone() -> None:
     config = replace(settings(Path("none")), from_scratch=True, dit_ckpt=None)
     state = torch.random.get_rng_state()
-    one, other = (_trained_parts(config, TASK, Path("none"), TEACHER, ALONE) for _ in range(2))
+    one, other = (build_trained_modules(config, TASK, Path("none"), TEACHER, ALONE) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     for first, second in zip(one, other, strict=True):
         for key, value in first.state_dict().items():
             assert torch.equal(value, second.state_dict()[key])
-    different = _trained_parts(replace(config, seed=1), TASK, Path("none"), TEACHER, ALONE)
+    different = build_trained_modules(replace(config, seed=1), TASK, Path("none"), TEACHER, ALONE)
     assert not torch.equal(different[0].patch_embedding.weight, one[0].patch_embedding.weight)
     assert not torch.equal(next(different[1].parameters()), next(one[1].parameters()))
 
@@ -122,7 +123,7 @@ def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
     ("config", "message"),
     [
         (TrainConfig(task="r2v-1.3B"), "--task r2v-1.3B needs --ckpt_dir FOLDER"),
-        (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: training is for reference-to-video"),
+        (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: a task of the family r2v"),
         (TrainConfig(task="r2v-1.3B", ckpt_dir="none"), "none: no such checkpoint folder"),
         (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
         (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),

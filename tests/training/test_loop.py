@@ -17,7 +17,7 @@ from refalign_ext.evaluation.curves import draw_curves
 from refalign_ext.layout import SampleLayout
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, step_flops
 from refalign_ext.training.logging import RunLog
-from refalign_ext.training.loop import run
+from refalign_ext.training.loop import train_loop
 from refalign_ext.training.trainer import StepReport, Trainer
 from tests.helpers.tiny_training import DEPTH, TEACHER_DIM, Source, build, change
 
@@ -89,7 +89,7 @@ def test_everything_comes_when_it_is_due(tmp_path: Path, capsys: pytest.CaptureF
         previews.append(step)
         return {"judge": 1.0}
 
-    run(trainer, log, preview=preview)
+    train_loop(trainer, log, preview=preview)
     assert log.steps_with("loss/total") == [4, 8, 10]
     assert log.values("loss/total") == [4.0, 8.0, 10.0]
     assert log.steps_with("judge") == previews == [5, 10]
@@ -105,28 +105,28 @@ def test_nothing_is_due_that_was_not_asked_for(tmp_path: Path, capsys: pytest.Ca
     config = change(out=str(tmp_path), steps=3, log_every=1, save_every=2, preview_every=0, validate_every=0)
     trainer, log = quick(config), Log()
     trainer.validate = lambda: pytest.fail("validated")  # type: ignore[method-assign]
-    run(trainer, log, preview=lambda step: pytest.fail("previewed"), progress=False)
+    train_loop(trainer, log, preview=lambda step: pytest.fail("previewed"), progress=False)
     assert log.steps_with("loss/total") == [1, 2, 3]
     assert len(log.entries) == 3
     assert capsys.readouterr().err == ""
     without = build(change(out=str(tmp_path / "b"), steps=1, validate_every=1))
     without.validation = None
     other = Log()
-    run(without, other, progress=False)
+    train_loop(without, other, progress=False)
     assert other.steps_with("validation/loss") == []
 
 
 def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
     trainer, log = quick(change(out=str(tmp_path), steps=5)), Log()
     trainer.step = 5
-    run(trainer, log, progress=False)
+    train_loop(trainer, log, progress=False)
     assert (trainer.step, log.entries, list(tmp_path.iterdir())) == (5, [], [])
 
 
 def test_a_run_goes_on_from_the_trainers_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, log = quick(change(out=str(tmp_path), steps=8, log_every=2, validate_every=0)), Log()
     trainer.step = 5
-    run(trainer, log)
+    train_loop(trainer, log)
     assert log.steps_with("loss/total") == [6, 8]
     assert "8/8" in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_a_stop_is_logged_and_saved_at_the_step_it_came(tmp_path: Path) -> None:
     config = change(out=str(tmp_path), save_every=100, log_every=100, validate_every=1, preview_every=4)
     trainer, log = quick(config, stops_at=4), Log()
     trainer.validate = lambda: {"validation/loss": 2.0}  # type: ignore[method-assign]
-    run(
+    train_loop(
         trainer, log, preview=lambda step: pytest.fail("who stops does not wait for pictures"), progress=False
     )
     assert trainer.step == 4
@@ -147,7 +147,7 @@ def test_a_stop_is_logged_and_saved_at_the_step_it_came(tmp_path: Path) -> None:
 def test_a_real_step_takes_the_stop_from_whoever_asks(tmp_path: Path) -> None:
     trainer = build(change(out=str(tmp_path), save_every=100, validate_every=0))
     trainer.stop_requested = lambda: trainer.step == 1  # asked while the second step runs
-    run(trainer, Log(), progress=False)
+    train_loop(trainer, Log(), progress=False)
     assert trainer.step == 2
     assert checkpoints(tmp_path) == ["step-00000002"]
 
@@ -178,7 +178,7 @@ def test_speed_counts_clips_tokens_and_work(tmp_path: Path, monkeypatch: pytest.
 
     trainer.train_step = train_step  # type: ignore[method-assign]
     trainer.validate = slow  # type: ignore[method-assign]
-    run(trainer, log, preview=slow, progress=False)
+    train_loop(trainer, log, preview=slow, progress=False)
     shape, alignment = ModelShape.of(trainer.trained.dit), AlignmentShape(DEPTH, TEACHER_DIM)
     work = step_flops(shape, 8, 4, references=1, alignment=alignment).model
     assert log.steps_with("speed/seconds_per_step") == [2, 4]
@@ -201,7 +201,7 @@ def test_the_work_of_adapters_is_less(tmp_path: Path, monkeypatch: pytest.Monkey
             quick(change(out=str(tmp_path / str(len(shares))), steps=1, validate_every=0, **changes)),
             Log(),
         )
-        run(trainer, log, progress=False)
+        train_loop(trainer, log, progress=False)
         (values,) = [values for _, values in log.entries]
         shares.append(values["speed/mfu"] / values["speed/clips_per_second"])
     assert 0.5 * shares[0] < shares[1] < 0.9 * shares[0]
@@ -209,13 +209,13 @@ def test_the_work_of_adapters_is_less(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_without_a_known_device_there_is_no_mfu(tmp_path: Path) -> None:
     trainer, log = quick(change(out=str(tmp_path), steps=1, validate_every=0)), Log()
-    run(trainer, log, progress=False)
+    train_loop(trainer, log, progress=False)
     assert not log.steps_with("speed/mfu") and log.steps_with("speed/data_wait") == [1]
 
 
 def test_the_loss_by_timestep_starts_anew_with_every_entry(tmp_path: Path) -> None:
     trainer, log = quick(change(out=str(tmp_path), steps=4, log_every=2, validate_every=0)), Log()
-    run(trainer, log, progress=False)
+    train_loop(trainer, log, progress=False)
     assert log.values("loss_by_timestep/0-100") == [1.5, 3.5]  # means of steps 1 and 2, 3 and 4
     assert log.values("loss_by_timestep/900-1000") == [1.0, 1.0]
     names = {name for _, values in log.entries for name in values if name.startswith("loss_by_timestep/")}
@@ -228,15 +228,17 @@ def test_spikes_name_their_samples(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     config = change(out=str(tmp_path), steps=64, log_every=100, save_every=100, validate_every=0)
     with caplog.at_level(logging.WARNING):
-        run(quick(config, loss=loss), Log(), progress=False)
+        train_loop(quick(config, loss=loss), Log(), progress=False)
     assert own_messages(caplog) == ["loss spike 9.0000 in step 60: samples sample-60-0, sample-60-1"]
     caplog.clear()
     many = change(config, global_batch_size=20, out=str(tmp_path / "many"))
-    run(quick(many, loss=loss), Log(), progress=False)
+    train_loop(quick(many, loss=loss), Log(), progress=False)
     (line,) = own_messages(caplog)
     assert line.endswith("sample-60-15 and 4 more") and line.count(", ") == 15
     caplog.clear()
-    run(quick(change(config, spike_factor=0.0, out=str(tmp_path / "off")), loss=loss), Log(), progress=False)
+    train_loop(
+        quick(change(config, spike_factor=0.0, out=str(tmp_path / "off")), loss=loss), Log(), progress=False
+    )
     assert not own_messages(caplog)
 
 
@@ -253,7 +255,7 @@ def test_a_real_run_writes_everything_where_it_belongs(tmp_path: Path) -> None:
     trainer = build(config)
     log = RunLog(tmp_path, first_step=0, wandb_project=None, settings={}, is_main=True)
     with log:
-        run(trainer, log, progress=False)
+        train_loop(trainer, log, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 4]
     assert {key.split("/")[0] for key in rows[0]} == {
@@ -275,7 +277,7 @@ def test_a_real_run_writes_everything_where_it_belongs(tmp_path: Path) -> None:
     resumed = build(config)
     resumed.load(tmp_path / "checkpoints" / "step-00000002")
     other = Log()
-    run(resumed, other, progress=False)
+    train_loop(resumed, other, progress=False)
     assert other.values("loss/total") == [rows[1]["loss/total"]]
     assert other.values("validation/loss") == [rows[2]["validation/loss"]]
 
@@ -293,7 +295,7 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_checkpoint(tmp_path: P
     )
     trainer, log = build(config, Broken()), Log()
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
-        run(trainer, log, progress=False)
+        train_loop(trainer, log, progress=False)
     trainer.finish_saving()
     assert checkpoints(tmp_path) == ["step-00000002"]
     assert log.steps_with("loss/total") == [1, 2, 3]
@@ -304,7 +306,7 @@ def test_a_log_with_a_skipped_step_can_be_drawn(tmp_path: Path) -> None:
     config = change(out=str(tmp_path), steps=4, log_every=1, validate_every=0)
     trainer = quick(config, loss=lambda step: math.nan if step == 2 else 1.0)
     with RunLog(tmp_path, first_step=0, wandb_project=None, settings={}, is_main=True) as log:
-        run(trainer, log, progress=False)
+        train_loop(trainer, log, progress=False)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
@@ -313,5 +315,5 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_with_one_line(tmp_path
     (tmp_path / "checkpoints").write_text("in the way")
     trainer = quick(change(out=str(tmp_path), steps=2, validate_every=0))
     with pytest.raises(OSError, match="step-00000002 could not be written") as caught:
-        run(trainer, Log(), progress=False)
+        train_loop(trainer, Log(), progress=False)
     assert "\n" not in str(caught.value)

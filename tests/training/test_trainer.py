@@ -20,7 +20,7 @@ from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
 from refalign_ext.losses import reference_alignment_loss
 from refalign_ext.timesteps import add_noise, timestep_recipe
-from refalign_ext.training.trainer import Draw, StepReport, Trainer, draw
+from refalign_ext.training.trainer import SampleRandomness, StepReport, Trainer, sample_randomness
 from tests.helpers.tiny_training import BASE, DEPTH, Source, build, change, encode_text
 
 
@@ -82,7 +82,7 @@ def test_a_batch_of_two_equals_two_accumulated_batches_of_one(timesteps: str, ta
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_dropped_conditions_and_samples_without_references_equal_in_any_batch(batch_size: int) -> None:
     config = change(clip_norm=0.0, drop_text=0.3, drop_references=0.3, drop_both=0.3, seed=1)
-    kept = [draw(Source().sample(i), i, config).keep_references for i in range(8)]
+    kept = [sample_randomness(Source().sample(i), i, config).keep_references for i in range(8)]
     assert any(kept) and not all(kept)
     values, reference = gradients(change(config, batch_size=8, global_batch_size=8))
     others, found = gradients(change(config, batch_size=batch_size, global_batch_size=8))
@@ -234,32 +234,36 @@ def test_conditions_are_dropped_as_often_as_asked() -> None:
     config = change(drop_text=0.1, drop_references=0.1, drop_both=0.1)
     sample = EncodedSample("a", "p", torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), None)
     count = 12000
-    found = Counter((d.keep_text, d.keep_references) for d in (draw(sample, i, config) for i in range(count)))
+    found = Counter(
+        (d.keep_text, d.keep_references) for d in (sample_randomness(sample, i, config) for i in range(count))
+    )
     for kept in ((False, True), (True, False), (False, False)):
         assert found[kept] / count == pytest.approx(0.1, abs=0.011)  # four standard deviations
     assert found[True, True] / count == pytest.approx(0.7, abs=0.017)
     never = change(drop_text=0.0, drop_references=0.0, drop_both=0.0)
     assert all(
-        draw(sample, i, never).keep_text and draw(sample, i, never).keep_references for i in range(300)
+        sample_randomness(sample, i, never).keep_text and sample_randomness(sample, i, never).keep_references
+        for i in range(300)
     )
     always = change(drop_text=0.0, drop_references=0.0, drop_both=1.0)
     assert not any(
-        draw(sample, i, always).keep_text or draw(sample, i, always).keep_references for i in range(300)
+        sample_randomness(sample, i, always).keep_text or sample_randomness(sample, i, always).keep_references
+        for i in range(300)
     )
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
     source = Source()
     torch.manual_seed(1)
-    first = draw(source.sample(3), 3, BASE)
+    first = sample_randomness(source.sample(3), 3, BASE)
     torch.manual_seed(2)
     other = dataclasses.replace(
         source.sample(7), name="other", prompt="other"
     )  # another clip of the same size
-    second = draw(other, 3, change(batch_size=1, global_batch_size=4, learning_rate=1.0))
+    second = sample_randomness(other, 3, change(batch_size=1, global_batch_size=4, learning_rate=1.0))
     assert torch.equal(first.timestep, second.timestep) and torch.equal(first.noise, second.noise)
     assert (first.keep_text, first.keep_references) == (second.keep_text, second.keep_references)
-    for different in (draw(other, 4, BASE), draw(other, 3, change(seed=1))):
+    for different in (sample_randomness(other, 4, BASE), sample_randomness(other, 3, change(seed=1))):
         assert different.timestep != first.timestep
         assert not torch.equal(different.noise, first.noise)
     assert first.noise.shape == source.sample(3).latents.shape
@@ -281,9 +285,9 @@ def seen_by_backbone(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[
     return calls
 
 
-def a_draw(sample: EncodedSample, **changes: object) -> Draw:
+def a_draw(sample: EncodedSample, **changes: object) -> SampleRandomness:
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(9))
-    return Draw(
+    return SampleRandomness(
         **{
             "timestep": torch.tensor(600.0),
             "noise": noise,
@@ -497,7 +501,7 @@ def test_a_skipped_step_is_written_down(tmp_path: Path, caplog: pytest.LogCaptur
     (mine,) = told["samples_by_rank"]
     assert [row["sample"] for row in mine] == report.samples
     for position, row in enumerate(mine, start=4):
-        chance = draw(Source().sample(position), position, config)
+        chance = sample_randomness(Source().sample(position), position, config)
         assert row["timestep"] == chance.timestep.item()
         assert (row["keep_text"], row["keep_references"]) == (chance.keep_text, chance.keep_references)
         assert len(row["batch_positive"]) == len(row["batch_negative"]) == DEPTH
@@ -645,9 +649,11 @@ def test_validation_is_the_mean_over_its_clips() -> None:
     losses = []
     for place in range(6):
         sample = source.sample(place)
-        chance = draw(sample, place, config, purpose="validation/")
-        assert chance.timestep != draw(sample, place, config).timestep  # not the noise that training sees
-        assert not torch.equal(chance.noise, draw(sample, place, config).noise)
+        chance = sample_randomness(sample, place, config, purpose="validation/")
+        assert (
+            chance.timestep != sample_randomness(sample, place, config).timestep
+        )  # not the noise that training sees
+        assert not torch.equal(chance.noise, sample_randomness(sample, place, config).noise)
         losses.append(trainer.losses([sample], [chance]))
     for name, terms in (
         ("loss", [one.total for one in losses]),

@@ -14,9 +14,10 @@ from easydict import EasyDict
 
 from refalign_ext.backbone import TREE, WAN_CONFIGS, ReferenceBackbone, WanModel
 from refalign_ext.tasks import register_tasks
-from refalign_ext.upstream import tree as wan_root
+from refalign_ext.upstream import own_wan
+from refalign_ext.upstream.own_wan import check_own_wan
 from refalign_ext.upstream.patching import apply, load_units
-from refalign_ext.upstream.tree import TreeVAE, WanTree, check_own_wan, refusal, selected_tree
+from refalign_ext.upstream.tree import TreeVAE, WanTree, refusal, selected_tree
 from tests.helpers.rebase_trees import MODEL, change, checkout
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES
 
@@ -43,7 +44,7 @@ def tree(root: Path) -> WanTree:
 
 
 def test_without_a_variable_or_with_this_repository_it_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("", "  ", str(wan_root.OURS), f"{wan_root.OURS}/docs/.."):
+    for value in ("", "  ", str(own_wan.OURS), f"{own_wan.OURS}/docs/.."):
         monkeypatch.setenv("WAN_ROOT", value)
         assert selected_tree() is None
     monkeypatch.delenv("WAN_ROOT")
@@ -89,19 +90,19 @@ def test_tasks_join_the_trees_own_tables(tree: WanTree) -> None:
     assert supported["r2v-1.3B"] == ("832*480", "480*832")
 
 
-def test_rehousing_shares_the_weights(tree: WanTree) -> None:
+def test_adopting_parameters_shares_the_weights(tree: WanTree) -> None:
     ours = WanModel(**SIZES).requires_grad_(False)
-    housed = tree.rehouse(ours)
-    theirs = dict(housed.named_parameters())
+    adopted = tree.adopt_parameters(ours)
+    theirs = dict(adopted.named_parameters())
     for name, mine in ours.named_parameters():
         assert mine.data_ptr() == theirs[name].data_ptr(), name
     assert not any(parameter.requires_grad for parameter in theirs.values())
-    assert housed.training
-    assert not tree.rehouse(ours.eval()).training
+    assert adopted.training
+    assert not tree.adopt_parameters(ours.eval()).training
 
 
 def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> None:
-    command = [sys.executable, wan_root.OURS / "generate.py", "--task", "r2v-A14B", "--wan_root", root]
+    command = [sys.executable, own_wan.OURS / "generate.py", "--task", "r2v-A14B", "--wan_root", root]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("generate.py: error: --task r2v-A14B: refused as a pair: ")
@@ -121,17 +122,16 @@ def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> 
 def test_other_weights_are_named(tree: WanTree, pair: tuple[str, str], message: str) -> None:
     change(tree.root, MODEL, pair)
     with pytest.raises(ValueError, match=message):
-        tree.rehouse(WanModel(**SIZES))
+        tree.adopt_parameters(WanModel(**SIZES))
 
 
 def test_what_takes_whose_place(tree: WanTree) -> None:
-    assert tree.substitute("WanModel", WanModel) is tree.get("modules.model", "WanModel")
-    housed = tree.substitute("build_dit", lambda: WanModel(**SIZES))()
-    assert type(housed) is tree.get("modules.model", "WanModel")
-    assert tree.substitute("make_solver", len) is len
-    versions = tree.substitute("describe_versions", lambda: {"torch": "2"})()
+    assert tree.replacement_for("WanModel", WanModel) is tree.get("modules.model", "WanModel")
+    adopted = tree.replacement_for("build_dit", lambda: WanModel(**SIZES))()
+    assert type(adopted) is tree.get("modules.model", "WanModel")
+    versions = tree.replacement_for("describe_versions", lambda: {"torch": "2"})()
     assert versions == {"torch": "2", "wan": str(tree.root)}
-    encode = tree.substitute("T5EncoderModel", lambda **options: "ours")
+    encode = tree.replacement_for("T5EncoderModel", lambda **options: "ours")
     assert encode(text_len=4, config=EasyDict(dim=64)) == "ours"
     theirs = encode(text_len=4, device="cpu", config=EasyDict(dim=4096))
     assert type(theirs) is tree.get("modules.t5", "T5EncoderModel")
@@ -141,7 +141,7 @@ def test_the_trees_autoencoder_is_taken_in_its_released_size(
     tree: WanTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(torch.nn.Conv3d(3, 16, (1, 8, 8), (1, 8, 8)).state_dict(), tmp_path / "vae.pth")
-    make = tree.substitute("WanVAE", lambda **options: "ours")
+    make = tree.replacement_for("WanVAE", lambda **options: "ours")
     assert make(vae_pth="x", device="cpu", config=EasyDict(dim=16, z_dim=16)) == "ours"
     vae = make(vae_pth=tmp_path / "vae.pth", device=torch.device("cpu"), config=EasyDict(dim=96, z_dim=16))
     assert isinstance(vae, TreeVAE)
@@ -159,7 +159,7 @@ def test_the_trees_autoencoder_is_taken_in_its_released_size(
 def test_a_missing_autoencoder_is_named(tree: WanTree) -> None:
     (tree.root / "wan/modules/vae.py").unlink()
     with pytest.raises(ValueError, match="no autoencoder of Wan2.1 under a known name"):
-        tree.substitute("WanVAE", None)(vae_pth="x", device="cpu")
+        tree.replacement_for("WanVAE", None)(vae_pth="x", device="cpu")
 
 
 def test_two_experts_and_another_autoencoder_are_refused() -> None:
@@ -171,7 +171,7 @@ def test_two_experts_and_another_autoencoder_are_refused() -> None:
 def test_a_foreign_wan_first_on_the_path_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for somebody who works inside their clone and has refalign_ext on the path: it is not even imported."""
     check_own_wan()
-    monkeypatch.setattr(wan_root, "find_spec", lambda name: PathFinder.find_spec(name, [str(root)]))
+    monkeypatch.setattr(own_wan, "find_spec", lambda name: PathFinder.find_spec(name, [str(root)]))
     with pytest.raises(ValueError, match=f"before it on PYTHONPATH and name that tree by WAN_ROOT={root}"):
         check_own_wan()
 

@@ -102,12 +102,3 @@ class PeakMemory:
         peak = self.bytes()
         where = f"on {self.device}" if self.device.type == "cuda" else "resident in this process"
         return f"peak memory: {peak / 2**30:.2f} GiB {where}" if peak is not None else "peak memory: unknown"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device or the machine ran out of memory."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    message = str(error).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "failed to allocate")
-    return isinstance(error, RuntimeError) and any(sign in message for sign in signs)

@@ -20,7 +20,7 @@ from refalign_ext.backbone import file_sha256
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.config import TrainConfig, configure
-from refalign_ext.distributed.mesh import environment_world_size
+from refalign_ext.distributed.process_group import environment_world_size
 from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
 from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics
@@ -28,7 +28,7 @@ from refalign_ext.sprites.judged import write_json
 from refalign_ext.sprites.world import WORLD_VERSION
 from refalign_ext.teachers import teacher_files
 from refalign_ext.training.logging import METRICS_FILE
-from refalign_ext.training.run import train
+from refalign_ext.training.run import run_training
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Study:
         """Train and judge one arm, or what is left of that; False if another process is at it.
 
         Raises:
-            ValueError: if the folder holds another study, and as `launch.train`.
+            ValueError: if the folder holds another study, and as `run_training`.
             KeyboardInterrupt: after a stop that was asked for.
         """
         folder, identity = self.arm_folder(arm, seed), self.identity(arm, seed)
@@ -272,7 +272,7 @@ class Study:
         """The run's last checkpoint, trained or found."""
         folder = Path(settings["out"])
         if _last_checkpoint(folder, settings["steps"]) is None:
-            train(RECIPE, settings, device=self.device, threads=self.threads)
+            run_training(RECIPE, settings, device=self.device, threads=self.threads)
             # What is compiled for one arm's model would count against the next one's limit of recompilations.
             torch.compiler.reset()
             gc.collect()
