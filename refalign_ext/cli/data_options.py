@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from refalign_ext.data.conversion_report import Report
+    from refalign_ext.data.conversion_report import ConversionReport
     from refalign_ext.data.length import Length
     from refalign_ext.data.work import Share
 
@@ -111,7 +111,7 @@ def start_together() -> Callable[[], None]:
     return lambda: stop_process_group(together=True)
 
 
-def tell(report: Report, out: Path) -> None:
+def tell(report: ConversionReport, out: Path) -> None:
     """Shows what was kept and dropped, and where the result lies.
 
     Raises:

@@ -12,10 +12,10 @@ import numpy as np
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
 from refalign_ext.data.clip_set import ManifestRows
-from refalign_ext.data.conversion_report import Report, report_path
+from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
 from refalign_ext.data.convert.folder_files import DraftOptions, clips_in_folder, what_is_missing
 from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
-from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
+from refalign_ext.data.convert.paths import folder_inside, manifest_root
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import index_path, write_manifest
@@ -39,7 +39,7 @@ def convert_folder(
     length: Length | None = None,
     selection: Selection = FOLDER_SELECTION,
     workers: int = 0,
-) -> Report:
+) -> ConversionReport:
     """Writes the manifest `out` and `<out>.report.json` of a folder's clips, or of those that a table lists.
 
     How files have to be called says `folder_files`, what columns a table has `folder_table`. Videos are probed, so
@@ -120,14 +120,18 @@ def _checked_root(
         raise ValueError(f"--prompt_suffix {prompt_suffix!r}: give a suffix with its dot, such as .txt")
     root = manifest_root(out)
     if source.is_dir():
-        inside(source, root, "SOURCE")
+        folder_inside(source, root, "SOURCE")
     elif source.resolve() == out.resolve():
         raise ValueError(f"{out} is the table itself: choose another name for the manifest")
     return root
 
 
 def _finished(
-    rows: ManifestRows, records: np.ndarray, length: Length | None, selection: Selection, report: Report
+    rows: ManifestRows,
+    records: np.ndarray,
+    length: Length | None,
+    selection: Selection,
+    report: ConversionReport,
 ) -> Iterator[Clip]:
     """The clips of a draft whose videos can be used, with what its index says of them."""
     for row, record in enumerate(records):
@@ -174,7 +178,7 @@ def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
     return replace(span, end_s=end_s if span.end_s is None else min(span.end_s, end_s), **known)
 
 
-def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject, ...]:
+def _selected(clip: Clip, selection: Selection, report: ConversionReport) -> tuple[Subject, ...]:
     """The first subjects and the first references of each, as many as are wanted."""
     kept = clip.subjects[: selection.max_references]
     left = sum(len(subject.refs) for subject in clip.subjects[len(kept) :])
@@ -192,7 +196,7 @@ def _nothing_fits(source: Path, options: DraftOptions) -> str:
     report = options.report
     if source.is_dir() and (hint := what_is_missing(options.found, options.prompt_suffix)):
         return f"{source}: {hint}"
-    lines = [nothing_left(source, report)]
+    lines = [no_clips_message(source, report)]
     if "outside_folder" in report.dropped["clips"]:
         lines.append(
             f"paths in a manifest are relative to its folder, {options.root}: write it above the clips"

@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder_files import (
     DraftOptions,
     is_valid,
@@ -224,7 +224,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, cells by column); rows with too many or too few cells are counted and left out."""
     with path.open("rb") as file:
         start = file.read(2)
@@ -240,7 +240,7 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
             ) from None
 
 
-def _csv_cells(path: Path, file: TextIO, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_cells(path: Path, file: TextIO, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     first = file.readline(_MAX_FIELD)
     file.seek(0)
     reader = csv.reader(file, delimiter=max(",\t;", key=first.count))
@@ -276,7 +276,7 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise ValueError(f"{path}: two columns are called {twice[0]!r}: rename one")
 
 
-def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, values by key); rows that are no JSON object are counted and left out."""
     number = 0
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:

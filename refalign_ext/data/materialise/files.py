@@ -11,7 +11,7 @@ from pathlib import Path
 
 from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.materialise.row import Position, finished_line, suffix, usable_rows, with_files
 from refalign_ext.data.media_source import Media, MediaBytes
 
@@ -39,7 +39,7 @@ def pictures_folder(out: Path, number: int) -> Path:
     return out / PICTURES / f"{number:06d}"
 
 
-def cut_piece(place: Place, number: int, rows: range, report: Report) -> tuple[list[bytes], int]:
+def cut_piece(place: Place, number: int, rows: range, report: ConversionReport) -> tuple[list[bytes], int]:
     """Writes the pictures of a piece into its folder, which appears complete, and links the files that need no cutting.
 
     Returns:

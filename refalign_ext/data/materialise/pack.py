@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.materialise.files import Place
 from refalign_ext.data.materialise.row import (
     CutRow,
@@ -32,7 +32,7 @@ from refalign_ext.data.shards import (
 )
 
 
-def pack_piece(place: Place, number: int, rows: range, report: Report) -> ShardInfo:
+def pack_piece(place: Place, number: int, rows: range, report: ConversionReport) -> ShardInfo:
     """Writes the shard of a piece, even if none of its rows can be used: shards are numbered without gaps.
 
     Raises:
@@ -47,7 +47,7 @@ def pack_piece(place: Place, number: int, rows: range, report: Report) -> ShardI
     return ShardInfo(shard_name(number), writer.samples, path.stat().st_size, sha256_of(path))
 
 
-def _pack_row(clip_set: ClipSet, cut: CutRow, writer: ShardWriter, report: Report) -> None:
+def _pack_row(clip_set: ClipSet, cut: CutRow, writer: ShardWriter, report: ConversionReport) -> None:
     from refalign_ext.data.materialise.trimming import trim
 
     key, span, before = f"{cut.row:09d}", cut.clip.video, 0

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from PIL import Image
 
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES
 from refalign_ext.data.materialise.reference import CutError, FrameMemory, read_reference
 from refalign_ext.data.media_source import Media
@@ -42,7 +42,7 @@ class CutRow:
         return self.clip.subjects[subject].refs[reference].image or ""
 
 
-def cut_row(clip_set: ClipSet, row: int, report: Report) -> CutRow | None:
+def cut_row(clip_set: ClipSet, row: int, report: ConversionReport) -> CutRow | None:
     """Cuts the references of a row; None if it cannot be used. What is dropped is counted in the report."""
     try:
         clip = clip_set[row]
@@ -96,7 +96,7 @@ def with_files(clip: Clip, video: VideoSpan, images: Mapping[Position, str], fra
     return replace(clip, video=video, subjects=tuple(subjects))
 
 
-def usable_rows(clip_set: ClipSet, rows: range, report: Report) -> Iterator[CutRow]:
+def usable_rows(clip_set: ClipSet, rows: range, report: ConversionReport) -> Iterator[CutRow]:
     """Cuts row after row; what is dropped is counted in the report."""
     for row in rows:
         cut = cut_row(clip_set, row, report)
@@ -104,7 +104,7 @@ def usable_rows(clip_set: ClipSet, rows: range, report: Report) -> Iterator[CutR
             yield cut
 
 
-def finished_line(clip_set: ClipSet, cut: CutRow, clip: Clip, report: Report) -> bytes | None:
+def finished_line(clip_set: ClipSet, cut: CutRow, clip: Clip, report: ConversionReport) -> bytes | None:
     """The line of a row's new clip, counted as kept; None, counted as dropped, if it is too long to be read again."""
     line = json.dumps(to_dict(clip), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     place = clip_set.place(cut.row)
@@ -118,7 +118,7 @@ def finished_line(clip_set: ClipSet, cut: CutRow, clip: Clip, report: Report) ->
     return line
 
 
-def drop_row(report: Report, cut: CutRow, reason: str, message: str) -> None:
+def drop_row(report: ConversionReport, cut: CutRow, reason: str, message: str) -> None:
     """Counts a row that cannot be used after all, with its references."""
     report.drop("clips", reason, message)
     report.drop("references", "clip_dropped", message, len(cut.pictures))

@@ -21,7 +21,7 @@ from typing import Any
 
 from refalign_ext.atomic_io import atomic_open, locked
 from refalign_ext.data.clip_set import MANIFEST, ClipSet, open_clip_set
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES, ManifestReader, index_path
 from refalign_ext.data.materialise.files import Place, cut_piece, pictures_folder
 from refalign_ext.data.materialise.pack import pack_piece
@@ -69,7 +69,7 @@ def materialise(
     copy: bool = False,
     share: Share | None = None,
     workers: int = 0,
-) -> Report:
+) -> ConversionReport:
     """Cuts the references of a clip set and writes one in which nothing is left to be cut.
 
     Without `pack` it is `<out>/manifest.jsonl`, with pictures below `<out>/references`. Videos and pictures that
@@ -105,7 +105,7 @@ def materialise(
     pieces = chunks(len(clip_set), job.size)
     if not pieces:
         raise ValueError(f"{path} has no rows")
-    report, keys = Report(), {}
+    report, keys = ConversionReport(), {}
     work = partial(_finish, job)
     share = share or Share()
     with locked(job.out / _WORK / f"share-{share.index}-of-{share.count}"):
@@ -116,7 +116,7 @@ def materialise(
             description="packing" if pack else "cutting",
             weight=len,
         ):
-            report.merge(Report.from_dict(header["report"]))
+            report.merge(ConversionReport.from_dict(header["report"]))
             keys[rows.start // job.size] = header["key"]
     finished = sum(
         _read_header(job, piece, keys.get(piece) or _key(job, rows)) is not None
@@ -163,7 +163,7 @@ def _finish(job: _Job, rows: range) -> dict[str, Any]:
     job.record(piece).unlink(missing_ok=True)
     if job.pack:  # the listing of an earlier run would not be that of the shards any more
         (job.out / LISTING).unlink(missing_ok=True)
-    report, lines = Report(), []
+    report, lines = ConversionReport(), []
     if job.pack:
         written: dict[str, Any] = {"shard": asdict(pack_piece(job.place, piece, rows, report))}
     else:
@@ -208,9 +208,9 @@ def _read_header(job: _Job, piece: int, key: str) -> dict[str, Any] | None:
         return None
 
 
-def _join(job: _Job, pieces: int) -> Report:
+def _join(job: _Job, pieces: int) -> ConversionReport:
     """Makes one clip set of all pieces, in order."""
-    report, shards = Report(), []
+    report, shards = ConversionReport(), []
     target = job.out / (LISTING if job.pack else MANIFEST)
     # Not among the parts: another share may be at this too, and clear them away.
     aside = job.out / _WORK / f"{target.name}.{uuid.uuid4().hex}"
@@ -220,7 +220,7 @@ def _join(job: _Job, pieces: int) -> Report:
                 with job.record(piece).open("rb") as file:
                     header = json.loads(file.readline(MAX_ROW_BYTES))
                     shutil.copyfileobj(file, manifest, 1 << 20)
-                report.merge(Report.from_dict(header["report"]))
+                report.merge(ConversionReport.from_dict(header["report"]))
                 if job.pack:
                     shards.append(ShardInfo(**header["shard"]))
             manifest.flush()
