@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from refalign_ext.backbone import resolve_device
-from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
+from refalign_ext.checkpoint.checkpointer import resolve_resume, abandon_checkpoints_after
 from refalign_ext.config import TrainConfig, configure
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
@@ -129,7 +129,7 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     _prepare_data(trainer)
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        for moved in set_aside_after(out / "checkpoints", trainer.step):
+        for moved in abandon_checkpoints_after(out / "checkpoints", trainer.step):
             logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
         (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
     parallel.barrier()
