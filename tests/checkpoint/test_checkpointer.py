@@ -22,9 +22,10 @@ from refalign_ext.checkpoint.checkpointer import (
     resolve_resume,
     abandon_checkpoints_after,
 )
-from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
+from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel
+from tests.helpers.checkpoints import read_dit, read_projectors
 from tests.helpers.tiny_checkpoint import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -158,7 +159,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
 
     targets = {
         "shards": "torch.save",
-        "trainer.json": "refalign_ext.checkpoint.checkpointer._write_text",
+        "trainer.json": "refalign_ext.checkpoint.checkpointer.write_text",
         "rename": "pathlib.Path.rename",
     }
     with monkeypatch.context() as patch:
