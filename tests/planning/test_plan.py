@@ -21,7 +21,6 @@ from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.losses import reference_alignment_over_blocks
 from refalign_ext.planning.flops import AlignmentShape, ModelShape
 from refalign_ext.planning.memory import (
-    TEACHER_SIZES,
     Load,
     activation_bytes,
     alignment_bytes,
@@ -40,7 +39,6 @@ from refalign_ext.planning.plan import (
 )
 from refalign_ext.planning.table import describe
 from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.teachers import TEACHERS
 from tests.helpers.ranks import run_ranks
 from wan.modules import attention
 from wan.modules.t5 import build_t5
@@ -257,9 +255,12 @@ def test_sizes_of_the_frozen_parts() -> None:
     with torch.device("meta"):
         video = build_vae({**WAN_CONFIGS["r2v-14B"].vae})
     assert vae_parameters(WAN_CONFIGS["r2v-14B"]) == sum(p.numel() for p in video.parameters())
-    assert set(TEACHER_SIZES) == set(TEACHERS)
-    for name, (_, width) in TEACHER_SIZES.items():
-        assert TEACHERS[name].dim in (None, width)
+
+
+def test_a_teacher_that_is_in_no_table_is_an_error() -> None:
+    config = with_overrides(recipe("tiny"), {"alignment.teacher": "dinov9"})
+    with pytest.raises(ValueError, match="unknown teacher 'dinov9'.*dinov3-l"):
+        make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 1)
 
 
 def test_float32_parts_of_the_model() -> None:

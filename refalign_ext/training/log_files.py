@@ -1,0 +1,45 @@
+"""Files that a run's logs and reports share: JSON that every reader takes, and disk errors that name the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from refalign_ext.atomic_io import atomic_open
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def json_values(value: Any) -> Any:
+    """`value` as JSON can tell it: tensors and arrays as lists, numbers that are not finite as strings."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [json_values(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    with named_disk_errors(path), atomic_open(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def named_disk_errors(path: Path) -> Iterator[None]:
+    """A full disk names no file of its own accord."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{path} cannot be written ({reason}): free some space or check the folder") from error
