@@ -146,7 +146,7 @@ def training_step(
         projectors = ReferenceProjectors(model.dim, teacher_dim, alignment.depth).to(device)
     backbone = ReferenceBackbone(model.train())
     trained = parallelize(backbone, projectors, parallel, config)
-    optimizers = build_optimizers(trained.dit, trained.projectors, config)
+    optimizers = build_optimizers(trained, config)
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:

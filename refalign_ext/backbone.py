@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
-from refalign_ext.upstream.tree import check_own_wan, selected_tree
+from refalign_ext.upstream.own_wan import check_own_wan
+from refalign_ext.upstream.tree import selected_tree
 
 check_own_wan()
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402 - only of a tree that has it all
@@ -34,7 +35,7 @@ REFUSED_TASKS: dict[str, str] = {}
 if TREE is not None:
     REFUSED_TASKS = TREE.refused(WAN_CONFIGS)
     WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES = TREE.register(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
-register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
+    register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
 
 TAPS = ("block", "self_attn")
 _MODEL_ATTRIBUTES = ("blocks", "head", "patch_embedding", "patch_size", "num_heads", "dim")

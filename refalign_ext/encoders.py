@@ -24,6 +24,7 @@ from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.tasks import find_task
 from refalign_ext.teachers import Teacher, load_teacher, teacher_files
 
 if TYPE_CHECKING:
@@ -43,14 +44,7 @@ def task_config(config: TrainConfig) -> EasyDict:
     Raises:
         ValueError: for a task that is not reference-to-video.
     """
-    known = [name for name in WAN_CONFIGS if name.startswith("r2v-")]
-    if config.task in REFUSED_TASKS:
-        raise ValueError(f"--task {config.task}: {REFUSED_TASKS[config.task]}")
-    if config.task not in known:
-        raise ValueError(
-            f"--task {config.task}: training is for reference-to-video: choose one of {', '.join(known)}"
-        )
-    return WAN_CONFIGS[config.task]
+    return WAN_CONFIGS[find_task(config.task, family="r2v", refused=REFUSED_TASKS).name]
 
 
 def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:

@@ -39,8 +39,10 @@ from refalign_ext.backbone import (
 )
 from refalign_ext.errors import is_out_of_memory
 from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
-from refalign_ext.references import MAX_REFERENCES, Role, prepare_reference, reference_to_tensor
+from refalign_ext.references import prepare_reference, reference_to_tensor
+from refalign_ext.request import MAX_REFERENCES, Role
 from refalign_ext.sampler import ModelFunction, SolverProtocol, denoise
+from refalign_ext.tasks import find_task
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -480,12 +482,7 @@ def r2v_config(task: str) -> EasyDict:
     Raises:
         ValueError: for an unknown task or one that takes no references.
     """
-    known = [name for name in WAN_CONFIGS if name.startswith("r2v-")]
-    if task in REFUSED_TASKS:
-        raise ValueError(f"task {task}: {REFUSED_TASKS[task]}")
-    if task not in known:
-        raise ValueError(f"{task!r} is not a reference-to-video task: choose one of {', '.join(known)}")
-    return WAN_CONFIGS[task]
+    return WAN_CONFIGS[find_task(task, family="r2v", refused=REFUSED_TASKS).name]
 
 
 def prepare_references(

@@ -7,32 +7,23 @@ import os
 import struct
 import warnings
 import zlib
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from refalign_ext.request import MATTE_MODES, Role, parse_role
+
 if TYPE_CHECKING:
     import torch
 
-MAX_REFERENCES = 8
 MAX_PIXELS = 64_000_000
-MATTE_MODES = ("off", "auto")
 WHITE = (255, 255, 255)
 
 # Only plain picture formats: Pillow would otherwise hand an EPS file to a PostScript interpreter.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "ICO", "TGA", "JPEG2000", "AVIF")
 _BROKEN_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-
-
-class Role(str, Enum):
-    """What a reference shows. A background keeps its surroundings: `matte="auto"` leaves it alone."""
-
-    SUBJECT = "subject"
-    FACE = "face"
-    BACKGROUND = "background"
 
 
 class PictureBytes(Protocol):
@@ -171,19 +162,6 @@ def reference_to_tensor(image: Image.Image) -> torch.Tensor:
 
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3]
     return pixels.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0)
-
-
-def parse_role(role: Role | str) -> Role:
-    """Gives the `Role` of a name.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    try:
-        return Role(role)
-    except ValueError:
-        names = ", ".join(known.value for known in Role)
-        raise ValueError(f"unknown reference role {role!r}: choose one of {names}") from None
 
 
 def check_matte_available() -> None:

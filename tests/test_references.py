@@ -12,13 +12,13 @@ from PIL import Image
 
 from refalign_ext import references
 from refalign_ext.references import (
-    Role,
     letterbox,
     load_image,
     prepare_reference,
     reference_to_tensor,
     remove_background,
 )
+from refalign_ext.request import Role
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from refalign_ext.upstream import patching
-from refalign_ext.upstream.tree import OURS, is_ours
+from refalign_ext.upstream.own_wan import OURS, is_ours
 
 _TREE = click.option(
     "--wan_root",

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 from refalign_ext.data.boxes import BOX_SPACES, Box
 from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask, parse_mask, shortened
-from refalign_ext.references import MAX_REFERENCES
+from refalign_ext.request import MAX_REFERENCES
 
 SOURCES = ("opens2v", "phantom", "custom")
 KINDS = ("human", "face", "object", "background")

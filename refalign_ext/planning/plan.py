@@ -39,6 +39,7 @@ from refalign_ext.planning.memory import (
     t5_parameters,
     vae_parameters,
 )
+from refalign_ext.tasks import TASKS
 from refalign_ext.teachers import teacher_entry
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def make_generation_plan(
     if sizes is None:
         sizes = generation_sizes(world_size, shape.num_heads, cfg=cfg_size, ulysses=ulysses, ring=ring)
     cfg_size = sizes.data
-    size, frame_num = size or task.size, frame_num or task.frame_num
+    size, frame_num = size or TASKS[task_name].size, frame_num or TASKS[task_name].frame_num
     video_tokens, reference_tokens = _tokens(task, size, frame_num, references)
     load = Load.of(sizes, video_tokens, reference_tokens, batch=1, precision=precision)
     memory, notes = _memory_to_reckon_with(task_name, device_memory)
@@ -287,7 +288,7 @@ def make_generation_plan(
 def _memory_to_reckon_with(task: str, device_memory: int | None) -> tuple[int | None, list[str]]:
     if device_memory is not None:
         return device_memory, []
-    if task == "r2v-tiny":
+    if TASKS[task].bundled is not None:
         return None, []
     return ASSUMED_MEMORY, [f"no GPU seen: {ASSUMED_MEMORY // 10**9} GB of memory on each device are assumed"]
 

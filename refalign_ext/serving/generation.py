@@ -242,7 +242,7 @@ def _check_request(args: argparse.Namespace, config: EasyDict, supported: tuple[
         if takes_references and getattr(args, name) is None:
             setattr(args, name, config[name])
     if args.magnify is None:
-        args.magnify = config.get("display_magnify", 1)
+        args.magnify = config.get("magnify", 1)
 
 
 def _default_size(supported: tuple[str, ...]) -> str:

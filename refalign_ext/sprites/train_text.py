@@ -28,7 +28,7 @@ from refalign_ext.sprites.world import (
     Subject,
     caption_of,
 )
-from refalign_ext.tasks import tiny_task
+from refalign_ext.tasks import TASKS
 
 PLACES = tuple(sorted({name for names in LANES.values() for name in names}))
 # What is asked of every lane: is there a subject, which one of the caption, and what does it look like.
@@ -128,7 +128,7 @@ def main(steps: int, out: Path, seed: int) -> None:
     """Train the embedded text encoder and write `text.pt`, a state dict in transformers' names."""
     from transformers import PreTrainedTokenizerFast
 
-    config = tiny_task()
+    config = TASKS["r2v-tiny"].configuration({})
     write_tokenizer(out / "tokenizer", config.t5.vocab)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     encoder = random_encoder(**dict(config.t5), seed=seed)

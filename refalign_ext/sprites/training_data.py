@@ -20,6 +20,7 @@ from refalign_ext.sprites.ablations.teacher_input import trained_reference_conte
 from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
 from refalign_ext.sprites.evaluate import Job, SpriteEvaluator, contact_sheet
 from refalign_ext.sprites.vae_onepass import encode_latents, lay_channels_last
+from refalign_ext.training.clip_data import require_clip_sets
 from refalign_ext.training.data_source import Preview, TrainingData
 from refalign_ext.training.run_log import RunLog
 from refalign_ext.training.trainer import Trainer
@@ -36,6 +37,7 @@ class SpriteData:
         return config.data is None and config.task == "r2v-tiny"
 
     def complete(self, config: TrainConfig) -> TrainConfig:
+        require_clip_sets(config)  # a mistyped --validation_data is told here too
         return config
 
     def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:

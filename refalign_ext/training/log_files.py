@@ -8,25 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from refalign_ext.atomic_io import atomic_open
 
 METRICS_FILE = "metrics.jsonl"
 
 
 def json_values(value: Any) -> Any:
-    """`value` as JSON can tell it: tensors and arrays as lists, numbers that are not finite as strings."""
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        value = value.tolist()
+    """`value` as every reader of JSON takes it: numbers that are not finite as the strings `nan`, `inf` and `-inf`."""
     if isinstance(value, Mapping):
-        return {str(key): json_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
         return [json_values(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, str | int) else str(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -48,8 +48,7 @@ def write_skipped(out: Path, step: int, report: Mapping[str, Any]) -> Path:
     Args:
         out: the run's folder.
         step: the step that was skipped, as in the logs.
-        report: anything that JSON can tell, and tensors; numbers that are not finite become the strings `nan`, `inf`
-            and `-inf`, so that every reader takes the file.
+        report: what `json_values` takes.
 
     Raises:
         OSError: if it cannot be written.

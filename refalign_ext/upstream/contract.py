@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.source import (
     Function,
     PlaceNotFound,
@@ -20,7 +21,6 @@ from refalign_ext.upstream.source import (
     parameters_of,
     required_parameters,
 )
-from refalign_ext.upstream.tree import is_ours
 
 PRESENT, CHANGED, MISSING = "present", "changed", "missing"
 ATTACH = "references (generation and training)"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from refalign_ext.upstream.checkout import describe
 from refalign_ext.upstream.contract import OPTIONAL, PRESENT, Contract, Finding
+from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.patching import FOLDER, Outcome, load_units, status
 from refalign_ext.upstream.recognise import recognise
-from refalign_ext.upstream.tree import is_ours
 
 WIDTH = 120
 GIB = 2**30

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, module_from_spec
+from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-VARIABLE = "WAN_ROOT"
-OURS = Path(__file__).resolve().parents[2]
+from refalign_ext.upstream.own_wan import OURS, VARIABLE
+
 MODEL_FILE = Path("wan", "modules", "model.py")
 _REMEDY = "python -m refalign_ext doctor --wan_root shows what fits, python -m refalign_ext patch apply mends what can be"
 
@@ -277,11 +277,6 @@ def refusal(boundary: object, vae_stride: object) -> str | None:
     return None
 
 
-def is_ours(root: Path) -> bool:
-    """Whether a folder holds this repository's `wan/`, here or in another copy."""
-    return (root / "wan" / "utils" / "weights.py").is_file()
-
-
 def selected_tree() -> WanTree | None:
     """The tree that the environment asks for; None: this repository's own `wan/`.
 
@@ -292,18 +287,3 @@ def selected_tree() -> WanTree | None:
     if root and Path(root).expanduser().resolve() != OURS:
         return WanTree(root)
     return None
-
-
-def check_own_wan() -> None:
-    """Refuses a `wan` package found first on the path that is not this repository's; it is not imported for that.
-
-    Raises:
-        ValueError: saying how to use that tree.
-    """
-    spec = find_spec("wan")
-    folder = Path(next(iter((spec and spec.submodule_search_locations) or [str(OURS / "wan")])))
-    if not is_ours(folder.parent):
-        raise ValueError(
-            f"the package wan found first is {folder}: put {OURS} before it on PYTHONPATH and name that tree by "
-            f"{VARIABLE}={folder.parent}"
-        )

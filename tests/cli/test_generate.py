@@ -141,7 +141,7 @@ def test_help_imports_nothing_heavy(program: ModuleType) -> None:
 
 def test_tasks_are_those_of_the_configurations(program: ModuleType) -> None:
     from refalign_ext.backbone import WAN_CONFIGS
-    from refalign_ext.references import MAX_REFERENCES, Role
+    from refalign_ext.request import MAX_REFERENCES, Role
     from wan.utils.media import IMAGE_SUFFIXES
     from wan.utils.runtime import DTYPE_NAMES
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 from refalign_ext.cli import main
 from refalign_ext.sprites.text import random_encoder
 from refalign_ext.sprites.train_vae import CONFIG
-from refalign_ext.tasks import tiny_task
+from refalign_ext.tasks import TASKS
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "assets" / "r2v-tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,7 +30,10 @@ def test_make_goes_on_from_parts_that_are_there(tmp_path: Path) -> None:
     for part in ("vae", "text", "teacher"):
         (tmp_path / part).mkdir()
     torch.save(AutoencoderKLWan(**CONFIG).state_dict(), tmp_path / "vae" / "vae.pt")
-    torch.save(random_encoder(**dict(tiny_task().t5)).state_dict(), tmp_path / "text" / "text.pt")
+    torch.save(
+        random_encoder(**dict(TASKS["r2v-tiny"].configuration({}).t5)).state_dict(),
+        tmp_path / "text" / "text.pt",
+    )
     shutil.copytree(EMBEDDED / "teacher", tmp_path / "teacher" / "teacher")
     folder = tmp_path / "r2v-tiny"
     result = run("make", "--out", tmp_path, "--device", "cpu", *SETTINGS)

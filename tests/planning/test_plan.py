@@ -258,7 +258,9 @@ def test_sizes_of_the_frozen_parts() -> None:
 
 
 def test_a_teacher_that_is_in_no_table_is_an_error() -> None:
-    config = with_overrides(recipe("tiny"), {"alignment.teacher": "dinov9"})
+    config = dataclasses.replace(
+        recipe("tiny"), alignment=dataclasses.replace(recipe("tiny").alignment, teacher="dinov9")
+    )
     with pytest.raises(ValueError, match="unknown teacher 'dinov9'.*dinov3-l"):
         make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 1)
 

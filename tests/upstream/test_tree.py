@@ -14,9 +14,10 @@ from easydict import EasyDict
 
 from refalign_ext.backbone import TREE, WAN_CONFIGS, ReferenceBackbone, WanModel
 from refalign_ext.tasks import register_tasks
-from refalign_ext.upstream import tree as wan_root
+from refalign_ext.upstream import own_wan
+from refalign_ext.upstream.own_wan import check_own_wan
 from refalign_ext.upstream.patching import apply, load_units
-from refalign_ext.upstream.tree import TreeVAE, WanTree, check_own_wan, refusal, selected_tree
+from refalign_ext.upstream.tree import TreeVAE, WanTree, refusal, selected_tree
 from tests.helpers.rebase_trees import MODEL, change, checkout
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES
 
@@ -43,7 +44,7 @@ def tree(root: Path) -> WanTree:
 
 
 def test_without_a_variable_or_with_this_repository_it_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for value in ("", "  ", str(wan_root.OURS), f"{wan_root.OURS}/docs/.."):
+    for value in ("", "  ", str(own_wan.OURS), f"{own_wan.OURS}/docs/.."):
         monkeypatch.setenv("WAN_ROOT", value)
         assert selected_tree() is None
     monkeypatch.delenv("WAN_ROOT")
@@ -101,7 +102,7 @@ def test_rehousing_shares_the_weights(tree: WanTree) -> None:
 
 
 def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> None:
-    command = [sys.executable, wan_root.OURS / "generate.py", "--task", "r2v-A14B", "--wan_root", root]
+    command = [sys.executable, own_wan.OURS / "generate.py", "--task", "r2v-A14B", "--wan_root", root]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("generate.py: error: --task r2v-A14B: refused as a pair: ")
@@ -171,7 +172,7 @@ def test_two_experts_and_another_autoencoder_are_refused() -> None:
 def test_a_foreign_wan_first_on_the_path_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for somebody who works inside their clone and has refalign_ext on the path: it is not even imported."""
     check_own_wan()
-    monkeypatch.setattr(wan_root, "find_spec", lambda name: PathFinder.find_spec(name, [str(root)]))
+    monkeypatch.setattr(own_wan, "find_spec", lambda name: PathFinder.find_spec(name, [str(root)]))
     with pytest.raises(ValueError, match=f"before it on PYTHONPATH and name that tree by WAN_ROOT={root}"):
         check_own_wan()
 

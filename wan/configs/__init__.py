@@ -7,6 +7,7 @@ no more).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,7 +40,20 @@ SUPPORTED_SIZES: dict[str, tuple[str, ...]] = {
     "t2i-14B": tuple(SIZE_CONFIGS),
 }
 
-__all__ = ["MAX_AREA_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES", "TASKS", "WAN_CONFIGS"]
+__all__ = ["MAX_AREA_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES", "TASKS", "WAN_CONFIGS", "extend_configs"]
+
+_extensions: list[Callable[[dict, dict, dict], None]] = []
+
+
+def extend_configs(extension: Callable[[dict, dict, dict], None]) -> None:
+    """Adds a package's tasks, without importing torch before somebody reads `WAN_CONFIGS`.
+
+    Args:
+        extension: changes `WAN_CONFIGS`, `SIZE_CONFIGS` and `SUPPORTED_SIZES`, in this order; called once they are there.
+    """
+    _extensions.append(extension)
+    if "WAN_CONFIGS" in globals():
+        extension(globals()["WAN_CONFIGS"], SIZE_CONFIGS, SUPPORTED_SIZES)
 
 
 def __getattr__(name: str) -> Any:
@@ -50,4 +64,6 @@ def __getattr__(name: str) -> Any:
 
     configs = dict(zip(TASKS, (t2v_14B, t2v_1_3B, t2i_14B), strict=True))
     globals()["WAN_CONFIGS"] = configs
+    for extension in _extensions:
+        extension(configs, SIZE_CONFIGS, SUPPORTED_SIZES)
     return configs

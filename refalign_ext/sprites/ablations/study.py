@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from refalign_ext.atomic_io import FileLocked, locked
+from refalign_ext.atomic_io import FileLocked, locked, write_json
 from refalign_ext.backbone import file_sha256
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
@@ -25,7 +25,6 @@ from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
 from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics
 from refalign_ext.sprites.ablations.teacher_input import TEACHER_INPUT
-from refalign_ext.sprites.judged import write_json
 from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.sprites.world import WORLD_VERSION
 from refalign_ext.teachers import teacher_files
