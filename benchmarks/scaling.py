@@ -43,7 +43,7 @@ from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_
 from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import parallelize
-from refalign_ext.losses import reference_alignment_over_blocks
+from refalign_ext.losses import alignment_by_block
 from refalign_ext.planning.flops import (
     AlignmentShape,
     ModelShape,
@@ -167,8 +167,8 @@ def training_step(
         loss = (output.prediction[0].float() - target).square().mean()
         if alignment is not None:
             # A rank has only its part of the alignment terms; the average over ranks makes it whole.
-            share = reference_alignment_over_blocks(students, teacher, spans=output.reference_spans)
-            loss = loss + alignment.weight * parallel.sizes.sequence * share.total
+            terms = alignment_by_block(students, teacher, spans=output.reference_spans)
+            loss = loss + alignment.weight * parallel.sizes.sequence * sum(terms).mean()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -18,7 +18,7 @@ from refalign_ext.config import TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel, ParallelSizes
 from refalign_ext.distributed.parallelize import recompute_activations
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
-from refalign_ext.losses import reference_alignment_over_blocks
+from refalign_ext.losses import alignment_by_block
 from refalign_ext.planning.flops import AlignmentShape, ModelShape
 from refalign_ext.planning.memory import (
     Load,
@@ -365,7 +365,7 @@ def test_memory_of_alignment() -> None:
             loss = output.prediction[0].sum()
             if aligned:
                 students = projectors(output.reference_tokens)
-                loss = loss + reference_alignment_over_blocks(students, teacher).total
+                loss = loss + sum(alignment_by_block(students, teacher)).mean()
                 del students
         del output
         totals.append(live.bytes(but=backbone.model))
