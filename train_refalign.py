@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
-        from refalign_ext.distributed.mesh import report_error_once
+        from refalign_ext.distributed.process_group import report_error_once
         from refalign_ext.errors import EXPECTED_ERRORS, describe_error
         from refalign_ext.training.run import run_training
 

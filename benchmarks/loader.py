@@ -29,7 +29,6 @@ import numpy as np
 import PIL
 import psutil
 import torch
-import torchdata
 from PIL import Image
 from torch import Tensor
 
@@ -50,10 +49,10 @@ from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, Load
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_uint8
+from refalign_ext.data.pixels import _AUGMENTATIONS, _CLIPS, to_uint8
 from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, Sampling, choose
-from refalign_ext.data.sampling.order import Place
+from refalign_ext.data.sampling.order import OrderEntry
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, draw_sample_spec
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.spans import Part, choose_frames
 from refalign_ext.data.work import Share
@@ -131,12 +130,12 @@ def write_cache(folder: Path, clips: ClipSet, sampling: Sampling) -> LatentCache
 class NaiveDataset(ClipDataset):
     """The same samples the naive way; what it hands over are floats."""
 
-    def __getitem__(self, place: Place) -> LoadedSample:
-        clips, sampling, bucket = self.clip_sets[place.part], self.sampling, place.bucket
-        clip = clips[place.row]
-        choice = choose(clip, place.row, bucket, sampling, place.position)
-        share = float(keyed_generator(sampling.seed, _CUTS, clip.id, choice.cut).random())
-        with av.open(str(clips.media(place.row, clip.video.path))) as container:
+    def __getitem__(self, entry: OrderEntry) -> LoadedSample:
+        clips, sampling, bucket = self.clip_sets[entry.set_index], self.sampling, entry.bucket
+        clip = clips[entry.row]
+        spec = draw_sample_spec(clip, entry.row, bucket, sampling, entry.position)
+        share = float(keyed_generator(sampling.seed, _CLIPS, clip.id, spec.clip_variant).random())
+        with av.open(str(clips.media(entry.row, clip.video.path))) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             frames = list(container.decode(stream))
@@ -145,16 +144,16 @@ class NaiveDataset(ClipDataset):
         chosen = choose_frames(Path(), times, part, bucket.frames, share, sampling.fps, sampling.stride)
         video = [_fitted(frames[number].to_ndarray(format="rgb24"), bucket.size) for number in chosen]
         references = []
-        for one in choice.references:
+        for one in spec.references:
             reference = clip.subjects[one.subject].refs[one.reference]
-            with Image.open(clips.media(place.row, reference.image)) as file:
+            with Image.open(clips.media(entry.row, reference.image)) as file:
                 image = file.convert("RGB")
             if one.augmentation is not None:
                 key = (clip.id, one.subject, one.reference, one.augmentation)
                 image = augment(image, keyed_generator(sampling.seed, _AUGMENTATIONS, *key))
             pixels = reference_to_tensor(letterbox(image, bucket.size))
             references.append(LoadedReference(pixels, None, None))
-        return LoadedSample(place, choice, clip.id, torch.stack(video, 1), None, tuple(references))
+        return LoadedSample(entry, spec, clip.id, torch.stack(video, 1), None, tuple(references))
 
 
 @dataclass
@@ -239,11 +238,11 @@ def make_source(
 def check_same(clips: ClipSet, sampling: Sampling) -> None:
     """Makes sure that both ways give the same frames and the same pictures where these are not augmented."""
     for row in range(len(clips)):
-        place = Place(row, 0, row, sampling.buckets[0], ())
-        ours, theirs = (kind([clips], sampling)[place] for kind in (ClipDataset, NaiveDataset))
-        assert ours.levels is not None and torch.equal(ours.levels, to_uint8(theirs.levels)), row
-        for choice, one, other in zip(ours.choice.references, ours.references, theirs.references):
-            assert choice.augmentation is not None or torch.equal(one.levels, to_uint8(other.levels)), row
+        entry = OrderEntry(row, 0, row, sampling.buckets[0], ())
+        ours, theirs = (kind([clips], sampling)[entry] for kind in (ClipDataset, NaiveDataset))
+        assert ours.pixels is not None and torch.equal(ours.pixels, to_uint8(theirs.pixels)), row
+        for spec, one, other in zip(ours.spec.references, ours.references, theirs.references):
+            assert spec.augmentation is not None or torch.equal(one.pixels, to_uint8(other.pixels)), row
 
 
 def stored_bytes(folder: Path, clips: ClipSet, references: int) -> float:
@@ -261,7 +260,7 @@ def stored_bytes(folder: Path, clips: ClipSet, references: int) -> float:
 def cached_bytes(cache: LatentCache, clips: ClipSet, sampling: Sampling) -> int:
     """Bytes of a sample's tensors in the cache."""
     source = ClipDataset([clips], sampling, caches=[cache])
-    sample = source[Place(0, 0, 0, sampling.buckets[0], ())]
+    sample = source[OrderEntry(0, 0, 0, sampling.buckets[0], ())]
     tensors = [sample.latents, *(part for one in sample.references for part in (one.latents, one.features))]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -310,7 +309,7 @@ def report(arguments: argparse.Namespace, sides: Sequence[Side], stored: dict[st
         "",
         f"- Date: {datetime.date.today().isoformat()}",
         f"- Machine: {processor()}, {os.cpu_count()} cores, load average {load}{note}",
-        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, torchdata {torchdata.__version__}, "
+        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, "
         f"PyAV {av.__version__}, Pillow {PIL.__version__}",
         f"- Setting: `benchmarks/loader.py`: H.264 with B-frames in mp4, {arguments.frames} frames of {source} at "
         f"{arguments.fps} fps, a key frame every {intervals}; {arguments.frame_num} frames of {size} at "

@@ -9,7 +9,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -49,6 +52,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_open(path) as file:
         file.write(text.encode())
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
+    """Draws a matplotlib figure into the PNG `path`; a `Figure` made without pyplot needs no display."""
+    with atomic_open(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 def sync(path: Path) -> None:

@@ -23,7 +23,7 @@ from refalign_ext.backbone import (
 from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.cache.names import cache_fingerprint
-from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.tasks import find_task
 from refalign_ext.teachers import Teacher, load_teacher, teacher_files
 

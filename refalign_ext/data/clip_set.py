@@ -66,8 +66,8 @@ class ClipSet(Protocol):
         """
         ...
 
-    def windows(self) -> list[range]:
-        """Rows that are stored together, in order; reading those of one window one after the other is fast."""
+    def shard_ranges(self) -> list[range]:
+        """Rows that are stored together, in order; reading those of one range one after the other is fast."""
         ...
 
 
@@ -133,7 +133,7 @@ class ManifestRows:
     def file_size(self, row: int, name: str) -> int:
         return self.media(row, name).stat().st_size
 
-    def windows(self) -> list[range]:
+    def shard_ranges(self) -> list[range]:
         return [range(len(self))] if len(self) else []
 
 
@@ -194,7 +194,7 @@ class ShardRows:
         except ValueError as error:
             raise ValueError(f"{self.place(row)}: {error}") from None
 
-    def windows(self) -> list[range]:
+    def shard_ranges(self) -> list[range]:
         starts = [0, *self._ends]
         return [range(start, end) for start, end in zip(starts, self._ends) if start < end]
 

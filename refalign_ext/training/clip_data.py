@@ -15,7 +15,7 @@ from refalign_ext.data.cache.rows import check_rows
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.sampling.buckets import make_buckets
-from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.sampling.split import Split
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.encoders import Encoders, token_stride

@@ -27,8 +27,8 @@ from refalign_ext.data.cache.files import (
 from refalign_ext.data.cache.names import LATENT_TYPES, differences, features_name, text_name
 from refalign_ext.data.cache.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.pixels import from_levels
-from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.pixels import from_uint8
+from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.work import Share, run_each
 from refalign_ext.encoders import Encoders, task_config, text_encoder
 
@@ -213,7 +213,7 @@ class _Chunk:
             if item.levels is None:
                 self.failures[item.name] = item.reason
                 continue
-            pixels = from_levels(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
+            pixels = from_uint8(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
             is_image = pixels.ndim == 3
             found = {item.name: self.parts.encode(pixels[:, None] if is_image else pixels)}
             if is_image and self.parts.features is not None:

@@ -46,7 +46,7 @@ from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.sampling.choice import Bucket, Sampling, possible_references
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
 from refalign_ext.data.statistics.stats import collect_stats
 from refalign_ext.data.statistics.table import stats_table

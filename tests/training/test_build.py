@@ -16,8 +16,9 @@ from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.cli.training_tables import DATA_SOURCES
 from refalign_ext.config import TrainConfig, recipe
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.encoders import Encoders, text_encoder
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.build import build_trained_modules, build_trainer

@@ -225,10 +225,10 @@ def test_average_can_be_switched_on_and_off(tmp_path: Path) -> None:
         assert torch.equal(averaged.ema.average[key], value)
     averaged.train_step()
     raw = {key: value.clone() for key, value in averaged.backbone.model.state_dict().items()}
-    assert not all(torch.equal(averaged.ema_state_dict()[key], raw[key]) for key in raw)
+    assert not all(torch.equal(averaged.ema.state_dict()[key], raw[key]) for key in raw)
     plain.load(saved(averaged))
     assert plain.ema.average is None
-    assert all(torch.equal(plain.ema_state_dict()[key], raw[key]) for key in raw)
+    assert all(torch.equal(plain.ema.state_dict()[key], raw[key]) for key in raw)
 
 
 def test_conditions_are_dropped_as_often_as_asked() -> None:
