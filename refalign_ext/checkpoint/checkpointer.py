@@ -174,7 +174,9 @@ class Checkpointer:
         unfinished = final.with_name(f"{name}.part")
         try:
             self._on_main_rank(lambda: self._prepare(unfinished))
-            metadata = dcp.save(staged, storage_writer=dcp.FileSystemWriter(unfinished), process_group=self._group)
+            metadata = dcp.save(
+                staged, storage_writer=dcp.FileSystemWriter(unfinished), process_group=self._group
+            )
             self._on_main_rank(lambda: self._complete(unfinished, final, metadata, texts))
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
@@ -210,7 +212,9 @@ class Checkpointer:
             _delete(leftover)
         unfinished.mkdir(parents=True)
 
-    def _complete(self, unfinished: Path, final: Path, metadata: dcp.Metadata, texts: Mapping[str, str]) -> None:
+    def _complete(
+        self, unfinished: Path, final: Path, metadata: dcp.Metadata, texts: Mapping[str, str]
+    ) -> None:
         _require_written(unfinished, metadata)
         for name, text in texts.items():
             write_text(unfinished / name, text)

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from refalign_ext.checkpoint.adapters import Adapter, adapter_scale_of, base_named_by, files_sha256, require_base
+from refalign_ext.checkpoint.adapters import (
+    Adapter,
+    adapter_scale_of,
+    base_named_by,
+    files_sha256,
+    require_base,
+)
 from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors

@@ -97,8 +97,12 @@ class _LoadPlan:
     """What is read from a checkpoint, and into which tensors."""
 
     stored: StoredTensors
-    targets: dict[str, Tensor]  # name in the checkpoint -> tensor of this run, or memory for an optimizer's state
-    states: list[dict[int, dict[str, Tensor]]]  # of each optimizer: parameter's position -> entry -> that memory
+    targets: dict[
+        str, Tensor
+    ]  # name in the checkpoint -> tensor of this run, or memory for an optimizer's state
+    states: list[
+        dict[int, dict[str, Tensor]]
+    ]  # of each optimizer: parameter's position -> entry -> that memory
     copies: list[tuple[Tensor, Tensor]]  # (average, trained weight that it starts from)
 
 
@@ -131,9 +135,7 @@ def _named_tensors(trained: nn.Module) -> dict[str, Tensor]:
 
 def _averaged(average: Mapping[str, Tensor] | None, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moving average of those weights that the checkpoint holds."""
-    return {
-        name: value for name, value in (average or {}).items() if name in model or DIT + name in model
-    }
+    return {name: value for name, value in (average or {}).items() if name in model or DIT + name in model}
 
 
 def _parameter_counts(optimizers: list[Optimizer]) -> Counter[str]:

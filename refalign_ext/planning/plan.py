@@ -101,9 +101,7 @@ def memory_to_plan_with(task: str, device_memory: int | None) -> tuple[int | Non
     return ASSUMED_MEMORY, (note,)
 
 
-def token_counts(
-    config: EasyDict, size: tuple[int, int], frame_num: int, references: int
-) -> tuple[int, int]:
+def token_counts(config: EasyDict, size: tuple[int, int], frame_num: int, references: int) -> tuple[int, int]:
     """(video tokens, reference tokens) of a sample; `config` is the task's entry of WAN_CONFIGS."""
     _, frames, height, width = latent_shape(size, frame_num, config)
     per_frame = (height // config.patch_size[1]) * (width // config.patch_size[2])

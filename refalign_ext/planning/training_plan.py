@@ -98,9 +98,7 @@ def _choose_sizes(
             global batch (naming the nearest global batches that do).
     """
     if config.ulysses_size or config.ring_size:
-        return training_sizes(
-            world_size, task.num_heads, ulysses=config.ulysses_size, ring=config.ring_size
-        )
+        return training_sizes(world_size, task.num_heads, ulysses=config.ulysses_size, ring=config.ring_size)
     plans = []
     for sequence in range(1, world_size + 1):
         at_once = config.batch_size * world_size // sequence

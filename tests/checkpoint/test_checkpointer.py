@@ -15,12 +15,12 @@ from torch import Tensor
 from refalign_ext.backbone import WAN_CONFIGS, WanModel, build_dit, dit_arguments
 from refalign_ext.checkpoint.checkpointer import (
     Checkpointer,
+    abandon_checkpoints_after,
     checkpoints_in,
     is_checkpoint,
     read_meta,
     read_model_config,
     resolve_resume,
-    abandon_checkpoints_after,
 )
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
@@ -246,9 +246,9 @@ def test_the_folder_is_a_model_for_generation(tmp_path: Path) -> None:
     config = tiny_config()
     model = WanModel(**dit_arguments(config))
     average = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
-    from refalign_ext.training.trainer import _plain_config
+    from refalign_ext.training.trainer import dit_settings
 
-    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=_plain_config(model))
+    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=dit_settings(model))
     loaded = build_dit(read_any_dit(path), config, path)
     assert loaded.state_dict().keys() == average.keys()
     assert all(torch.equal(value, average[key]) for key, value in loaded.state_dict().items())
