@@ -43,7 +43,7 @@ from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
 from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.decoding import _fitted
+from refalign_ext.data.decoding import resize_and_crop
 from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, LoadedSample
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
@@ -142,7 +142,7 @@ class NaiveDataset(ClipDataset):
         times = [frame.pts * frame.time_base for frame in frames]
         part = Part(None, None, None, None, 0)
         chosen = choose_frames(Path(), times, part, bucket.frames, share, sampling.fps, sampling.stride)
-        video = [_fitted(frames[number].to_ndarray(format="rgb24"), bucket.size) for number in chosen]
+        video = [resize_and_crop(frames[number].to_ndarray(format="rgb24"), bucket.size) for number in chosen]
         references = []
         for one in spec.references:
             reference = clip.subjects[one.subject].refs[one.reference]

@@ -15,14 +15,15 @@ import pytest
 from PIL import Image
 
 from refalign_ext.atomic_io import FileLocked, locked
-from refalign_ext.data import clip_index, decoding
+from refalign_ext.data import clip_index, video_file
 from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
-from refalign_ext.data.decoding import VideoInfo, read_clip
+from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.schema import Clip
+from refalign_ext.data.video_file import VideoInfo
 
 SHORT = Length(5)
 
@@ -275,7 +276,7 @@ def test_videos_are_probed_once_even_after_a_kill(place: Place, monkeypatch: pyt
     for number in range(6):
         place.clip(f"{number}.mp4", f"{number}.ref1.png")
     probed: list[str] = []
-    original = decoding.probe
+    original = video_file.probe
 
     def stopping(path: Path) -> VideoInfo:
         if len(probed) == 4:
@@ -287,11 +288,11 @@ def test_videos_are_probed_once_even_after_a_kill(place: Place, monkeypatch: pyt
         return original(path)
 
     monkeypatch.setattr(clip_index, "_CHUNK", 1)
-    monkeypatch.setattr(decoding, "probe", stopping)
+    monkeypatch.setattr(video_file, "probe", stopping)
     with pytest.raises(KeyboardInterrupt):
         place.convert()
     assert not (place.root / "data.jsonl").exists()
-    monkeypatch.setattr(decoding, "probe", probing)
+    monkeypatch.setattr(video_file, "probe", probing)
     forget_files()
     clips, _ = place.convert()
     assert len(clips) == 6 and sorted(probed) == [f"{number}.mp4" for number in range(6)]
@@ -315,8 +316,8 @@ def test_a_video_of_many_rows_is_probed_once_and_a_broken_one_again(
     rows = [row | {"video": "one.mp4", "start_frame": start} for start in range(3)]
     table = place.table("list.csv", [*rows, row | {"video": "two.mp4"}])
     probed: list[str] = []
-    original = decoding.probe
-    monkeypatch.setattr(decoding, "probe", lambda path: probed.append(path.name) or original(path))
+    original = video_file.probe
+    monkeypatch.setattr(video_file, "probe", lambda path: probed.append(path.name) or original(path))
     assert len(place.convert(table)[0]) == 3 and probed.count("one.mp4") == 1
     probed.clear()
     forget_files()
