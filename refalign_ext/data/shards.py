@@ -27,6 +27,7 @@ _MAX_MEMBERS = 1 << 20  # of one shard
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_.-]{1,64})")  # key and extension
 _SHARD_NAME = re.compile(r"shards/[0-9]{5,9}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = 1
 
 
@@ -63,7 +64,7 @@ class ShardTable:
     members: dict[str, tuple[int, int] | str] = field(default_factory=dict)
     damage: str | None = None
 
-    def place_of(self, member: str) -> tuple[int, int]:
+    def member_range(self, member: str) -> tuple[int, int]:
         """Offset and bytes of a member.
 
         Raises:
@@ -83,7 +84,7 @@ class ShardTable:
         Raises:
             ValueError: if the shard has no such member, or it is no plain file, too large or cut off.
         """
-        offset, size = self.place_of(member)
+        offset, size = self.member_range(member)
         if size > limit:
             raise ValueError(f"{self.name}: member {member!r} has {size} bytes; {limit} are the most")
         blocks: list[bytes] = []
@@ -132,7 +133,7 @@ def scan_shard(path: Path) -> ShardTable:
             if name[1] not in seen:
                 seen.add(name[1])
                 table.keys.append(name[1])
-            table.members[header.name] = _place(header, offset, total, header.name in table.members)
+            table.members[header.name] = _checked_range(header, offset, total, header.name in table.members)
         offset += -(-header.size // _BLOCK) * _BLOCK
         if offset > total:
             table.damage = f"cut off at byte {total}"
@@ -141,7 +142,7 @@ def scan_shard(path: Path) -> ShardTable:
     return table
 
 
-def _place(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
+def _checked_range(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
     if is_known:
         return "occurs twice"
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -182,7 +183,7 @@ class ShardWriter:
 
 
 def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
-    """Writes `shards.json`, aside and then renamed."""
+    """Writes `shards.json`, whole or not at all."""
     infos = list(shards)
     listing = {
         "version": _VERSION,
@@ -215,22 +216,27 @@ def read_listing(folder: Path) -> list[ShardInfo]:
     entries = listing.get("shards")
     if not isinstance(entries, list):
         raise ValueError(f"{path}: has no list of shards: pack the folder again")
-    return [_parse_info(entry, f"{path}, shard {number}") for number, entry in enumerate(entries, 1)]
+    for number, entry in enumerate(entries, 1):
+        if not _is_shard_info(entry):
+            raise ValueError(
+                f"{path}, shard {number}: expected its name, samples, bytes and sha256: pack the folder again"
+            )
+    return [ShardInfo(**entry) for entry in entries]
 
 
-def _parse_info(entry: object, place: str) -> ShardInfo:
-    if not isinstance(entry, dict) or set(entry) != {"name", "samples", "bytes", "sha256"}:
-        raise ValueError(f"{place}: expected name, samples, bytes and sha256")
-    if not isinstance(entry["name"], str) or not _SHARD_NAME.fullmatch(entry["name"]):
-        raise ValueError(f"{place}: its name is not like {shard_name(0)!r}")
-    for key in ("samples", "bytes"):
-        if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 60:
-            raise ValueError(f"{place}: its {key} are not a number")
-    if entry["samples"] > _MAX_MEMBERS:
-        raise ValueError(f"{place}: {entry['samples']} samples; {_MAX_MEMBERS} are the most")
-    if not isinstance(entry["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
-        raise ValueError(f"{place}: its sha256 is not one")
-    return ShardInfo(**entry)
+def _is_shard_info(entry: object) -> bool:
+    """Whether this is a shard's line as `write_listing` leaves it; its name cannot lead out of the folder."""
+    if not isinstance(entry, dict) or entry.keys() != {"name", "samples", "bytes", "sha256"}:
+        return False
+    are_numbers = all(type(entry[key]) is int and entry[key] >= 0 for key in ("samples", "bytes"))
+    are_texts = isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
+    return (
+        are_numbers
+        and are_texts
+        and entry["samples"] <= _MAX_MEMBERS
+        and _SHARD_NAME.fullmatch(entry["name"]) is not None
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
 
 
 def verify_shard(folder: Path, info: ShardInfo) -> str | None:
@@ -249,8 +255,8 @@ def verify_shard(folder: Path, info: ShardInfo) -> str | None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
