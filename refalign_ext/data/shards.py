@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
+
+import msgspec
 
 from refalign_ext.atomic_io import atomic_open
 
@@ -26,8 +27,6 @@ _MAX_LISTING_BYTES = 256 << 20
 _MAX_MEMBERS = 1 << 20  # of one shard
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_.-]{1,64})")  # key and extension
-_SHARD_NAME = re.compile(r"shards/[0-9]{5,9}\.tar")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = 1
 
 
@@ -35,10 +34,16 @@ _VERSION = 1
 class ShardInfo:
     """One line of `shards.json`: the shard's name relative to the folder, its samples, bytes and SHA-256."""
 
-    name: str
+    name: Annotated[str, msgspec.Meta(pattern=r"^shards/[0-9]{5,9}\.tar\Z")]
+    samples: Annotated[int, msgspec.Meta(ge=0, le=_MAX_MEMBERS)]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class _Listing(msgspec.Struct):
+    version: Literal[1]
     samples: int
-    bytes: int
-    sha256: str
+    shards: list[ShardInfo]
 
 
 def shard_name(number: int) -> str:
@@ -185,13 +190,9 @@ class ShardWriter:
 def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
     """Writes `shards.json`, whole or not at all."""
     infos = list(shards)
-    listing = {
-        "version": _VERSION,
-        "samples": sum(info.samples for info in infos),
-        "shards": [asdict(info) for info in infos],
-    }
+    listing = _Listing(_VERSION, sum(info.samples for info in infos), infos)
     with atomic_open(folder / LISTING) as file:
-        file.write(json.dumps(listing, indent=1).encode("utf-8") + b"\n")
+        file.write(msgspec.json.format(msgspec.json.encode(listing), indent=1) + b"\n")
 
 
 def read_listing(folder: Path) -> list[ShardInfo]:
@@ -205,38 +206,14 @@ def read_listing(folder: Path) -> list[ShardInfo]:
         with path.open("rb") as file:
             data = file.read(_MAX_LISTING_BYTES + 1)
         if len(data) > _MAX_LISTING_BYTES:
-            raise ValueError(f"it has more than {_MAX_LISTING_BYTES} bytes")
-        listing = json.loads(data)
+            raise ValueError(f"{path}: has more than {_MAX_LISTING_BYTES} bytes")
+        return msgspec.json.decode(data, type=_Listing).shards
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a list of shards ({error}): pack the folder again") from None
-    if not isinstance(listing, dict) or listing.get("version") != _VERSION:
-        raise ValueError(f"{path}: is not a list of shards of version {_VERSION}: pack the folder again")
-    entries = listing.get("shards")
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: has no list of shards: pack the folder again")
-    for number, entry in enumerate(entries, 1):
-        if not _is_shard_info(entry):
-            raise ValueError(
-                f"{path}, shard {number}: expected its name, samples, bytes and sha256: pack the folder again"
-            )
-    return [ShardInfo(**entry) for entry in entries]
-
-
-def _is_shard_info(entry: object) -> bool:
-    """Whether this is a shard's line as `write_listing` leaves it; its name cannot lead out of the folder."""
-    if not isinstance(entry, dict) or entry.keys() != {"name", "samples", "bytes", "sha256"}:
-        return False
-    are_numbers = all(type(entry[key]) is int and entry[key] >= 0 for key in ("samples", "bytes"))
-    are_texts = isinstance(entry["name"], str) and isinstance(entry["sha256"], str)
-    return (
-        are_numbers
-        and are_texts
-        and entry["samples"] <= _MAX_MEMBERS
-        and _SHARD_NAME.fullmatch(entry["name"]) is not None
-        and _SHA256.fullmatch(entry["sha256"]) is not None
-    )
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: is not a list of shards of version {_VERSION} ({error}): pack the folder again"
+        ) from None
 
 
 def verify_shard(folder: Path, info: ShardInfo) -> str | None:
