@@ -8,7 +8,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -36,6 +39,12 @@ def atomic_open(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
     """A file under a temporary name that takes the place of `target` if nothing goes wrong; see `atomic_path`."""
     with atomic_path(target, folder) as aside, aside.open("x+b") as file:
         yield file
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
+    """Draws a matplotlib figure into the PNG `path`; a `Figure` made without pyplot needs no display."""
+    with atomic_open(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 def sync(path: Path) -> None:
