@@ -266,7 +266,7 @@ def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Pa
     whole.train_step()
     whole.save()
     start = whole.finish_saving()
-    average = {name: value.clone() for name, value in whole.ema_state_dict().items()}
+    average = {name: value.clone() for name, value in whole.ema.state_dict().items()}
     assert not torch.equal(average["head.head.weight"], whole.trained.dit.state_dict()["head.head.weight"])
     expected = [average]
     for number in range(2):
