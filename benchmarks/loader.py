@@ -49,13 +49,13 @@ from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, Load
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.pixels import _AUGMENTATIONS, _CLIPS, to_uint8
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.order import OrderEntry
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, draw_sample_spec
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.spans import Part, choose_frames
-from refalign_ext.data.work import Share
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
 from refalign_ext.references import letterbox, reference_to_tensor
 from refalign_ext.training.precompute import FrozenParts, fill_cache

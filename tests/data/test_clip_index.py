@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from refalign_ext.data.checking.row import RowSettings, check_row
+from refalign_ext.data.check.row import RowSettings, check_row
 from refalign_ext.data.clip_index import BAD_VIDEO, USABLE, measure, open_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder
