@@ -17,7 +17,7 @@ from refalign_ext.data.materialise.reference import (
     read_reference,
 )
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
-from refalign_ext.data.spans import span_arguments, steady_range
+from refalign_ext.data.spans import steady_range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -209,12 +209,12 @@ class _Row:
         from refalign_ext.data.decoding import read_clip, read_frame
 
         span = self.clip.video
-        media, part = self.clip_set.media(self.row, span.path), span_arguments(span)
+        media = self.clip_set.media(self.row, span.path)
         if self.settings.decode == "all":
             for start in range(frames.start, frames.stop, _PIECE):
                 end = min(start + _PIECE, frames.stop)
                 try:
-                    read_clip(media, end - start, _THUMBNAIL, start_frame=start, end_frame=end)
+                    read_clip(media, end - start, _THUMBNAIL, span=VideoSpan(span.path, start, end))
                 except ValueError as error:
                     self.error("unreadable", "video", f"frames [{start}, {end}): {error}")
                     return
@@ -231,7 +231,7 @@ class _Row:
                 self.error("target_beyond_file", where, message)
                 continue
             try:
-                read_frame(media, frame=frame, frame_share=share, **part)
+                read_frame(media, frame=frame, frame_share=share, span=span)
             except ValueError as error:
                 self.error("unreadable", where, str(error))
 
