@@ -274,12 +274,8 @@ def test_files_in_memory_are_read_like_others_and_named(tmp_path: Path) -> None:
     path = render(tmp_path / "a.mp4", 20)
     media = MediaBytes("shards/00000.tar: a.mp4", path.read_bytes())
     assert probe(media) == probe(path)
-    for options in (
-        {},
-        {"fps": 4.0},
-        {"stride": 3, "span": VideoSpan("a.mp4", 2)},
-        {"span": VideoSpan("a.mp4", start_s=0.5, end_s=2.0)},
-    ):
+    parts = ({"span": VideoSpan("a.mp4", 2), "stride": 3}, {"span": VideoSpan("a.mp4", start_s=0.5)})
+    for options in ({}, {"fps": 4.0}, *parts):
         clip = read_clip(path, 4, (64, 48), **options)
         assert (read_clip(media, 4, (64, 48), **options) == clip).all()
     assert (read_frame(media, frame=7) == read_frame(path, frame=7)).all()
