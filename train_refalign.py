@@ -142,6 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--world_size {options.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
         )
     try:
+        from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
         from refalign_ext.distributed.process_group import report_error_once
         from refalign_ext.errors import EXPECTED_ERRORS, describe_error
         from refalign_ext.training.run import run_training
@@ -155,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_training(
             options.recipe,
             overrides,
+            sources=DATA_SOURCES,
+            extra_modules=EXTRA_MODULES,
             device=options.device,
             resume=options.resume,
             threads=options.threads,

@@ -69,6 +69,7 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
     import torch
 
     from refalign_ext.checkpoint.checkpointer import checkpoints_in
+    from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
     from refalign_ext.config import read_settings
     from refalign_ext.sprites import embedded_model as embedded
     from refalign_ext.training.run import run_training
@@ -88,7 +89,14 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
         write(folder, result)
     own = {"ckpt_dir": str(folder), "out": str(out / "dit")}
     try:
-        run_training("tiny", {**chosen, **own}, device=device, threads=threads)
+        run_training(
+            "tiny",
+            {**chosen, **own},
+            sources=DATA_SOURCES,
+            extra_modules=EXTRA_MODULES,
+            device=device,
+            threads=threads,
+        )
     except KeyboardInterrupt as stop:
         click.echo("stopped; the same command goes on from there", err=True)
         sys.exit(stop.args[0] if stop.args else 130)

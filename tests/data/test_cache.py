@@ -43,7 +43,7 @@ from refalign_ext.data.pieces import Share
 from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
 from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import parse
-from refalign_ext.encoders import frozen_fingerprint, on_grid, text_encoder
+from refalign_ext.encoders import Encoders, on_grid, text_encoder
 from refalign_ext.teachers import load_teacher
 from refalign_ext.training import precompute as caching
 from refalign_ext.training.precompute import FrozenParts, build_cache, fill_cache
@@ -478,7 +478,7 @@ def test_cached_tensors_equal_encoding_directly(clips: Path, built: Path) -> Non
     vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
     teacher = load_teacher("dinov3-tiny", EMBEDDED / task.teacher_folder)
     clip_set = open_clip_set(clips)
-    cache = LatentCache(built, frozen_fingerprint(tiny_config(), REAL))
+    cache = LatentCache(built, Encoders(tiny_config(), CPU, dit=False).fingerprint(REAL))
     check_rows(cache, clip_set, progress=False)
     starts = []
     for row in range(2):
@@ -521,7 +521,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
         return vae.encode(videos)
 
     samples = []
-    for caches in ([None], [LatentCache(folder, frozen_fingerprint(config, sampling))]):
+    for caches in ([None], [LatentCache(folder, Encoders(config, CPU, dit=False).fingerprint(sampling))]):
         encoded.clear()
         source = ClipSource(
             [open_clip_set(clips)],
@@ -542,7 +542,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
 
 
 def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
-    LatentCache(built, frozen_fingerprint(tiny_config(**{"alignment.weight": 0.0}), REAL))
+    LatentCache(built, Encoders(tiny_config(**{"alignment.weight": 0.0}), CPU, dit=False).fingerprint(REAL))
     folder = tmp_path / "other"
     folder.mkdir()
     for path in EMBEDDED.iterdir():
@@ -551,9 +551,9 @@ def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
     (folder / name).unlink()
     (folder / name).write_bytes((EMBEDDED / name).read_bytes() + b"\0")
     with pytest.raises(ValueError, match="made with another VAE: "):
-        LatentCache(built, frozen_fingerprint(tiny_config(ckpt_dir=str(folder)), REAL))
+        LatentCache(built, Encoders(tiny_config(ckpt_dir=str(folder)), CPU, dit=False).fingerprint(REAL))
     with pytest.raises(ValueError, match="unknown teacher 'x'"):
-        frozen_fingerprint(tiny_config(**{"alignment.teacher": "x"}), REAL)
+        Encoders(tiny_config(**{"alignment.teacher": "x"}), CPU, dit=False).fingerprint(REAL)
 
 
 def test_changed_files_are_noticed(clips: Path, built: Path) -> None:

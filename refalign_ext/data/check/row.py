@@ -17,13 +17,13 @@ from refalign_ext.data.materialise.reference import (
     read_reference,
 )
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
-from refalign_ext.data.spans import span_arguments, steady_range
+from refalign_ext.data.spans import steady_range
 from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from refalign_ext.data.decoding import VideoInfo
+    from refalign_ext.data.video_file import VideoInfo
 
 DECODE_MODES = ("ends", "all", "none")
 _RATE_TOLERANCE = 0.005  # 23.976 and 24, 29.97 and 30 are each other's rounding
@@ -213,12 +213,12 @@ class RowCheck:
         from refalign_ext.data.decoding import read_clip, read_frame
 
         span = self.clip.video
-        media, part = self.clip_set.media(self.row, span.path), span_arguments(span)
+        media = self.clip_set.media(self.row, span.path)
         if self.settings.decode == "all":
             for start in range(frames.start, frames.stop, _PIECE):
                 end = min(start + _PIECE, frames.stop)
                 try:
-                    read_clip(media, end - start, _THUMBNAIL, start_frame=start, end_frame=end)
+                    read_clip(media, end - start, _THUMBNAIL, span=VideoSpan(span.path, start, end))
                 except ValueError as error:
                     self.error("unreadable", "video", f"frames [{start}, {end}): {error}")
                     return
@@ -235,7 +235,7 @@ class RowCheck:
                 self.error("target_beyond_file", where, message)
                 continue
             try:
-                read_frame(media, frame=frame, frame_share=share, **part)
+                read_frame(media, frame=frame, frame_share=share, span=span)
             except ValueError as error:
                 self.error("unreadable", where, str(error))
 
