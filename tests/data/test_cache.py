@@ -38,10 +38,10 @@ from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import LoadedItem, LoadedRow, RowLoader, check_rows
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
 from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import parse
-from refalign_ext.data.work import Share
 from refalign_ext.encoders import Encoders, on_grid, text_encoder
 from refalign_ext.tasks import TASKS
 from refalign_ext.teachers import load_teacher
