@@ -119,7 +119,10 @@ class SamplingConfig:
 class TrainConfig:
     """One training run, on one device or many."""
 
-    recipe: str = setting("paper_stage1", "Name of the recipe that this configuration started from.")
+    recipe: str = setting(
+        "paper_stage1",
+        "Recipe to start from: tiny (default for r2v-tiny), paper_stage1 (else), paper_stage2 or release.",
+    )
     task: str = setting("r2v-tiny", "A reference-to-video task of WAN_CONFIGS.")
     ckpt_dir: str | None = setting(
         None,
