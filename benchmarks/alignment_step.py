@@ -28,6 +28,8 @@ from benchmarks.machine import processor
 from refalign_ext.backbone import resolve_device
 from refalign_ext.config import configure
 from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.encoders import Encoders
+from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.trainer import Trainer
 
@@ -50,7 +52,8 @@ def build(depth: int, references: int, folder: Path, device: torch.device) -> Tr
         "out": str(folder / f"{references}-{depth}"),
         "cache": str(folder / "cache"),
     }
-    return build_trainer(configure("tiny", settings), Parallel.single(device))
+    config = configure("tiny", settings)
+    return build_trainer(config, Parallel.single(device), SPRITE_DATA, Encoders(config, device))
 
 
 def seconds_of_step(trainer: Trainer) -> tuple[float, float]:

@@ -44,7 +44,7 @@ from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.losses import reference_alignment_over_blocks
+from refalign_ext.losses import alignment_by_block
 from refalign_ext.planning.flops import (
     AlignmentShape,
     ModelShape,
@@ -147,7 +147,7 @@ def training_step(
         projectors = ReferenceProjectors(model.dim, teacher_dim, alignment.depth).to(device)
     backbone = ReferenceBackbone(model.train())
     trained = parallelize(backbone, projectors, parallel, config)
-    optimizers = build_optimizers(trained.dit, trained.projectors, config)
+    optimizers = build_optimizers(trained, config)
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -168,8 +168,8 @@ def training_step(
         loss = (output.prediction[0].float() - target).square().mean()
         if alignment is not None:
             # A rank has only its part of the alignment terms; the average over ranks makes it whole.
-            share = reference_alignment_over_blocks(students, teacher, spans=output.reference_spans)
-            loss = loss + alignment.weight * parallel.sizes.sequence * share.total
+            terms = alignment_by_block(students, teacher, spans=output.reference_spans)
+            loss = loss + alignment.weight * parallel.sizes.sequence * sum(terms).mean()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -22,7 +22,7 @@ from refalign_ext.config import (
     setting_fields,
     with_overrides,
 )
-from refalign_ext.distributed.parallelize import recompute_activations
+from refalign_ext.distributed.parallelize import TrainedModules, recompute_activations
 from refalign_ext.teachers import TEACHERS
 from refalign_ext.timesteps import TIMESTEP_RECIPES
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale
@@ -85,7 +85,8 @@ def test_every_schedule_is_known(schedule: str) -> None:
 def test_every_optimizer_is_known(optimizer: str) -> None:
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 3)])})
     kinds = {
-        type(one).__name__.lower() for one in build_optimizers(model, None, TrainConfig(optimizer=optimizer))
+        type(one).__name__.lower()
+        for one in build_optimizers(TrainedModules(model, None), TrainConfig(optimizer=optimizer))
     }
     assert kinds == {"adamw", optimizer}
 

@@ -13,20 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refalign_ext.atomic_io import atomic_open, atomic_path
 from refalign_ext.lora import (
     ADAPTER_KEY,
-    adapter_parameters,
-    adapter_scale,
-    adapter_state_dict,
     base_key,
     check_adapter,
-    has_lora,
-    inject_adapters,
-    layers_with_adapters,
     shapes_of,
 )
 
@@ -66,17 +59,6 @@ class Adapter:
     """What the adapter was trained on, as its file says."""
     base_sha256: str | None = None
     """Fingerprint of it, for a file's metadata; reading leaves it out."""
-
-
-def save_adapter(folder: Path, model: nn.Module, base: str) -> Path:
-    """Write the model's adapters as `write_adapter` does; returns the folder.
-
-    Raises:
-        ValueError: if the model has no adapters.
-        OSError: if the folder cannot be written.
-    """
-    rank, alpha = adapter_scale(model)
-    return write_adapter(folder, Adapter(adapter_state_dict(model), rank, alpha, base))
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> Path:
@@ -124,7 +106,7 @@ def read_adapter(folder: Path) -> Adapter:
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no LoRA adapter (its {CONFIG_FILE} is missing or damaged): name a folder that save_adapter "
+            f"{folder} is no LoRA adapter (its {CONFIG_FILE} is missing or damaged): name a folder that `export` "
             "or peft wrote"
         ) from error
     unusual = [name for name, usual in _UNSUPPORTED.items() if config.get(name, usual) != usual]
@@ -138,43 +120,6 @@ def read_adapter(folder: Path) -> Adapter:
     }
     check_adapter(shapes_of(tensors), rank)
     return Adapter(tensors, rank, alpha, base)
-
-
-def load_adapter(model: nn.Module, folder: Path) -> list[str]:
-    """Give `model` the adapter in `folder`; adds the layers if it has none yet. Returns their names.
-
-    Raises:
-        ValueError: if the adapter does not fit the model, or the adapters that it has.
-    """
-    adapter = read_adapter(folder)
-    layers = check_adapter(shapes_of(adapter.tensors), adapter.rank)
-    if not has_lora(model):
-        plain = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        for layer in layers:
-            sizes = [adapter.tensors[f"{layer}.lora_{factor}.weight"].shape for factor in "BA"]
-            shape = [sizes[0][0], sizes[1][1]]
-            if layer not in plain or list(plain[layer].weight.shape) != shape:
-                raise ValueError(
-                    f"the adapter in {folder} is for another model (this one has no {layer} of {shape}): use the model "
-                    f"that it was trained on ({adapter.base or 'unknown'})"
-                )
-        inject_adapters(model, [name for name in plain if name in layers], adapter.rank, adapter.alpha)
-    parameters = adapter_parameters(model)
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    has, alpha = (
-        {key: tuple(parameter.shape) for key, parameter in parameters.items()},
-        adapter_scale(model)[1],
-    )
-    if has != shapes or alpha != adapter.alpha:
-        raise ValueError(
-            f"the adapter in {folder} (rank {adapter.rank}, alpha {adapter.alpha:g}, {len(layers)} layers) does not fit "
-            f"the model's ({', '.join(f'{value:g}' for value in adapter_scale(model))}, {len(has) // 2}): use the same "
-            "rank, alpha and targets"
-        )
-    with torch.no_grad():
-        for key, tensor in adapter.tensors.items():
-            parameters[key].copy_(tensor)
-    return layers_with_adapters(model)
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from refalign_ext.checkpoint.lazy_tensors import (
     require_base,
     weight_of,
 )
-from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS, TEACHER_INPUT
+from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.lora import base_key, is_adapter_key
 
@@ -46,7 +47,7 @@ def read_dit(path: Path, *, raw: bool = False) -> dict[str, Tensor]:
 
 
 def open_dit(
-    path: Path, *, raw: bool = False, base: Path | None = None, with_teacher_input: bool = False
+    path: Path, *, raw: bool = False, base: Path | None = None, extra: Collection[str] = ()
 ) -> StoredDiT:
     """What `read_dit` reads, one tensor at a time.
 
@@ -55,16 +56,18 @@ def open_dit(
         raw: what was trained, even if there is an average.
         base: the model that the checkpoint's adapter belongs to (a training checkpoint or any published layout), if it
             is not where the settings say.
-        with_teacher_input: whether the caller also uses `read_teacher_input`, without which such a DiT is another.
+        extra: extra modules that the caller loads too (see `read_extra_module`): without them the DiT is another model.
 
     Raises:
-        ValueError: as in `read_dit`, for a base without an adapter, or for a DiT whose teacher input would be ignored.
+        ValueError: as in `read_dit`, for a base without an adapter, or for a DiT whose extra module would be ignored.
     """
     stored = StoredTensors(path)
-    if not with_teacher_input and stored.names(f"{MODEL}.{TEACHER_INPUT}"):
+    ignored = {key.split(".")[1] for key in stored.names(f"{MODEL}.")} - {"dit", "projectors", *extra}
+    if ignored:
+        name = min(ignored)
         raise ValueError(
-            f"{path} was trained with --teacher_input and needs the teacher beside it: only `sprites judge` and "
-            "train_refalign.py --teacher_input true use such a checkpoint"
+            f"{path} was trained with --{name} and is another model without it: only `sprites judge` and "
+            f"train_refalign.py --{name} true use such a checkpoint"
         )
     weights = {name: _weight(stored, key) for name, key in dit_keys(stored, raw=raw).items()}
     files = _tensor_files(path)
@@ -79,7 +82,7 @@ def open_dit(
     return StoredDiT(path, merged_weights(under.weights, adapter, rank=rank, alpha=alpha), files, under)
 
 
-def read_any_dit(path: Path, *, with_teacher_input: bool = False) -> DiTCheckpoint:
+def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
     """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
 
     Raises:
@@ -89,7 +92,7 @@ def read_any_dit(path: Path, *, with_teacher_input: bool = False) -> DiTCheckpoi
 
     if not is_checkpoint(path):
         return read_dit_checkpoint(path)
-    found = open_dit(path, with_teacher_input=with_teacher_input)
+    found = open_dit(path, extra=extra)
     tensors = {name: weight.read() for name, weight in found.weights.items()}
     files = [*found.files, *(found.base.files if found.base else ())]
     return DiTCheckpoint(tensors, read_projectors(path), read_model_config(path), files)
@@ -132,8 +135,8 @@ def read_projectors(path: Path) -> dict[str, Tensor]:
     return {name: weight.read() for name, weight in open_projectors(path).items()}
 
 
-def read_teacher_input(path: Path) -> dict[str, Tensor]:
-    """The weights of `projectors.TeacherInput` on the CPU, their moving average if there is one.
+def read_extra_module(path: Path, name: str) -> dict[str, Tensor]:
+    """The weights of an extra module by its own names on the CPU, their moving average if there is one.
 
     Empty for a checkpoint without it and for any other layout.
 
@@ -143,7 +146,7 @@ def read_teacher_input(path: Path) -> dict[str, Tensor]:
     if not is_checkpoint(path):
         return {}
     stored = StoredTensors(path)
-    for prefix in (f"{AVERAGE}.{TEACHER_INPUT}", f"{MODEL}.{TEACHER_INPUT}"):
+    for prefix in (f"{AVERAGE}.{name}.", f"{MODEL}.{name}."):
         if found := stored.names(prefix):
             return {key.removeprefix(prefix): stored.read(key) for key in found}
     return {}
@@ -158,7 +161,7 @@ def open_projectors(path: Path) -> dict[str, Weight]:
 def dit_keys(stored: StoredTensors, *, raw: bool = False) -> dict[str, str]:
     """The DiT's own names of its tensors -> their names in the checkpoint; see `read_dit`."""
     average = {key.removeprefix(f"{AVERAGE}.").removeprefix(DIT): key for key in stored.names(f"{AVERAGE}.")}
-    average = {name: key for name, key in average.items() if not name.startswith((PROJECTORS, TEACHER_INPUT))}
+    average = {name: key for name, key in average.items() if f"{MODEL}.{name}" not in stored.tensors}
     prefix = f"{MODEL}.{DIT}"
     found = {} if raw else average
     found = found or {key.removeprefix(prefix): key for key in stored.names(prefix)}

@@ -1,7 +1,7 @@
 """What a training checkpoint holds: everything that training changes, by name, and how it gets back into a run.
 
-Names start with the part: `model.dit.*`, `model.projectors.*` and `model.teacher_input.*`, `optimizers.<class>.*`, and
-`average.*` for the moving average of the DiT by its own names and of `teacher_input.*`.
+Names start with the part: `model.dit.*`, `model.projectors.*` and `model.<extra module>.*`, `optimizers.<class>.*`, and
+`average.*` for the moving average of the DiT by its own names and of `<extra module>.*`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from refalign_ext.checkpoint.stored_tensors import StoredReader, StoredTensors, damaged
 
 MODEL, OPTIMIZERS, AVERAGE = "model", "optimizers", "average"
-DIT, PROJECTORS, TEACHER_INPUT = "dit.", "projectors.", "teacher_input."
+DIT, PROJECTORS = "dit.", "projectors."
 _COUNT = "parameter_count"
 _WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
@@ -40,9 +40,9 @@ def build_state(
     as in the optimizer itself (torch's own `get_optimizer_state_dict` would take a step to make one up).
 
     Args:
-        trained: the container of `dit`, `projectors` and `teacher_input`.
+        trained: the container of `dit`, `projectors` and extra modules.
         optimizers: over its parameters; their class names become part of the names.
-        average: moving average of the DiT by the DiT's own names (and of `teacher_input.*`), or None.
+        average: moving average of the DiT by the DiT's own names (and of extra modules), or None.
         trainable_only: leave out what does not require gradients (the base model of an adapter).
 
     Returns:

@@ -70,6 +70,7 @@ def make(
     import torch
 
     from refalign_ext.checkpoint.checkpointer import checkpoints_in
+    from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
     from refalign_ext.sprites import embedded_model as embedded
     from refalign_ext.training.run import run_training
 
@@ -88,7 +89,14 @@ def make(
         write(folder, result)
     own = {"ckpt_dir": str(folder), "out": str(out / "dit")}
     with stops_on_request("stopped; the same command goes on from there"):
-        run_training("tiny", {**chosen, **own}, device=device, threads=threads)
+        run_training(
+            "tiny",
+            {**chosen, **own},
+            sources=DATA_SOURCES,
+            extra_modules=EXTRA_MODULES,
+            device=device,
+            threads=threads,
+        )
     embedded.write_dit(folder, checkpoints_in(out / "dit" / "checkpoints")[-1])
     click.echo(f"wrote {folder}; judge it with: python -m refalign_ext sprites report --ckpt_dir {folder}")
 

@@ -54,6 +54,7 @@ def train(
         )
     if wan_root is not None:
         os.environ["WAN_ROOT"] = wan_root
+    from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
     from refalign_ext.training.run import run_training
 
     overrides = given_settings(settings)
@@ -61,6 +62,8 @@ def train(
         run_training(
             overrides.pop("recipe", None),
             overrides,
+            sources=DATA_SOURCES,
+            extra_modules=EXTRA_MODULES,
             device=device,
             resume=resume,
             threads=threads,

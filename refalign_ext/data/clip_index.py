@@ -28,7 +28,7 @@ from refalign_ext.data.spans import steady_range
 from refalign_ext.data.work import chunks, run_each
 
 if TYPE_CHECKING:
-    from refalign_ext.data.decoding import VideoInfo
+    from refalign_ext.data.video_file import VideoInfo
 
 logger = logging.getLogger(__name__)
 
@@ -102,19 +102,19 @@ def _is_told(span: VideoSpan) -> bool:
 
 
 def probe_media(media: Media) -> VideoInfo:
-    """`decoding.probe`; a file whose size and time of change are as they were is not opened again.
+    """`video_file.probe`; a file whose size and time of change are as they were is not opened again.
 
     Raises:
         ValueError: if it has no video that can be decoded.
     """
-    from refalign_ext.data.decoding import probe
+    from refalign_ext.data.video_file import probe
 
     return probe(media) if isinstance(media, MediaBytes) else _probe_file(media, *_file_state(media))
 
 
 @lru_cache(_REMEMBERED)
 def _probe_file(path: Path, size: int, modified: int) -> VideoInfo:
-    from refalign_ext.data.decoding import probe
+    from refalign_ext.data.video_file import probe
 
     return probe(path)
 

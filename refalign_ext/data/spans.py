@@ -153,11 +153,11 @@ def choose_frames(
     start, end = frame_range(path, times, part)
     inside = "" if (start, end) == (0, len(times)) else f" from {start} to {end}"
     if fps is None:
-        spared = end - start - ((frame_num - 1) * stride + 1)
-        if spared < 0:
+        left_over = end - start - ((frame_num - 1) * stride + 1)
+        if left_over < 0:
             possible = "" if stride == 1 else f" are {-(-(end - start) // stride)} at stride {stride}"
             raise ValueError(f"{path}: {end - start} frames{inside}{possible}, {frame_num} are needed")
-        first = start + int(start_share * spared)
+        first = start + int(start_share * left_over)
         return list(range(first, first + frame_num * stride, stride))
     times, interval = times[start:end], 1 / Fraction(fps)
     # The last frame stands for half a step after its time, as every other one does.

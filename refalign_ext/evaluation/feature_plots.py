@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refalign_ext.atomic_io import write_json
 from refalign_ext.backbone import ReferenceBackbone, build_dit, latent_shape, resolve_device
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.evaluation.feature_drawing import draw
 from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode, reference_tokens, sprite_samples
 from refalign_ext.evaluation.separability import Numbers, Place, SampleTokens, difference, summary
 from refalign_ext.pipeline import R2VPipeline, prepare_references, r2v_config
-from refalign_ext.sprites.judged import write_json
 
 if TYPE_CHECKING:
     from easydict import EasyDict

@@ -27,7 +27,6 @@ from refalign_ext.planning.flops import (
 from refalign_ext.planning.memory import (
     FULL,
     HALF,
-    TEACHER_SIZES,
     Load,
     activation_bytes,
     adapter_activations,
@@ -41,6 +40,7 @@ from refalign_ext.planning.memory import (
     vae_parameters,
 )
 from refalign_ext.tasks import TASKS
+from refalign_ext.teachers import teacher_entry
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -364,7 +364,9 @@ def _training_plan(
     (host if config.t5_cpu else device)["text encoder"] = HALF * t5_parameters(task)
     device["video autoencoder"] = FULL * vae_parameters(task)
     if config.needs_teacher:
-        device[f"teacher {config.alignment.teacher}"] = FULL * _teacher(config)[0]
+        device[f"teacher {config.alignment.teacher}"] = (
+            FULL * teacher_entry(config.alignment.teacher).parameters
+        )
 
     traffic = sequence_traffic(shape, load, sizes, passes=2 if checkpointing == "none" else 3, joins=2)
     if world > 1:
@@ -497,12 +499,7 @@ def _suggestions(
 def _alignment_shape(config: TrainConfig, task: EasyDict) -> AlignmentShape | None:
     if not config.alignment.weight:
         return None
-    return AlignmentShape(config.alignment.depth, _teacher(config)[1])
-
-
-def _teacher(config: TrainConfig) -> tuple[int, int]:
-    """(parameters, feature width) of the teacher; one that is not in the table counts as the paper's."""
-    return TEACHER_SIZES.get(config.alignment.teacher, TEACHER_SIZES["dinov3-l"])
+    return AlignmentShape(config.alignment.depth, teacher_entry(config.alignment.teacher).dim)
 
 
 def _tokens(task: EasyDict, size: tuple[int, int], frame_num: int, references: int) -> tuple[int, int]:

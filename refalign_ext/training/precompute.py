@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from refalign_ext.backbone import WanVAE
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.cache.files import (
     HEADER,
@@ -28,18 +27,10 @@ from refalign_ext.data.cache.files import (
 from refalign_ext.data.cache.names import LATENT_TYPES, differences, features_name, text_name
 from refalign_ext.data.cache.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.pixels import from_levels
-from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.pixels import from_uint8
+from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.work import Share, run_each
-from refalign_ext.encoders import (
-    checkpoint_folder,
-    frozen_fingerprint,
-    on_grid,
-    task_config,
-    teacher_folder,
-    text_encoder,
-)
-from refalign_ext.teachers import load_teacher
+from refalign_ext.encoders import Encoders, task_config, text_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +116,8 @@ def build_cache(
     if chunk_rows < 1:
         raise ValueError(f"--chunk_rows {chunk_rows}: give at least 1")
     loader = RowLoader(open_clip_set(data), sampling)
-    header = CacheHeader(frozen_fingerprint(config, sampling, dtype=dtype), len(loader.clip_set), chunk_rows)
+    fingerprint = Encoders(config, device, dit=False).fingerprint(sampling, dtype=dtype)
+    header = CacheHeader(fingerprint, len(loader.clip_set), chunk_rows)
     return fill_cache(
         loader,
         default_folder(Path(data)) if out is None else Path(out),
@@ -145,14 +137,10 @@ def load_parts(config: TrainConfig, device: torch.device) -> FrozenParts:
     Raises:
         ValueError: for missing or unfitting files.
     """
-    task, folder = task_config(config), checkpoint_folder(config, dit=False)
-    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
-    teacher = None
-    if config.needs_teacher:
-        teacher = load_teacher(config.alignment.teacher, teacher_folder(config, task, folder), device=device)
-    features = on_grid(teacher, task)
+    encoders = Encoders(config, device, dit=False)
+    task, vae, features = encoders.task, encoders.vae, encoders.features
     home, cpu = torch.device("cpu") if config.t5_cpu else device, torch.device("cpu")
-    encode_text = text_encoder(folder, task, home, cpu, remember=0)
+    encode_text = text_encoder(encoders.folder, task, home, cpu, remember=0)
     return FrozenParts(
         lambda video: vae.encode([video])[0],
         None if features is None else lambda image: features(image[None])[0],
@@ -225,7 +213,7 @@ class _Chunk:
             if item.levels is None:
                 self.failures[item.name] = item.reason
                 continue
-            pixels = from_levels(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
+            pixels = from_uint8(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
             is_image = pixels.ndim == 3
             found = {item.name: self.parts.encode(pixels[:, None] if is_image else pixels)}
             if is_image and self.parts.features is not None:

@@ -245,9 +245,9 @@ def test_the_folder_is_a_model_for_generation(tmp_path: Path) -> None:
     config = tiny_config()
     model = WanModel(**dit_arguments(config))
     average = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
-    from refalign_ext.training.trainer import _plain_config
+    from refalign_ext.training.trainer import dit_settings
 
-    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=_plain_config(model))
+    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=dit_settings(model))
     loaded = build_dit(read_any_dit(path), config, path)
     assert loaded.state_dict().keys() == average.keys()
     assert all(torch.equal(value, average[key]) for key, value in loaded.state_dict().items())

@@ -39,11 +39,11 @@ from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import LoadedItem, LoadedRow, RowLoader, check_rows
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
-from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import parse
 from refalign_ext.data.work import Share
-from refalign_ext.encoders import frozen_fingerprint, on_grid, text_encoder
+from refalign_ext.encoders import Encoders, on_grid, text_encoder
 from refalign_ext.teachers import load_teacher
 from refalign_ext.training import precompute as caching
 from refalign_ext.training.precompute import FrozenParts, build_cache, fill_cache
@@ -51,7 +51,7 @@ from refalign_ext.training.precompute import FrozenParts, build_cache, fill_cach
 BUCKET = Bucket(48, 48, 9)
 SAMPLING = Sampling((BUCKET,), clip_variants=1, seed=3)
 FILES = {"VAE": "a" * 64, "text encoder": "b" * 64, "tokenizer": "c" * 64, "teacher": "d" * 64}
-PLAIN = ReferenceChoice(0, 0, None)
+PLAIN = ReferenceSpec(0, 0, None)
 
 
 def fingerprint(sampling: Sampling = SAMPLING, dtype: str | None = "float32", **files: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_what_is_read_is_what_was_computed(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path, fingerprint(dtype=None))
     for row in (0, 3, 4, 9):
         levels = np.random.default_rng(row).integers(0, 256, (3, 2, 4, 4), np.uint8)
-        pixels = from_levels(torch.from_numpy(levels))
+        pixels = from_uint8(torch.from_numpy(levels))
         assert torch.equal(cache.video(f"dog-{row}", BUCKET, 0), pixels * 3)
         latents, features = cache.reference(
             f"dog-{row}", Bucket(48, 48, 5), PLAIN
@@ -144,7 +144,7 @@ def test_what_a_cache_does_not_have_is_none(tmp_path: Path) -> None:
     assert cache.video("dog-0", BUCKET, 1) is None
     assert cache.video("dog-0", Bucket(48, 48, 13), 0) is None
     assert cache.video("cat", BUCKET, 0) is None
-    assert cache.reference("dog-0", BUCKET, ReferenceChoice(0, 0, 2)) is None
+    assert cache.reference("dog-0", BUCKET, ReferenceSpec(0, 0, 2)) is None
     assert cache.text("cat") is None
 
 
@@ -478,22 +478,22 @@ def test_cached_tensors_equal_encoding_directly(clips: Path, built: Path) -> Non
     vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
     teacher = load_teacher("dinov3-tiny", EMBEDDED / task.teacher_folder)
     clip_set = open_clip_set(clips)
-    cache = LatentCache(built, frozen_fingerprint(tiny_config(), REAL))
+    cache = LatentCache(built, Encoders(tiny_config(), CPU, dit=False).fingerprint(REAL))
     check_rows(cache, clip_set, progress=False)
     starts = []
     for row in range(2):
         clip = clip_set[row]
         for cut in range(2):
-            video = from_levels(video_uint8(clip_set, row, clip, BUCKET, cut, REAL))
+            video = from_uint8(video_uint8(clip_set, row, clip, BUCKET, cut, REAL))
             latents = vae.encode([video])[0]
             starts.append(latents)
             assert (cache.video(clip.id, BUCKET, cut) - latents).abs().max() < 1e-6
-        for choice in (ReferenceChoice(0, 0, None), ReferenceChoice(0, 1, 0)):
+        for choice in (ReferenceSpec(0, 0, None), ReferenceSpec(0, 1, 0)):
             image = load_reference(clip_set, row, clip, choice, BUCKET, REAL)
             latents, features = cache.reference(clip.id, BUCKET, choice)
             assert (latents - vae.encode([image[:, None]])[0]).abs().max() < 1e-6
             assert (features - teacher(image[None], (6, 6))[0]).abs().max() < 1e-6
-        assert cache.reference(clip.id, BUCKET, ReferenceChoice(0, 1, None)) is None
+        assert cache.reference(clip.id, BUCKET, ReferenceSpec(0, 1, None)) is None
     assert not torch.equal(starts[0], starts[2])
     encode_text = text_encoder(EMBEDDED, task, CPU, CPU)
     for prompt in ("a red square", "it moves", "", task.sample_neg_prompt):
@@ -521,7 +521,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
         return vae.encode(videos)
 
     samples = []
-    for caches in ([None], [LatentCache(folder, frozen_fingerprint(config, sampling))]):
+    for caches in ([None], [LatentCache(folder, Encoders(config, CPU, dit=False).fingerprint(sampling))]):
         encoded.clear()
         source = ClipSource(
             [open_clip_set(clips)],
@@ -542,7 +542,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
 
 
 def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
-    LatentCache(built, frozen_fingerprint(tiny_config(**{"alignment.weight": 0.0}), REAL))
+    LatentCache(built, Encoders(tiny_config(**{"alignment.weight": 0.0}), CPU, dit=False).fingerprint(REAL))
     folder = tmp_path / "other"
     folder.mkdir()
     for path in EMBEDDED.iterdir():
@@ -551,9 +551,9 @@ def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
     (folder / name).unlink()
     (folder / name).write_bytes((EMBEDDED / name).read_bytes() + b"\0")
     with pytest.raises(ValueError, match="made with another VAE: "):
-        LatentCache(built, frozen_fingerprint(tiny_config(ckpt_dir=str(folder)), REAL))
+        LatentCache(built, Encoders(tiny_config(ckpt_dir=str(folder)), CPU, dit=False).fingerprint(REAL))
     with pytest.raises(ValueError, match="unknown teacher 'x'"):
-        frozen_fingerprint(tiny_config(**{"alignment.teacher": "x"}), REAL)
+        Encoders(tiny_config(**{"alignment.teacher": "x"}), CPU, dit=False).fingerprint(REAL)
 
 
 def test_changed_files_are_noticed(clips: Path, built: Path) -> None:

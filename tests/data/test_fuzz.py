@@ -41,15 +41,16 @@ from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.decoding import probe, read_clip, read_frame
+from refalign_ext.data.decoding import read_clip, read_frame
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.sampling.choice import Bucket, Sampling, possible_references
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
 from refalign_ext.data.statistics.stats import collect_stats
 from refalign_ext.data.statistics.table import stats_table
+from refalign_ext.data.video_file import probe
 from refalign_ext.data.work import Share
 from refalign_ext.references import load_image
 from tests.helpers.clips import entry, render

@@ -16,7 +16,7 @@ from PIL import Image
 
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.decoding import probe, read_clip
+from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.masks import encode
 from refalign_ext.data.materialise import run as module
 from refalign_ext.data.materialise.reference import read_reference
@@ -25,6 +25,7 @@ from refalign_ext.data.materialise.trimming import trim
 from refalign_ext.data.media_source import MediaBytes
 from refalign_ext.data.schema import VideoSpan, parse
 from refalign_ext.data.shards import read_listing, verify_shard
+from refalign_ext.data.video_file import probe
 from refalign_ext.data.work import Share
 from tests.helpers.clips import RATE, SUBJECT, box_of, entry, frame, render
 

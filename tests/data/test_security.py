@@ -22,14 +22,15 @@ from refalign_ext.data.checking.check import check
 from refalign_ext.data.clip_index import measure
 from refalign_ext.data.clip_set import ShardRows, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder
-from refalign_ext.data.decoding import probe, read_clip, read_frame
+from refalign_ext.data.decoding import read_clip, read_frame
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.media_source import MediaBytes
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.shards import ShardInfo, scan_shard, sha256_of, shard_name, write_listing
+from refalign_ext.data.video_file import probe
 from refalign_ext.references import MAX_PIXELS, load_image
 from tests.helpers.clips import render
 

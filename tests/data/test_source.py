@@ -29,12 +29,12 @@ from refalign_ext.data.clip_index import (
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.hashing import hash64
-from refalign_ext.data.loading import source as source_module
+from refalign_ext.data.loading import bad_clips
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.sampling.split import Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
@@ -102,8 +102,8 @@ def test_samples_are_encoded_pixels_of_the_choice(folder: Path) -> None:
     clips = clip_set(folder, row("a", "long.mp4", Reference("cross", image="b.png")))
     sampling = Sampling((BUCKET,), clip_variants=1)
     (sample,) = make(clips, sampling=sampling).samples(0, range(1))
-    video = from_levels(video_uint8(clips, 0, clips[0], BUCKET, 0, sampling))
-    picture = load_reference(clips, 0, clips[0], ReferenceChoice(0, 0, None), BUCKET, sampling)
+    video = from_uint8(video_uint8(clips, 0, clips[0], BUCKET, 0, sampling))
+    picture = load_reference(clips, 0, clips[0], ReferenceSpec(0, 0, None), BUCKET, sampling)
     assert (sample.name, sample.prompt) == ("a", "about a")
     assert torch.equal(sample.latents, encode([video])[0])
     assert torch.equal(sample.references, encode([picture[:, None]])[0])
@@ -187,10 +187,10 @@ def test_a_cache_stands_in_for_what_it_has(folder: Path) -> None:
     class Cache:
         def video(self, clip_id: str, bucket: Bucket, cut: int) -> torch.Tensor | None:
             number = "abc".index(clip_id)
-            video = from_levels(video_uint8(clips, number, clips[number], bucket, cut, sampling))
+            video = from_uint8(video_uint8(clips, number, clips[number], bucket, cut, sampling))
             return None if clip_id == "c" else encode([video])[0]
 
-        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceChoice) -> tuple | None:
+        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceSpec) -> tuple | None:
             number = "abc".index(clip_id)
             picture = load_reference(clips, number, clips[number], choice, bucket, sampling)
             found = features(picture[None])[0] if clip_id == "a" else None
@@ -220,12 +220,12 @@ def test_a_packed_folder_gives_the_samples_of_its_manifest(folder: Path) -> None
     clips = clip_set(folder, *(row(f"{n}") for n in range(9)))
     materialise(folder / "data.jsonl", folder / "packed", pack=True, shard_size=2)
     packed = open_clip_set(folder / "packed")
-    shards = {packed[row].id: shard for shard, rows in enumerate(packed.windows()) for row in rows}
+    shards = {packed[row].id: shard for shard, rows in enumerate(packed.shard_ranges()) for row in rows}
     assert len(set(shards.values())) > 2
     fixed = Sampling((BUCKET,), clip_variants=1, reference_variants=1, cross_pairs=0.0)
 
     def samples(clips: ClipSet) -> list[EncodedSample]:
-        source = make(clips, sampling=fixed, settings=replace(HERE, together=1))
+        source = make(clips, sampling=fixed, settings=replace(HERE, mixed_shards=1))
         return [source.samples(0, range(at, at + 1))[0] for at in range(18)]
 
     from_shards, from_files = samples(packed), {sample.name: sample for sample in samples(clips)}
@@ -283,7 +283,7 @@ def test_nothing_usable_is_an_error(folder: Path) -> None:
 
 
 def test_too_many_bad_clips_stop_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "LEAST_TRIED", 6)
+    monkeypatch.setattr(bad_clips, "LEAST_TRIED", 6)
     bad = Reference("cross", image="text.png")
     rows = [row(f"{n}", "long.mp4", *([bad] if n < 3 else [])) for n in range(12)]
     clips = clip_set(folder, *rows)
@@ -321,7 +321,7 @@ def test_a_cache_that_breaks_stops_training_at_once(folder: Path, workers: int) 
     source.close()
 
 
-@pytest.mark.parametrize("name", ["workers", "prefetch", "together", "max_bad_share"])
+@pytest.mark.parametrize("name", ["workers", "prefetch", "mixed_shards", "max_bad_share"])
 def test_settings_out_of_range_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1"):
         LoaderSettings(**{name: -1})
@@ -331,7 +331,7 @@ def test_settings_out_of_range_are_named(name: str) -> None:
 
 
 def holds(split: Split, group: str) -> bool:
-    return bool(split.holds(np.array([hash64(group)], np.uint64))[0])
+    return bool(split.contains(np.array([hash64(group)], np.uint64))[0])
 
 
 def test_training_and_validation_share_no_group(folder: Path) -> None:
@@ -358,9 +358,9 @@ def test_training_and_validation_share_no_group(folder: Path) -> None:
         for _ in range(60):
             (sample,) = next(loader)
             assert not sample.failures
-            clip = rows[sample.choice.row]
-            for choice in sample.choice.references:
-                reference = clip.subjects[0].refs[choice.reference]
+            clip = rows[sample.spec.row]
+            for spec in sample.spec.references:
+                reference = clip.subjects[0].refs[spec.reference]
                 owner = reference.source_group
                 if reference.source_id is not None:
                     owner = rows[int(reference.source_id)].group
@@ -512,7 +512,7 @@ def test_a_clip_index_needs_no_locks_but_does_not_share_a_file(
 
 
 def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "LEAST_TRIED", 2)
+    monkeypatch.setattr(bad_clips, "LEAST_TRIED", 2)
     clips = clip_set(folder, *(row(f"{n}") for n in range(4)))
     (folder / "long.mp4").rename(folder / "away.mp4")
     for share, message in ((0.1, "4 of 4 clips cannot be used, more than"), (1.0, "no clip can be used")):

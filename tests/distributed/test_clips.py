@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +25,12 @@ from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.work import Share
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.training import sources as training_data
+from refalign_ext.training import clip_data as training_data
 from refalign_ext.training.precompute import FrozenParts, fill_cache
 from tests.helpers.clips import RATE, render
 from tests.helpers.ranks import run_ranks
@@ -246,17 +247,19 @@ def test_cached_samples_are_the_same_on_any_number_of_ranks(
 
 def open_on_rank_0(rank: int, data: Path, cache: Path) -> tuple[int, str]:
     """Rows of the caches that this rank gets, and what it is told about one that is not there."""
-    training_data.frozen_fingerprint = lambda config, sampling: FINGERPRINT
+    encoders = SimpleNamespace(fingerprint=lambda sampling: FINGERPRINT)
     if rank:
         training_data.LatentCache = training_data.check_rows = lambda *given: pytest.fail(
             "opened on every rank"
         )
     parallel = Parallel.create(ParallelSizes(2), CPU)
     config = with_overrides(tiny(), {"data": str(data), "cache": str(cache)})
-    (found,) = training_data.open_caches(config, SAMPLING, parallel)
+    (found,) = training_data.open_caches(config, SAMPLING, encoders, parallel)
     assert found.video("clip 1", SAMPLING.buckets[0], 1) is not None
     try:
-        training_data.open_caches(with_overrides(config, {"cache": f"{cache}-none"}), SAMPLING, parallel)
+        training_data.open_caches(
+            with_overrides(config, {"cache": f"{cache}-none"}), SAMPLING, encoders, parallel
+        )
     except ValueError as error:
         return len(found), str(error)
     raise AssertionError("opened")

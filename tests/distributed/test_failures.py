@@ -159,7 +159,7 @@ def poisoned_steps(rank: int, folder: Path) -> list[tuple[bool, dict[str, torch.
     found = []
     for _ in range(3):
         report = trainer.train_step()
-        weights = gather_full_tensors({**trainer.trained.state_dict(), **trainer.average})
+        weights = gather_full_tensors({**trainer.trained.state_dict(), **trainer.ema.average})
         found.append((report.skipped, weights, report.values["loss/total"]))
     return found
 

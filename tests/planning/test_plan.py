@@ -19,10 +19,9 @@ from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import recompute_activations
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.losses import reference_alignment_over_blocks
+from refalign_ext.losses import alignment_by_block
 from refalign_ext.planning.flops import AlignmentShape, ModelShape
 from refalign_ext.planning.memory import (
-    TEACHER_SIZES,
     Load,
     activation_bytes,
     alignment_bytes,
@@ -41,7 +40,6 @@ from refalign_ext.planning.plan import (
 )
 from refalign_ext.planning.table import describe
 from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.teachers import TEACHERS
 from tests.helpers.ranks import run_ranks
 from wan.modules import attention
 from wan.modules.t5 import build_t5
@@ -258,9 +256,14 @@ def test_sizes_of_the_frozen_parts() -> None:
     with torch.device("meta"):
         video = build_vae({**WAN_CONFIGS["r2v-14B"].vae})
     assert vae_parameters(WAN_CONFIGS["r2v-14B"]) == sum(p.numel() for p in video.parameters())
-    assert set(TEACHER_SIZES) == set(TEACHERS)
-    for name, (_, width) in TEACHER_SIZES.items():
-        assert TEACHERS[name].dim in (None, width)
+
+
+def test_a_teacher_that_is_in_no_table_is_an_error() -> None:
+    config = dataclasses.replace(
+        recipe("tiny"), alignment=dataclasses.replace(recipe("tiny").alignment, teacher="dinov9")
+    )
+    with pytest.raises(ValueError, match="unknown teacher 'dinov9'.*dinov3-l"):
+        make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 1)
 
 
 def test_float32_parts_of_the_model() -> None:
@@ -363,7 +366,7 @@ def test_memory_of_alignment() -> None:
             loss = output.prediction[0].sum()
             if aligned:
                 students = projectors(output.reference_tokens)
-                loss = loss + reference_alignment_over_blocks(students, teacher).total
+                loss = loss + sum(alignment_by_block(students, teacher)).mean()
                 del students
         del output
         totals.append(live.bytes(but=backbone.model))

@@ -48,7 +48,7 @@ ENTRY_SCRIPTS = {"generate", "train_refalign"}
 MAY_IMPORT_WAN = ("backbone", "__init__")
 KNOWS_RANKS = ("distributed", "checkpoint")  # the parts of refalign_ext that may use process groups
 # Parts that import one that stands below them.
-UPWARD = {("training", "sprites"), ("evaluation", "sprites")}
+UPWARD = {("evaluation", "sprites")}
 # Modules that must recognise sharded tensors where they meet them, inside a function: what they may import.
 MAY_IMPORT_LATE = {"refalign_ext.training.muon": "torch.distributed.tensor"}
 DEVICE_FREE = ("wan", "refalign_ext")

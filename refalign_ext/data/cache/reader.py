@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice
+    from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec
     from refalign_ext.data.schema import Clip
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class LatentCache:
         return self._of_row(clip_id, video_name(clip_id, bucket, cut))
 
     def reference(
-        self, clip_id: str, bucket: Bucket, choice: ReferenceChoice
+        self, clip_id: str, bucket: Bucket, choice: ReferenceSpec
     ) -> tuple[Tensor, Tensor | None] | None:
         """Latents [C, 1, h, w] and teacher features [N, D] (None: the cache has none), float32; None: not in the cache.
 

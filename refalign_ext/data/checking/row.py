@@ -22,7 +22,7 @@ from refalign_ext.data.spans import span_arguments, steady_range
 if TYPE_CHECKING:
     from PIL import Image
 
-    from refalign_ext.data.decoding import VideoInfo
+    from refalign_ext.data.video_file import VideoInfo
 
 DECODE_MODES = ("ends", "all", "none")
 _RATE_TOLERANCE = 0.005  # 23.976 and 24, 29.97 and 30 are each other's rounding

@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refalign_ext.data.decoding import (
-    Packet,
-    frame_times,
-    list_packets,
-    open_video,
-    packets_from,
-    read_frame,
-)
+from refalign_ext.data.decoding import read_frame
 from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.spans import Part, frame_range, span_arguments
+from refalign_ext.data.video_file import Packet, frame_times, list_packets, open_video, packets_from
 
 if TYPE_CHECKING:
     import av

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from refalign_ext.data.length import possible_frames
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 
 
 def make_buckets(

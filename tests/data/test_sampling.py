@@ -10,16 +10,16 @@ import pytest
 
 from refalign_ext.data.hashing import hash64, keyed_generator
 from refalign_ext.data.sampling.buckets import assign, make_buckets, usable_frames
-from refalign_ext.data.sampling.choice import (
+from refalign_ext.data.sampling.order import Interleaver, Order, SetOrder
+from refalign_ext.data.sampling.sample_spec import (
     Bucket,
-    Choice,
+    SampleSpec,
     Sampling,
-    choose,
+    draw_sample_spec,
     possible_prompts,
     possible_references,
 )
-from refalign_ext.data.sampling.order import Deal, Order, SetOrder
-from refalign_ext.data.sampling.split import Allowed, GroupTable, Split
+from refalign_ext.data.sampling.split import AllowedReferences, GroupTable, Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKET = Bucket(64, 48, 9)
@@ -43,9 +43,9 @@ def clip(*subjects: tuple[Reference, ...], **changes: object) -> Clip:
     )
 
 
-def drawn(item: Clip, count: int, **settings: object) -> list[Choice]:
+def drawn(item: Clip, count: int, **settings: object) -> list[SampleSpec]:
     sampling = Sampling((BUCKET,), **settings)
-    return [choose(item, 3, BUCKET, sampling, position) for position in range(count)]
+    return [draw_sample_spec(item, 3, BUCKET, sampling, position) for position in range(count)]
 
 
 REGULAR, CROSS, GENERATED = reference("regular"), reference("cross"), reference("generated")
@@ -65,7 +65,7 @@ def test_a_position_decides_everything() -> None:
     settings = {"prompt_alternatives": True, "reference_dropout": 0.5}
     first, again = drawn(item, 200, **settings), drawn(item, 200, **settings)
     assert first == again
-    assert len({choice.cut for choice in first}) == 200
+    assert len({choice.clip_variant for choice in first}) == 200
     assert Counter(choice.prompt for choice in first).keys() == {"p", "q", "r"}
     assert drawn(item, 200, **settings, seed=1) != first
     assert {choice.row for choice in first} == {3}
@@ -118,8 +118,8 @@ def test_what_can_be_drawn_is_listed_whole() -> None:
     sampling = Sampling(
         (BUCKET,), clip_variants=3, reference_variants=2, prompt_alternatives=True, reference_dropout=0.3
     )
-    choices = [choose(item, 0, BUCKET, sampling, position) for position in range(500)]
-    assert {choice.cut for choice in choices} == {0, 1, 2}
+    choices = [draw_sample_spec(item, 0, BUCKET, sampling, position) for position in range(500)]
+    assert {choice.clip_variant for choice in choices} == {0, 1, 2}
     assert {choice.prompt for choice in choices} == set(possible_prompts(item, sampling))
     listed = possible_references(item, sampling)
     assert {c for choice in choices for c in choice.references} == set(listed)
@@ -187,65 +187,71 @@ def test_frames_at_a_rate_are_those_that_read_clip_counts() -> None:
 
 
 def set_order(
-    counts: list[int], run: int, windows: list[range] | None = None, seed: int = 0, together: int = 2
+    counts: list[int],
+    batch_size: int,
+    shards: list[range] | None = None,
+    seed: int = 0,
+    mixed_shards: int = 2,
 ) -> SetOrder:
     shapes = [Bucket(8, 8, number + 1) for number in range(len(counts))]
     buckets = np.concatenate([np.full(count, number) for number, count in enumerate(counts)])
     buckets = np.random.default_rng(5).permutation(buckets)
-    windows = [range(len(buckets))] if windows is None else windows
-    return SetOrder(buckets, shapes, windows, run, together=together, seed=seed, name="0")
+    shards = [range(len(buckets))] if shards is None else shards
+    return SetOrder(buckets, shapes, shards, batch_size, mixed_shards=mixed_shards, seed=seed, name="0")
 
 
-@pytest.mark.parametrize("run", [1, 3, 4])
-def test_epochs_of_one_bucket_are_different_permutations_whatever_the_run(run: int) -> None:
-    order = Order([set_order([10], run)])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_epochs_of_one_bucket_are_different_permutations_whatever_the_batch(batch_size: int) -> None:
+    order = Order([set_order([10], batch_size)])
     rows = [order.at(position).row for position in range(60)]
     epochs = [tuple(rows[start : start + 10]) for start in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(epochs)) == 6
     assert rows == [Order([set_order([10], 1)]).at(position).row for position in range(60)]
-    assert rows != [Order([set_order([10], run, seed=1)]).at(position).row for position in range(60)]
+    assert rows != [Order([set_order([10], batch_size, seed=1)]).at(position).row for position in range(60)]
 
 
-def test_runs_share_a_bucket_and_every_bucket_walks_through_its_rows() -> None:
+def test_batches_share_a_bucket_and_every_bucket_walks_through_its_rows() -> None:
     order = Order([set_order([50, 13, 3], 4)])
-    places = [order.at(position) for position in range(66 * 12)]
-    for start in range(0, len(places), 4):
-        assert len({place.bucket for place in places[start : start + 4]}) == 1
+    entries = [order.at(position) for position in range(66 * 12)]
+    for start in range(0, len(entries), 4):
+        assert len({entry.bucket for entry in entries[start : start + 4]}) == 1
     for frames, count in ((1, 50), (2, 13), (3, 3)):
-        rows = [place.row for place in places if place.bucket.frames == frames]
+        rows = [entry.row for entry in entries if entry.bucket.frames == frames]
         assert len(rows) == pytest.approx(12 * count, abs=4)
         for start in range(0, len(rows) - count + 1, count):
             assert len(set(rows[start : start + count])) == count
-    # Places are found alike from anywhere: nothing depends on what was asked for before.
+    # Entries are found alike from anywhere: nothing depends on what was asked for before.
     fresh = Order([set_order([50, 13, 3], 4)])
     assert [fresh.at(position) for position in range(700, 600, -7)] == [
-        places[p] for p in range(700, 600, -7)
+        entries[p] for p in range(700, 600, -7)
     ]
 
 
-def test_spare_rows_are_others_of_the_bucket() -> None:
+def test_fallback_rows_are_others_of_the_bucket() -> None:
     order = Order([set_order([100, 6], 2)])
     for position in range(300):
-        place = order.at(position)
-        assert place.row not in place.spare and len(set(place.spare)) == len(place.spare)
-        assert len(place.spare) == 5 if place.bucket.frames == 2 else len(place.spare) >= 7
+        entry = order.at(position)
+        assert entry.row not in entry.fallback_rows and len(set(entry.fallback_rows)) == len(
+            entry.fallback_rows
+        )
+        assert len(entry.fallback_rows) == 5 if entry.bucket.frames == 2 else len(entry.fallback_rows) >= 7
     rows = {bucket: set() for bucket in (1, 2)}
     for position in range(300):
         rows[order.at(position).bucket.frames] |= {order.at(position).row}
     for position in range(300):
-        assert set(order.at(position).spare) <= rows[order.at(position).bucket.frames]
+        assert set(order.at(position).fallback_rows) <= rows[order.at(position).bucket.frames]
 
 
-def test_windows_are_read_nearly_in_sequence() -> None:
-    windows = [range(start, start + 20) for start in range(0, 400, 20)]
-    order = Order([set_order([300, 100], 2, windows, together=3)])
+def test_shards_are_read_nearly_in_sequence() -> None:
+    shards = [range(start, start + 20) for start in range(0, 400, 20)]
+    order = Order([set_order([300, 100], 2, shards, mixed_shards=3)])
     by_bucket: dict[int, list[int]] = {1: [], 2: []}
     recent, most = [], 0
     for position in range(400):
-        place = order.at(position)
-        by_bucket[place.bucket.frames].append(place.row)
-        recent = [*recent[-29:], place.row // 20]
+        entry = order.at(position)
+        by_bucket[entry.bucket.frames].append(entry.row)
+        recent = [*recent[-29:], entry.row // 20]
         most = max(most, len(set(recent)))
     assert sorted(by_bucket[1] + by_bucket[2]) == list(range(400))
     assert most <= 9  # of 20: a few groups of 3, as buckets do not keep exactly the same pace
@@ -254,34 +260,34 @@ def test_windows_are_read_nearly_in_sequence() -> None:
     assert shards != sorted(shards)
 
 
-def test_a_deal_is_exact_and_needs_no_walk() -> None:
+def test_interleaving_is_exact_and_needs_no_walk() -> None:
     from fractions import Fraction
 
-    deal = Deal([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
+    interleaver = Interleaver([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
     seen = Counter()
-    for run in range(2000):
-        stream, ordinal = deal.at(run)
+    for batch in range(2000):
+        stream, ordinal = interleaver.at(batch)
         assert ordinal == seen[stream]
         seen[stream] += 1
     assert seen[0] == pytest.approx(1200, abs=30)
-    far = Deal([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
+    far = Interleaver([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
     stream, ordinal = far.at(10**12)
     assert ordinal == pytest.approx((0.6, 0.4)[stream] * 10**12, abs=128)
-    thin = Deal([Fraction(1, 1000)], 0, "thin")
-    assert [thin.at(run) for run in range(3)] == [(0, 0), (0, 1), (0, 2)]
+    thin = Interleaver([Fraction(1, 1000)], 0, "thin")
+    assert [thin.at(batch) for batch in range(3)] == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
     sets = [set_order([7], 4), set_order([5], 4)]
     mixed = Order(sets, (0.6, 0.4))
-    parts = [mixed.at(position).part for position in range(4000)]
+    parts = [mixed.at(position).set_index for position in range(4000)]
     assert all(len(set(parts[start : start + 4])) == 1 for start in range(0, 4000, 4))
     assert sum(parts) / 4000 == pytest.approx(0.4, abs=0.03)
     assert len({tuple(parts[start : start + 40]) for start in range(0, 4000, 40)}) > 5
     first = [mixed.at(p).row for p in range(4000) if parts[p] == 0]
     assert all(sorted(first[start : start + 7]) == list(range(7)) for start in range(0, 2000, 7))
     stages = Order(sets, (0.6, 0.4), "stages", total=400)
-    parts = [stages.at(position).part for position in range(500)]
+    parts = [stages.at(position).set_index for position in range(500)]
     assert parts == [0] * 240 + [1] * 260
     second = [stages.at(position).row for position in range(240, 250)]
     assert sorted(second[:5]) == sorted(second[5:]) == list(range(5))
@@ -295,10 +301,10 @@ def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
 
 
 def test_a_million_rows_need_arrays_alone() -> None:
-    windows = [range(start, start + 1000) for start in range(0, 10**6, 1000)]
+    shards = [range(start, start + 1000) for start in range(0, 10**6, 1000)]
     shapes = [Bucket(8, 8, 1), Bucket(8, 8, 5)]
     buckets = (np.arange(10**6) % 3 == 0).astype(np.int64)
-    order = Order([SetOrder(buckets, shapes, windows, 8, together=4, seed=0, name="0")])
+    order = Order([SetOrder(buckets, shapes, shards, 8, mixed_shards=4, seed=0, name="0")])
     rows = [order.at(position).row for position in islice(range(0, 10**7, 4_999_999), 3)]
     assert len(rows) == 3
 
@@ -313,18 +319,21 @@ def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
 
 
 def holds(split: Split, group: str) -> bool:
-    return bool(split.holds(np.array([hash64(group)], np.uint64))[0])
+    return bool(split.contains(np.array([hash64(group)], np.uint64))[0])
 
 
 def test_groups_are_split_whole_by_chance_alone() -> None:
     groups = np.array([hash64(f"group {n}") for n in range(20000)], np.uint64)
-    train, validation = Split(0.05, 3, "train").holds(groups), Split(0.05, 3, "validation").holds(groups)
+    train, validation = (
+        Split(0.05, 3, "train").contains(groups),
+        Split(0.05, 3, "validation").contains(groups),
+    )
     assert (train ^ validation).all()
     assert validation.mean() == pytest.approx(0.05, abs=0.006)
-    other = Split(0.05, 4, "validation").holds(groups)
+    other = Split(0.05, 4, "validation").contains(groups)
     assert (other & validation).mean() < 0.01
-    assert Split(0.0, 3, "train").holds(groups).all() and Split(0.3, 3, "all").holds(groups).all()
-    assert not Split(0.0, 3, "validation").holds(groups).any()
+    assert Split(0.0, 3, "train").contains(groups).all() and Split(0.3, 3, "all").contains(groups).all()
+    assert not Split(0.0, 3, "validation").contains(groups).any()
     with pytest.raises(ValueError, match="validation_share is 1.0"):
         Split(1.0)
 
@@ -337,7 +346,7 @@ def test_references_from_the_other_side_are_never_used() -> None:
     table = GroupTable.of(
         np.array([hash64("b"), hash64("c")], np.uint64), np.array([hash64(there), hash64(here)], np.uint64)
     )
-    rule = Allowed(split, table)
+    rule = AllowedReferences(split, table)
     item = clip(
         (
             reference("cross", source_group=there),
@@ -350,14 +359,16 @@ def test_references_from_the_other_side_are_never_used() -> None:
         ),
         group_id=here,
     )
-    verdicts = [rule.of(item, one) for one in item.subjects[0].refs]
+    verdicts = [rule.allows(item, one) for one in item.subjects[0].refs]
     assert verdicts == [False, True, False, True, True, True, False]
     sampling = Sampling((BUCKET,), cross_pairs=0.5)
     used = {
-        choose(item, 0, BUCKET, sampling, p, allowed=lambda one: rule.of(item, one)).references[0].reference
+        draw_sample_spec(item, 0, BUCKET, sampling, p, allowed=lambda one: rule.allows(item, one))
+        .references[0]
+        .reference
         for p in range(300)
     }
     assert used == {1, 3, 4, 5}
     only = clip((reference("cross", source_group=there),), group_id=here)
     with pytest.raises(ValueError, match="no references on its side of the split"):
-        choose(only, 0, BUCKET, sampling, 0, allowed=lambda one: rule.of(only, one))
+        draw_sample_spec(only, 0, BUCKET, sampling, 0, allowed=lambda one: rule.allows(only, one))

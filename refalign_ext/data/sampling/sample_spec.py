@@ -1,7 +1,7 @@
-"""What chance decides about a sample, as pure functions of the seed and the position; nothing is decoded here.
+"""The specification of a sample, a pure function of the seed and the position; nothing is decoded here.
 
-Cuts and augmentations are numbers. Whoever draws the same number gets the same pixels (`refalign_ext.data.pixels`), so
-with a finite number of them everything that training can ask for can be computed before it starts.
+Variants of clips and references are numbers. The same number means the same pixels (`refalign_ext.data.pixels`), so with
+a finite number of them everything that training can ask for can be computed before it starts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class ReferenceChoice:
+class ReferenceSpec:
     """One reference of a sample.
 
     Attributes:
@@ -50,22 +50,22 @@ class ReferenceChoice:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """All that is drawn about one sample.
+class SampleSpec:
+    """Everything that is random about one sample.
 
     Attributes:
         row: of the clip in its set.
         bucket: its shape.
-        cut: number of the temporal cut.
+        clip_variant: number of the part of the clip that is shown.
         prompt: one of its captions.
         references: at least one, in the order in which the model sees them.
     """
 
     row: int
     bucket: Bucket
-    cut: int
+    clip_variant: int
     prompt: str
-    references: tuple[ReferenceChoice, ...]
+    references: tuple[ReferenceSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Sampling:
         reference_dropout: probability with which each reference beyond the first is left out.
         max_references: the most that a sample has.
         augment: whether references from the clip itself are augmented.
-        clip_variants: number of temporal cuts that each clip has; 0: any.
+        clip_variants: number of parts of each clip that samples show; 0: any.
         reference_variants: number of augmented variants that each reference has; 0: any.
         prompt_alternatives: draw from all captions of a clip instead of taking the first.
         seed: of everything drawn.
@@ -123,7 +123,7 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
 
 
-def choose(
+def draw_sample_spec(
     clip: Clip,
     row: int,
     bucket: Bucket,
@@ -131,7 +131,7 @@ def choose(
     position: int,
     *,
     allowed: Callable[[Reference], bool] | None = None,
-) -> Choice:
+) -> SampleSpec:
     """Draws everything about the sample at a global position.
 
     Args:
@@ -141,28 +141,28 @@ def choose(
         ValueError: if the clip has no reference that may be used.
     """
     generator = keyed_generator(sampling.seed, _DRAWS, position)
-    cut = int(generator.integers(sampling.clip_variants or _ANY))
+    clip_variant = int(generator.integers(sampling.clip_variants or _ANY))
     prompts = possible_prompts(clip, sampling)
     prompt = prompts[int(generator.integers(len(prompts)))]
     prefers_other = bool(generator.random() < sampling.cross_pairs)
-    references: list[ReferenceChoice] = []
+    references: list[ReferenceSpec] = []
     for index in generator.permutation(len(clip.subjects)).tolist():
         subject = clip.subjects[index]
         candidates = _preferred(subject, prefers_other, allowed)
         # Each subject draws equally often, whatever becomes of the ones before it.
-        lot, variant, stays = generator.random(), int(generator.integers(_ANY)), generator.random()
+        pick, variant, stays = generator.random(), int(generator.integers(_ANY)), generator.random()
         if not candidates or (references and stays < sampling.reference_dropout):
             continue
-        number = candidates[int(lot * len(candidates))]
+        number = candidates[int(pick * len(candidates))]
         augmentation = None
         if is_augmented(subject.refs[number], sampling):
             augmentation = variant % (sampling.reference_variants or _ANY)
-        references.append(ReferenceChoice(index, number, augmentation))
+        references.append(ReferenceSpec(index, number, augmentation))
     if not references:
         raise ValueError(
             f"clip {clip.id} has no references" + (" on its side of the split" if allowed else "")
         )
-    return Choice(row, bucket, cut, prompt, tuple(references[: sampling.max_references]))
+    return SampleSpec(row, bucket, clip_variant, prompt, tuple(references[: sampling.max_references]))
 
 
 def is_augmented(reference: Reference, sampling: Sampling) -> bool:
@@ -175,14 +175,14 @@ def possible_prompts(clip: Clip, sampling: Sampling) -> tuple[str, ...]:
     return (clip.prompt, *clip.prompt_alt) if sampling.prompt_alternatives else (clip.prompt,)
 
 
-def possible_references(clip: Clip, sampling: Sampling) -> list[ReferenceChoice]:
+def possible_references(clip: Clip, sampling: Sampling) -> list[ReferenceSpec]:
     """Every reference that samples of a clip may have, without augmented ones if their number is not limited."""
-    found: list[ReferenceChoice] = []
+    found: list[ReferenceSpec] = []
     for index, subject in enumerate(clip.subjects):
         for number, reference in enumerate(subject.refs):
             augmented = is_augmented(reference, sampling)
             variants: Sequence[int | None] = range(sampling.reference_variants) if augmented else (None,)
-            found += [ReferenceChoice(index, number, variant) for variant in variants]
+            found += [ReferenceSpec(index, number, variant) for variant in variants]
     return found
 
 
