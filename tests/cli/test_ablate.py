@@ -193,7 +193,7 @@ def test_other_numbers_in_the_same_folder_are_refused(finished: tuple[Path, Resu
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (FloatingPointError("3 steps in a row"), 2, "refalign_ext: error: 3 steps in a row"),
+        (ConnectionError("a rank is gone"), 2, "refalign_ext: error: a rank is gone"),
         (KeyboardInterrupt(143), 143, "stopped; the same command goes on from there"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from refalign_ext.data.checking.row import RowSettings, check_row
+from refalign_ext.data.check.row import RowSettings, check_row
 from refalign_ext.data.clip_index import BAD_VIDEO, USABLE, measure, open_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder
@@ -19,7 +19,7 @@ from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.spans import Part, frame_range, span_arguments, steady_range
+from refalign_ext.data.spans import frame_range, steady_range
 from refalign_ext.data.statistics.stats import collect_stats
 from tests.helpers.clips import render
 
@@ -61,7 +61,7 @@ def longest(is_possible: Any) -> int:
 def decoded(folder: Path, span: VideoSpan) -> int:
     def decodes(frames: int) -> bool:
         try:
-            return read_clip(folder / span.path, frames, (8, 8), **span_arguments(span)).shape[1] == frames
+            return read_clip(folder / span.path, frames, (8, 8), span=span).shape[1] == frames
         except ValueError:
             return False
 
@@ -121,9 +121,8 @@ def test_a_steady_rate_tells_what_the_times_of_all_frames_tell(seed: int) -> Non
         instants = [None, rng.uniform(0, 1.1) * frames / fps, rng.randint(0, frames) / fps]
         instants += [round(instant, 3) for instant in instants[1:]]
         span = VideoSpan("clip.mp4", start_s=rng.choice(instants), end_s=rng.choice(instants))
-        part = Part(**span_arguments(span))
         try:
-            expected = frame_range(Path("clip.mp4"), times, part)
+            expected = frame_range(Path("clip.mp4"), times, span)
         except ValueError:
             expected = None
         try:
