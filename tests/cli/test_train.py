@@ -546,7 +546,7 @@ def test_other_starts_and_no_alignment(
         ),
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
         (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
-        (["--task", "r2v-7B"], "--task r2v-7B: .*r2v-1.3B, r2v-14B, r2v-tiny"),
+        (["--task", "r2v-7B"], "--task r2v-7B: .*choose one of r2v-tiny, r2v-1.3B, r2v-14B"),
         (["--task", "t2v-1.3B"], "--task t2v-1.3B: a task of the family r2v"),
         (["--ckpt_dir", "here"], "lacks .*Wan2.1_VAE_tiny.pth, .*google/umt5-tiny"),
         (["--device", "gpu"], "unknown device 'gpu'"),
