@@ -24,7 +24,7 @@ from refalign_ext.cli.data_options import (
 )
 
 if TYPE_CHECKING:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
 
 @click.group()
@@ -83,8 +83,8 @@ def check(
     share: Share,
 ) -> None:
     """Check every row of the manifest or packed folder CLIPS; exit code 2 if there are errors."""
-    from refalign_ext.data.checking.check import check as look
-    from refalign_ext.data.checking.contact import contact_sheet, write_contact_sheet
+    from refalign_ext.data.check.contact import contact_sheet, write_contact_sheet
+    from refalign_ext.data.check.run import check as look
     from refalign_ext.data.clip_set import open_clip_set
 
     length = given_length(frames, fps, stride)

@@ -22,10 +22,11 @@ import numpy as np
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.hashing import hash64
 from refalign_ext.data.media_source import Media, MediaBytes
+from refalign_ext.data.pieces import chunks
 from refalign_ext.data.sampling.split import source_hash
 from refalign_ext.data.schema import Clip, VideoSpan
 from refalign_ext.data.spans import steady_range
-from refalign_ext.data.work import chunks, run_each
+from refalign_ext.data.worker_pool import run_each
 
 if TYPE_CHECKING:
     from refalign_ext.data.video_file import VideoInfo

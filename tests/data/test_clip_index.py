@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from refalign_ext.data import clip_index
-from refalign_ext.data.checking.row import RowSettings, check_row
+from refalign_ext.data.check.row import RowSettings, check_row
 from refalign_ext.data.clip_index import (
     BAD_ROW,
     BAD_VIDEO,

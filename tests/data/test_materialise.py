@@ -23,10 +23,10 @@ from refalign_ext.data.materialise.reference import read_reference
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.materialise.trimming import trim
 from refalign_ext.data.media_source import MediaBytes
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import VideoSpan, parse
 from refalign_ext.data.shards import read_listing, verify_shard
 from refalign_ext.data.video_file import probe
-from refalign_ext.data.work import Share
 from tests.helpers.clips import RATE, SUBJECT, box_of, entry, frame, render
 
 SIZE = (64, 48)

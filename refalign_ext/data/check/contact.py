@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
-from refalign_ext.data.checking.contact_layout import (
+from refalign_ext.data.check.contact_layout import (
     FAINT,
     GAP,
     INK,
