@@ -99,6 +99,7 @@ def plot_features(
     from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
     from refalign_ext.evaluation.feature_plots import PlotRequest
     from refalign_ext.evaluation.feature_plots import plot_features as draw
+    from refalign_ext.sprites.feature_samples import sprite_samples
 
     if ckpt_dir is None and task != "r2v-tiny":
         raise ValueError(
@@ -114,7 +115,7 @@ def plot_features(
     request = PlotRequest(
         task=task, ckpt_dir=folder, checkpoints=dict(zip(names, paths, strict=True)), **settings
     )
-    entry = draw(request, out)
+    entry = draw(request, out, make_samples=sprite_samples)
     for name, levels in entry["checkpoints"].items():
         for timestep, blocks in levels.items():
             click.echo(f"{name}, noise level {timestep}")
