@@ -46,10 +46,10 @@ from refalign_ext.data.loading.dataset import ClipDataset
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.order import OrderEntry
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.work import Share
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
 from refalign_ext.training.precompute import FrozenParts, fill_cache
 

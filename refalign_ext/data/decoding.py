@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refalign_ext.data.media_source import Media
-from refalign_ext.data.spans import Part, choose_frames, frame_range
+from refalign_ext.data.schema import VideoSpan
+from refalign_ext.data.spans import choose_frames, frame_range
 from refalign_ext.data.video_file import (
     Packet,
     frame_times,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Frames to leave out: below this, decoding on costs less than starting anew at a key frame.
 _WORTH_SEEKING = 8
+WHOLE_FILE = VideoSpan("")
 _LIMITED_RANGE = 1  # FFmpeg's number for black at 16 and white at 235
 
 
@@ -45,12 +47,7 @@ def read_clip(
     *,
     fps: float | None = None,
     stride: int | None = None,
-    start_frame: int | None = None,
-    end_frame: int | None = None,
-    start_s: float | None = None,
-    end_s: float | None = None,
-    end_tolerance: int = 0,
-    crop_xyxy: Sequence[int] | None = None,
+    span: VideoSpan = WHOLE_FILE,
 ) -> Tensor:
     """`frame_num` frames, upright, scaled and centre-cropped to `size` (width, height): [3, T, H, W] in [-1, 1].
 
@@ -60,22 +57,18 @@ def read_clip(
         start_share: where to start, 0 to 1, as a share of the frames that are not needed.
         fps: frames per second to take, each the one shown nearest to its time; None takes frames of the file.
         stride: take every stride-th frame of the file, instead of `fps`; None is 1.
-        start_frame, end_frame: take frames from this range alone, `end_frame` excluded; None is no limit.
-        start_s, end_s: the range in seconds instead: of frames shown from `start_s` on and before `end_s`.
-        end_tolerance: frames by which the end may lie beyond that of the file, and is then taken as the file's.
-        crop_xyxy: left, top, right and bottom of the part to use, in whole pixels of a frame as it is shown.
+        span: the frames that may be taken, and the crop to use of each.
 
     Raises:
         ValueError: if the file cannot be decoded, or is too short or too small for what is asked.
     """
     assert frame_num > 0 and min(size) > 0 and 0 <= start_share <= 1
     assert fps is None or (fps > 0 and stride is None)
-    part = Part(start_frame, end_frame, start_s, end_s, end_tolerance)
 
     def choose(times: list[Fraction]) -> list[int]:
-        return choose_frames(path, times, part, frame_num, start_share, fps, stride or 1)
+        return choose_frames(path, times, span, frame_num, start_share, fps, stride or 1)
 
-    return torch.stack(_read(path, choose, _Finish(path, size, crop_xyxy)), 1)  # [3, T, H, W]
+    return torch.stack(_read(path, choose, _Finish(path, size, span.crop_xyxy)), 1)  # [3, T, H, W]
 
 
 def read_frame(
@@ -83,26 +76,21 @@ def read_frame(
     *,
     frame: int | None = None,
     frame_share: float | None = None,
-    start_frame: int | None = None,
-    end_frame: int | None = None,
-    start_s: float | None = None,
-    end_s: float | None = None,
-    end_tolerance: int = 0,
+    span: VideoSpan = WHOLE_FILE,
 ) -> np.ndarray:
     """One whole frame, upright, at its own size: [H, W, 3] uint8, RGB.
 
     Args:
-        frame: its number in the file, or frame_share: its place in [0, 1) among the frames of the range.
-        start_frame, end_frame, start_s, end_s, end_tolerance: the range, as for `read_clip`.
+        frame: its number in the file, or frame_share: its place in [0, 1) among the frames of the span.
+        span: the frames that may be taken; its crop is not applied.
 
     Raises:
-        ValueError: if the file cannot be decoded, or the frame is not in the range or the range not in the file.
+        ValueError: if the file cannot be decoded, or the frame is not in the span or the span not in the file.
     """
     assert (frame is None) != (frame_share is None)
-    part = Part(start_frame, end_frame, start_s, end_s, end_tolerance)
 
     def choose(times: list[Fraction]) -> list[int]:
-        start, end = frame_range(path, times, part)
+        start, end = frame_range(path, times, span)
         number = frame if frame is not None else start + int((end - start) * frame_share)
         if not start <= number < end:
             inside = "" if (start, end) == (0, len(times)) else f" that are used ({start} to {end})"

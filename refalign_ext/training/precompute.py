@@ -27,9 +27,10 @@ from refalign_ext.data.cache.files import (
 from refalign_ext.data.cache.names import LATENT_TYPES, differences, features_name, text_name
 from refalign_ext.data.cache.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.pixels import from_uint8
 from refalign_ext.data.sampling.sample_spec import Sampling
-from refalign_ext.data.work import Share, run_each
+from refalign_ext.data.worker_pool import run_each
 from refalign_ext.encoders import Encoders, task_config, text_encoder
 
 logger = logging.getLogger(__name__)

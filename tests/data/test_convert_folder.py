@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -24,22 +22,15 @@ from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.schema import Clip
 from refalign_ext.data.video_file import VideoInfo
+from tests.helpers.clips import render
 
 SHORT = Length(5)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten frames of 48 x 32 at 8 fps."""
-    path = tmp_path_factory.mktemp("sample") / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=8, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for level in range(10):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), level * 20, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
+    return render(tmp_path_factory.mktemp("sample") / "clip.mp4", 10, size=(48, 32))
 
 
 class Place:
@@ -176,15 +167,7 @@ def test_lengths_are_judged_at_the_wanted_rate(place: Place) -> None:
 
 @pytest.mark.parametrize(("frames", "fps", "wanted"), [(10, 8.0, 16.0), (81, 30.0, 16.0), (33, 24.0, 25.0)])
 def test_as_many_frames_as_the_decoder_finds(tmp_path: Path, frames: int, fps: float, wanted: float) -> None:
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=int(fps), options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
-        for _ in range(frames):
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24"))
-            )
-        container.mux(stream.encode())
+    path = render(tmp_path / "clip.mp4", frames, rate=int(fps))
     possible = Length(1, wanted).possible(frames, fps)
     assert read_clip(path, possible, (16, 16), fps=wanted).shape[1] == possible
     with pytest.raises(ValueError, match="are needed"):

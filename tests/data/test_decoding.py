@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from refalign_ext.data import decoding as video
 from refalign_ext.data import video_file
-from refalign_ext.data.decoding import read_clip
+from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.video_file import VideoInfo, probe
 
 SIZE = (64, 48)
@@ -92,6 +93,12 @@ def render(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def read_clip(path: Path, frames: int, size: tuple[int, int], *share: float, **options: Any) -> torch.Tensor:
+    """`decoding.read_clip` of a part of the file."""
+    taken = {name: options.pop(name) for name in ("fps", "stride") if name in options}
+    return video.read_clip(path, frames, size, *share, **taken, span=VideoSpan(path.name, **options))
 
 
 def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
@@ -320,7 +327,7 @@ def test_too_short_says_how_many_there_are(tmp_path: Path) -> None:
     for asked, message in (
         ({}, "12 frames, 13 are needed"),
         ({"start_frame": 4}, "8 frames from 4 to 12, 13 are needed"),
-        ({"end_frame": 13}, "frames 0 to 13 are asked for, the file has 12"),
+        ({"end_frame": 14}, "frames 0 to 14 are asked for, the file has 12"),
         ({"start_frame": 5, "end_frame": 5}, "frames 5 to 5 are asked for"),
         ({"start_frame": -1}, "frames -1 to 12 are asked for"),
         ({"fps": 4.0}, r"12 frames over 1\.44 s are 6 at 4 fps, 13 are needed"),

@@ -23,10 +23,10 @@ from refalign_ext.data.materialise.reference import read_reference
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.materialise.trimming import trim
 from refalign_ext.data.media_source import MediaBytes
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import VideoSpan, parse
 from refalign_ext.data.shards import read_listing, verify_shard
 from refalign_ext.data.video_file import probe
-from refalign_ext.data.work import Share
 from tests.helpers.clips import RATE, SUBJECT, box_of, entry, frame, render
 
 SIZE = (64, 48)
@@ -132,13 +132,11 @@ def check_rows(folder: Path, source: Path) -> None:
     assert np.abs(cut[0] - SUBJECT).max() < 15
     part = clips[4]
     assert len(part.subjects) == 1
-    wanted = read_clip(source.parent / "videos/a.mp4", 20, SIZE, start_frame=50, end_frame=70)
-    span = {"start_frame": part.video.start_frame, "end_frame": part.video.end_frame}
-    assert (read_clip(clips.media(4, part.video.path), 20, SIZE, **span) == wanted).all()
+    wanted = read_clip(source.parent / "videos/a.mp4", 20, SIZE, span=VideoSpan("a.mp4", 50, 70))
+    media, span = clips.media(4, part.video.path), part.video
+    assert (read_clip(media, 20, SIZE, span=VideoSpan("", span.start_frame, span.end_frame)) == wanted).all()
     target = part.subjects[0].target
-    there = read_clip(
-        clips.media(4, part.video.path), 1, SIZE, start_frame=target.frame, end_frame=target.frame + 1
-    )
+    there = read_clip(media, 1, SIZE, span=VideoSpan("", target.frame, target.frame + 1))
     assert (there[:, 0] == wanted[:, 5]).all()
 
 
@@ -443,7 +441,7 @@ def test_trimmed_files_hold_the_same_frames(tmp_path: Path, name: str, codec: st
         assert (shifted.start_frame, shifted.end_frame, shifted.start_s) == (50 - before, 70 - before, None)
         for options in ({}, {"fps": RATE / 2}):
             new, old = (
-                read_clip(media, 9, SIZE, start_frame=first, end_frame=first + 20, **options)
+                read_clip(media, 9, SIZE, span=VideoSpan(name, first, first + 20), **options)
                 for media, first in ((MediaBytes("copy", data), 50 - before), (path, 50))
             )
             assert (new == old).all()

@@ -18,7 +18,7 @@ from PIL import Image
 
 import refalign_ext.data
 from refalign_ext.data.cache.files import open_chunk
-from refalign_ext.data.checking.check import check
+from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import measure
 from refalign_ext.data.clip_set import ShardRows, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder

@@ -25,9 +25,9 @@ from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.work import Share
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training import clip_data as training_data

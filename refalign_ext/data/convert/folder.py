@@ -148,12 +148,13 @@ def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
     """The span with its end, and the size and rate of its file."""
     fps, frames = float(record["fps"]), int(record["frames"])
     known = {"fps": fps, "width": int(record["width"]), "height": int(record["height"])}
-    if span.start_s is None:
+    if span.start_s is None and span.end_s is None:
         start = span.start_frame or 0
         return replace(span, start_frame=start, end_frame=start + frames, **known)
     # Ends are often rounded: one beyond the last frame is still the end of the file.
-    end_s = (steady_frame(span.start_s, fps) + frames) / fps
-    return replace(span, end_s=end_s if span.end_s is None else min(span.end_s, end_s), **known)
+    start_s = span.start_s or 0.0
+    end_s = (steady_frame(start_s, fps) + frames) / fps
+    return replace(span, start_s=start_s, end_s=min(end_s, span.end_s or end_s), **known)
 
 
 def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject, ...]:

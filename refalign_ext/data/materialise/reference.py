@@ -13,7 +13,6 @@ from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.masks import cut_reference, decode
 from refalign_ext.data.media_source import Media
 from refalign_ext.data.schema import Reference, Target
-from refalign_ext.data.spans import span_arguments
 from refalign_ext.references import load_image
 
 
@@ -47,11 +46,12 @@ class FrameMemory:
         """
         from refalign_ext.data.decoding import read_frame
 
-        part = span_arguments(reference.video)
-        key = (str(media), reference.frame, reference.frame_frac, *part.values())
+        key = (str(media), reference.frame, reference.frame_frac, reference.video)
         if key != self._key:
             self._key = None
-            self._frame = read_frame(media, frame=reference.frame, frame_share=reference.frame_frac, **part)
+            self._frame = read_frame(
+                media, frame=reference.frame, frame_share=reference.frame_frac, span=reference.video
+            )
             self._key = key
         return self._frame
 

@@ -25,6 +25,7 @@ from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES, ManifestReader, index_path
 from refalign_ext.data.materialise.files import Place, cut_piece, pictures_folder
 from refalign_ext.data.materialise.pack import pack_piece
+from refalign_ext.data.pieces import Share, chunks
 from refalign_ext.data.shards import (
     LISTING,
     SHARD_FOLDER,
@@ -32,7 +33,7 @@ from refalign_ext.data.shards import (
     shard_name,
     write_listing,
 )
-from refalign_ext.data.work import Share, chunks, run_each
+from refalign_ext.data.worker_pool import run_each
 
 REPORT = "report.json"
 SHARD_SIZE = 256

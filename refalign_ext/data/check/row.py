@@ -17,7 +17,8 @@ from refalign_ext.data.materialise.reference import (
     read_reference,
 )
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
-from refalign_ext.data.spans import span_arguments, steady_range
+from refalign_ext.data.spans import steady_range
+from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,9 +74,12 @@ def check_row(clip_set: ClipSet, row: int, settings: RowSettings) -> tuple[list[
         return [_unreadable(row, place, str(error))], None
     except Exception as error:  # noqa: BLE001, a row that nobody thought of must not hide the others
         return [Finding(row + 1, "error", "unexpected", "", f"{type(error).__name__}: {error}")], None
-    tried = _Row(clip_set, row, clip, settings)
+    tried = RowCheck(clip_set, row, clip, settings)
     try:
+        begin_row(row)
         tried.check()
+    except RowCrashedWorker as error:
+        tried.error("killed_process", "", str(error))
     except Exception as error:  # noqa: BLE001, nor a file
         tried.error("unexpected", "", f"{type(error).__name__}: {error}")
     return tried.findings[:_MAX_FINDINGS], clip.id
@@ -91,7 +95,7 @@ def _unreadable(row: int, place: str, message: str) -> Finding:
     return Finding(row + 1, "error", "not_json" if is_text else "row_unreadable", "", message)
 
 
-class _Row:
+class RowCheck:
     """The row being checked and what was found so far."""
 
     def __init__(self, clip_set: ClipSet, row: int, clip: Clip, settings: RowSettings) -> None:
@@ -209,12 +213,12 @@ class _Row:
         from refalign_ext.data.decoding import read_clip, read_frame
 
         span = self.clip.video
-        media, part = self.clip_set.media(self.row, span.path), span_arguments(span)
+        media = self.clip_set.media(self.row, span.path)
         if self.settings.decode == "all":
             for start in range(frames.start, frames.stop, _PIECE):
                 end = min(start + _PIECE, frames.stop)
                 try:
-                    read_clip(media, end - start, _THUMBNAIL, start_frame=start, end_frame=end)
+                    read_clip(media, end - start, _THUMBNAIL, span=VideoSpan(span.path, start, end))
                 except ValueError as error:
                     self.error("unreadable", "video", f"frames [{start}, {end}): {error}")
                     return
@@ -231,7 +235,7 @@ class _Row:
                 self.error("target_beyond_file", where, message)
                 continue
             try:
-                read_frame(media, frame=frame, frame_share=share, **part)
+                read_frame(media, frame=frame, frame_share=share, span=span)
             except ValueError as error:
                 self.error("unreadable", where, str(error))
 
