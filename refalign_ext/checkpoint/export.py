@@ -35,12 +35,11 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
-    layout: Layout,
-    projectors: bool,
+    layout: Layout = "upstream",
+    projectors: bool = False,
     raw: bool = False,
     base: Path | None = None,
     shard_gigabytes: float = 5.0,
-    progress: bool = True,
 ) -> list[Path]:
     """Write a checkpoint's weights as safetensors with their config.json.
 
@@ -55,7 +54,6 @@ def export_checkpoint(
         raw: the trained weights, where the checkpoint also has their moving average.
         base: the model that the checkpoint's adapter belongs to; None: the one that its settings name.
         shard_gigabytes: largest size of a file in units of 10^9 bytes; more is split over several files with an index.
-        progress: show a progress bar.
 
     Returns:
         The files with the tensors.
@@ -85,13 +83,13 @@ def export_checkpoint(
         weights = weights | dit.projectors
     note = {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
     with _new_folder(out) as folder:
-        files = _write_shards(folder, weights, note, round(shard_gigabytes * 1e9), progress)
+        files = _write_shards(folder, weights, note, round(shard_gigabytes * 1e9))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
 
 
 def export_adapter(
-    checkpoint: Path, out: Path, *, layout: Layout, raw: bool = False, base: Path | None = None
+    checkpoint: Path, out: Path, *, layout: Layout = "upstream", raw: bool = False, base: Path | None = None
 ) -> list[Path]:
     """Write the adapter of a LoRA run's checkpoint alone. The folder appears under its name only when it is complete.
 
@@ -139,7 +137,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _write_shards(
-    folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int, progress: bool
+    folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int
 ) -> list[str]:
     """Write `weights` as one file or, beyond `limit` bytes, as several."""
     shards: list[dict[str, Weight]] = [{}]
@@ -155,7 +153,7 @@ def _write_shards(
     files = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
         files = [f"{_STEM}.safetensors"]
-    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True) as bar:
         for file, shard in zip(files, shards, strict=True):
             _write_file(folder / file, shard, note, bar)
     if count > 1:

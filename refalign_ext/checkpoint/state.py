@@ -7,16 +7,16 @@ Names start with the part: `model.dit.*`, `model.projectors.*` and `model.<extra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.distributed.mesh import failure_on_any_rank
 
 MODEL, OPTIMIZERS, AVERAGE = "model", "optimizers", "average"
 DIT, PROJECTORS = "dit.", "projectors."
@@ -82,7 +82,15 @@ def restore_state(
     Raises:
         ValueError: on all ranks, if it is damaged, or if its names and shapes are not exactly this run's.
     """
-    plan = _on_all_ranks(lambda: _plan(path, _named_tensors(trained), optimizers, average))
+    plan, reason = None, None
+    try:
+        plan = _plan(path, _named_tensors(trained), optimizers, average)
+    except ValueError as error:
+        reason = str(error)
+    reason = failure_on_any_rank(reason)
+    if reason is not None:
+        raise ValueError(reason)
+    assert plan is not None
     plan.stored.load({name: value.detach() for name, value in plan.targets.items()})
     with torch.no_grad():
         for target, source in plan.copies:
@@ -216,21 +224,3 @@ def _misfit(path: Path, reason: str) -> ValueError:
         f"checkpoint {path} does not fit this run ({reason}): use the settings it was trained with, --resume off or "
         "another --out"
     )
-
-
-def _on_all_ranks(work: Callable[[], _LoadPlan]) -> _LoadPlan:
-    """Do something on every rank; if it fails on one, its ValueError is raised on all."""
-    result, failure = None, None
-    try:
-        result = work()
-    except ValueError as error:
-        failure = error
-    failures: list[str | None] = [None if failure is None else str(failure)]
-    if dist.is_initialized():
-        failures = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if failure is None else str(failure))
-    for text in failures:
-        if text is not None:
-            raise ValueError(text) from failure
-    assert result is not None
-    return result

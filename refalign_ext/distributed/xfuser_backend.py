@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone
-from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.mesh import Parallel, failure_on_any_rank
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,12 @@ def attach_xfuser(backbone: ReferenceBackbone, parallel: Parallel, dtype: torch.
         lambda: _require_same_numbers(backbone.model, XfuserCore(cores[0], attentions[0]), parallel, dtype),
     )
     for step in steps:
-        reason = _failure_on_any_rank(step, parallel)
+        reason = None
+        try:
+            step()
+        except _FAILURES as error:
+            reason = f"on rank {parallel.rank}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = failure_on_any_rank(reason)
         if reason is not None:
             logger.warning("xfuser cannot be used (%s): the torch backend exchanges tokens instead", reason)
             return False
@@ -72,16 +77,6 @@ def attach_xfuser(backbone: ReferenceBackbone, parallel: Parallel, dtype: torch.
         block.self_attn.core = XfuserCore(core, attentions[0])
     logger.info("xfuser exchanges tokens among the sequence ranks")
     return True
-
-
-def _failure_on_any_rank(step: Callable[[], None], parallel: Parallel) -> str | None:
-    """Why a step failed, on the first rank on which it did; the same on all ranks."""
-    reason = None
-    try:
-        step()
-    except _FAILURES as error:
-        reason = f"on rank {parallel.rank}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return next((text for text in parallel.gather_objects(reason) if text), None)
 
 
 def _import(*names: str) -> None:

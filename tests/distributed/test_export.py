@@ -83,7 +83,7 @@ def test_exported_weights_are_the_checkpoints(
 ) -> None:
     out = tmp_path / "new" / "model"
     files = export_checkpoint(
-        checkpoint, out, layout=layout, projectors=True, shard_gigabytes=shard_gigabytes, progress=False
+        checkpoint, out, layout=layout, projectors=True, shard_gigabytes=shard_gigabytes
     )
     expected = modules()
     found = read_dit_checkpoint(out)
@@ -112,9 +112,7 @@ def test_exported_weights_are_the_checkpoints(
 
 def test_raw_weights_and_no_projectors(checkpoint: Path, tmp_path: Path) -> None:
     for raw in (True, False):
-        export_checkpoint(
-            checkpoint, tmp_path / str(raw), layout="upstream", projectors=False, raw=raw, progress=False
-        )
+        export_checkpoint(checkpoint, tmp_path / str(raw), raw=raw)
     trained, average = (read_dit_checkpoint(tmp_path / name) for name in ("True", "False"))
     assert not trained.projectors and not average.projectors
     assert_same(average.state_dict, modules().dit.state_dict())
@@ -124,9 +122,7 @@ def test_raw_weights_and_no_projectors(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_diffusers_loads_it_and_computes_the_same(checkpoint: Path, tmp_path: Path) -> None:
-    export_checkpoint(
-        checkpoint, tmp_path / "transformer", layout="diffusers", projectors=False, progress=False
-    )
+    export_checkpoint(checkpoint, tmp_path / "transformer", layout="diffusers")
     theirs, report = WanTransformer3DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours, config = modules().dit.eval(), tiny_config()
@@ -165,7 +161,7 @@ def test_memory_is_that_of_one_tensor(
         return tensor
 
     monkeypatch.setattr(StoredTensors, "read", watched)
-    export_checkpoint(checkpoint, tmp_path / "out", layout="upstream", projectors=True, progress=False)
+    export_checkpoint(checkpoint, tmp_path / "out", projectors=True)
     gc.collect()
     assert len(asked) == len(set(asked)) and not alive
     assert {name.split(".")[0] for name in asked} == {"average", "model"}
@@ -185,9 +181,8 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_said(checkpoint: Path, tmp_path: Path) -> None:
     def attempt(path: Path = checkpoint, out: Path = tmp_path / "out", **changes: object) -> str:
-        options = {"layout": "upstream", "projectors": False, "progress": False, **changes}
         with pytest.raises(ValueError) as error:
-            export_checkpoint(path, out, **options)
+            export_checkpoint(path, out, **changes)
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
         return str(error.value)
 
@@ -218,5 +213,5 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(tmp_path: Path) -> None:
     shards = path / "__0_0.distcp"
     shards.write_bytes(shards.read_bytes()[: shards.stat().st_size // 2])
     with pytest.raises(ValueError, match="damaged or incomplete"):
-        export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=True, progress=False)
+        export_checkpoint(path, tmp_path / "out", projectors=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step-00000001"]

@@ -151,7 +151,7 @@ def test_the_merged_model_computes_what_was_trained(
 ) -> None:
     checkpoint, expected = runs[ranks]
     assert all(is_adapter_key(name) for name in StoredTensors(checkpoint).names("model.dit."))
-    export_checkpoint(checkpoint, tmp_path / "up", layout="upstream", projectors=True, progress=False)
+    export_checkpoint(checkpoint, tmp_path / "up", projectors=True)
     found, before = read_dit_checkpoint(tmp_path / "up"), read_dit_checkpoint(base)
     start = predict_with(before.state_dict, before.config)
     torch.testing.assert_close(predict_with(found.state_dict, found.config), expected, atol=1e-5, rtol=1e-5)
@@ -167,14 +167,7 @@ def test_the_merged_model_computes_what_was_trained(
         digest = hashlib.sha256((base / FILE).read_bytes()).hexdigest()
         assert file.metadata() == {"format": "pt", "base_model": str(base), "base_model_sha256": digest}
 
-    files = export_checkpoint(
-        checkpoint,
-        tmp_path / "theirs",
-        layout="diffusers",
-        projectors=False,
-        shard_gigabytes=1e-5,
-        progress=False,
-    )
+    files = export_checkpoint(checkpoint, tmp_path / "theirs", layout="diffusers", shard_gigabytes=1e-5)
     assert len(files) > 1
     theirs = read_dit_checkpoint(tmp_path / "theirs")
     assert_bitwise(theirs.state_dict, found.state_dict)
@@ -189,7 +182,7 @@ def test_peft_loads_the_adapter(runs: dict[int, tuple[Path, Tensor]], base: Path
     from peft import PeftModel
 
     checkpoint, expected = runs[2]
-    (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="upstream")
+    (file,) = export_adapter(checkpoint, tmp_path / "adapter")
     names = sorted(path.name for path in file.parent.iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
     assert file.stat().st_mode == (file.parent / names[0]).stat().st_mode
@@ -209,7 +202,7 @@ def test_peft_loads_the_adapter(runs: dict[int, tuple[Path, Tensor]], base: Path
 
 
 def test_diffusers_loads_the_adapter(checkpoint: Path, base: Path, tmp_path: Path) -> None:
-    export_checkpoint(checkpoint, tmp_path / "merged", layout="diffusers", projectors=False, progress=False)
+    export_checkpoint(checkpoint, tmp_path / "merged", layout="diffusers")
     (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="diffusers")
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
     with safe_open(file, "pt") as opened:
@@ -238,7 +231,7 @@ def test_an_untrained_adapter_gives_the_base_bitwise(base: Path, tmp_path: Path,
     train(0, 1, tmp_path / "base.safetensors", tmp_path / "run", 0)
     path = tmp_path / "run" / "checkpoints" / "step-00000000"
     assert_bitwise(read_dit(path), weights)
-    export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=False, progress=False)
+    export_checkpoint(path, tmp_path / "out")
     assert_bitwise(load_file(tmp_path / "out" / FILE), weights)
 
 
@@ -246,14 +239,7 @@ def test_the_base_keeps_its_dtype(checkpoint: Path, base: Path, tmp_path: Path) 
     half = {name: value.to(torch.bfloat16) for name, value in load_file(base / FILE).items()}
     save_file(half, tmp_path / "half.safetensors")
     out = tmp_path / "out"
-    export_checkpoint(
-        checkpoint,
-        out,
-        layout="upstream",
-        projectors=False,
-        base=tmp_path / "half.safetensors",
-        progress=False,
-    )
+    export_checkpoint(checkpoint, out, base=tmp_path / "half.safetensors")
     found, single = load_file(out / FILE), read_dit(checkpoint)
     assert {value.dtype for value in found.values()} == {torch.bfloat16}
     for name in ADAPTED:
@@ -281,7 +267,7 @@ def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Pa
     assert_bitwise(found, expected[-1])
     name = "blocks.0.ffn.0.weight"
     assert len({float(weights[name].sum()) for weights in expected}) == 3
-    export_checkpoint(start, tmp_path / "out", layout="upstream", projectors=False, progress=False)
+    export_checkpoint(start, tmp_path / "out")
     assert_bitwise(load_file(tmp_path / "out" / FILE), found)
 
 
@@ -298,7 +284,7 @@ def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     for attempt in (
         lambda: read_dit(path),
         lambda: read_any_dit(path),
-        lambda: export_checkpoint(path, Path("out"), layout="upstream", projectors=False, progress=False),
+        lambda: export_checkpoint(path, Path("out")),
     ):
         with pytest.raises(ValueError) as error:
             attempt()
@@ -306,7 +292,7 @@ def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert f"python -m refalign_ext export {path} --base MODEL --out FOLDER" in str(error.value)
     assert not list(elsewhere.iterdir())
     # The adapter itself needs no base, and then has no fingerprint of it.
-    (file,) = export_adapter(path, Path("adapter"), layout="upstream")
+    (file,) = export_adapter(path, Path("adapter"))
     assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "model"
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "base_model": "model"}
@@ -379,7 +365,7 @@ def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: 
         return tensor
 
     monkeypatch.setattr(reading, "merged_weight", watched)
-    export_checkpoint(checkpoint, tmp_path / "out", layout="upstream", projectors=True, progress=False)
+    export_checkpoint(checkpoint, tmp_path / "out", projectors=True)
     gc.collect()
     assert merged == len(ADAPTED) and not alive
     assert most <= 2  # while one is made, the one before may still have a name
@@ -394,4 +380,4 @@ def test_what_is_neither_whole_nor_an_adapter(base: Path, tmp_path: Path) -> Non
     path = checkpointer.finish()
     assert is_checkpoint(path) and not any(map(is_adapter_key, read_dit(path)))
     with pytest.raises(ValueError, match="holds only what was trained, not a whole DiT"):
-        export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=False, progress=False)
+        export_checkpoint(path, tmp_path / "out")

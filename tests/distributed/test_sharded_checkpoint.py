@@ -15,14 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import WanModel
 from refalign_ext.checkpoint.checkpointer import Checkpointer, checkpoints_in, read_meta, resolve_resume
 from refalign_ext.checkpoint.state import build_state, restore_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel
-from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.parallelize import (
+    TrainedModules,
+    gather_full_tensors,
+    shard_dit,
+    shard_projectors,
+)
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.muon import Muon
@@ -88,24 +92,12 @@ def digests(
     trained: nn.Module, optimizers: list[torch.optim.Optimizer], average: dict[str, Tensor] | None
 ) -> dict[str, str]:
     """A hash of every whole tensor. All ranks call it."""
-    state = build_state(trained, optimizers, average)
-    pieces: dict[str, bytes] = {}
-    is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for part, tensors in state.items():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor) or is_first:
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                plain = local.detach().contiguous().reshape(-1)
-                pieces[f"{part}.{name}"] = plain.view(torch.uint8).numpy().tobytes()
-    gathered = [pieces]
-    if torch.distributed.is_initialized():
-        gathered = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(gathered, pieces)
-    # Shards are rows in the order of the ranks, so their bytes joined are the whole tensor's.
-    return {
-        name: hashlib.sha256(b"".join(rank.get(name, b"") for rank in gathered)).hexdigest()
-        for name in gathered[0]
-    }
+    found = {}
+    for part, tensors in build_state(trained, optimizers, average).items():
+        for name, whole in gather_full_tensors(tensors).items():
+            content = whole.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            found[f"{part}.{name}"] = hashlib.sha256(content.tobytes()).hexdigest()
+    return found
 
 
 def parallel_of(world_size: int) -> Parallel:

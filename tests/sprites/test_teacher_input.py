@@ -176,7 +176,7 @@ def test_a_checkpoint_gives_its_average_to_those_who_use_it_and_refuses_the_othe
     refused = [
         lambda: read_any_dit(path),  # generate.py, the pipeline, `sprites assemble` and runs without it
         lambda: read_dit(path),
-        lambda: export_checkpoint(path, tmp_path / "out", layout="upstream", projectors=False),
+        lambda: export_checkpoint(path, tmp_path / "out"),
     ]
     for use in refused:
         with pytest.raises(ValueError, match="was trained with --teacher_input") as caught:
