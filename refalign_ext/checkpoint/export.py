@@ -7,15 +7,13 @@ its change in float32, where an adapter is merged), and no device, process group
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from refalign_ext.atomic_io import atomic_folder
 
+if TYPE_CHECKING:
     from refalign_ext.checkpoint.reading import StoredDiT, Weight
 
 LAYOUTS = ("upstream", "diffusers")
@@ -82,7 +80,7 @@ def export_checkpoint(
             ) from error
         weights = {diffusers_key(name): weight for name, weight in weights.items()}
     note = _note_on_base(dit)
-    with _new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         files = _write_shards(folder, {**weights, **beside}, note, round(shard_gigabytes * 1e9), progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
@@ -112,7 +110,7 @@ def export_adapter(
     _check_arguments(checkpoint, out, layout)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
     write = write_diffusers_adapter if layout == "diffusers" else write_peft_adapter
-    with _new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         file = write(folder, adapter)
     return [out / file.name]
 
@@ -133,21 +131,6 @@ def _note_on_base(dit: StoredDiT) -> dict[str, str]:
     from refalign_ext.checkpoint.adapters import base_note, files_sha256
 
     return {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` if nothing goes wrong."""
-    unfinished = out.with_name(f"{out.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_shards(
