@@ -83,6 +83,7 @@ def plot_features(
     """
     from refalign_ext.evaluation.feature_plots import PlotRequest
     from refalign_ext.evaluation.feature_plots import plot_features as draw
+    from refalign_ext.sprites.feature_samples import sprite_samples
 
     folder = ckpt_dir or TASKS[task].bundled
     if folder is None:
@@ -98,7 +99,7 @@ def plot_features(
     request = PlotRequest(
         task=task, ckpt_dir=folder, checkpoints=dict(zip(names, paths, strict=True)), **settings
     )
-    entry = draw(request, out)
+    entry = draw(request, out, make_samples=sprite_samples)
     for name, levels in entry["checkpoints"].items():
         for timestep, blocks in levels.items():
             click.echo(f"{name}, noise level {timestep}")
