@@ -20,7 +20,6 @@ from refalign_ext.backbone import (
     require_files,
     required_files,
 )
-from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.sampling.sample_spec import Sampling
@@ -56,11 +55,12 @@ def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
     Raises:
         ValueError: if files are missing (all are listed) or no folder is given.
     """
-    if config.ckpt_dir is None and config.task != "r2v-tiny":
+    folder = config.ckpt_dir or find_task(config.task).bundled
+    if folder is None:
         raise ValueError(
             f"--task {config.task} needs --ckpt_dir FOLDER with the Wan2.1 checkpoint (docs/real_weights.md)"
         )
-    folder = EMBEDDED if config.ckpt_dir is None else Path(config.ckpt_dir)
+    folder = Path(folder)
     needs_dit = dit and not config.from_scratch and config.dit_ckpt is None
     require_files(folder, required_files(folder, task_config(config), dit=needs_dit))
     return folder

@@ -82,7 +82,17 @@ def matching_layers(model: nn.Module, targets: str) -> list[str]:
     Raises:
         ValueError: if an entry matches nothing or is no regular expression.
     """
-    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return select_layers(
+        [name for name, module in model.named_modules() if type(module) is nn.Linear], targets
+    )
+
+
+def select_layers(layers: list[str], targets: str) -> list[str]:
+    """Those of a model's linear layers that `targets` (see `add_lora`) means, in their order.
+
+    Raises:
+        ValueError: if an entry matches nothing or is no regular expression.
+    """
     wanted: set[str] = set()
     entries = [targets] if targets.startswith(_PATTERN) else [entry.strip() for entry in targets.split(",")]
     for entry in entries:

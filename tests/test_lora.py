@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone, WanModel
-from refalign_ext.checkpoint.adapters import (
-    Adapter,
-    diffusers_tensors,
-    read_adapter,
-    save_diffusers_adapter,
-    write_adapter,
-)
 from refalign_ext.lora import (
     adapter_scale,
     add_lora,
@@ -304,104 +295,3 @@ def test_keys() -> None:
     assert base_key("blocks.0.ffn.0.lora_B.weight") == "blocks.0.ffn.0.lora_B.weight"
     assert is_adapter_key("a.lora_A.default.weight") and is_adapter_key("a.lora_B.weight")
     assert not is_adapter_key("a.base_layer.weight") and not is_adapter_key("lora_A.bias")
-
-
-def test_saved_and_loaded(trained: WanModel, tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path / "adapter", Adapter(adapter_of(trained), 4, 6.0, "Wan2.1-T2V-1.3B"))
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    adapter = read_adapter(folder)
-    assert (adapter.rank, adapter.alpha, adapter.base) == (4, 6.0, "Wan2.1-T2V-1.3B")
-    expected = adapter_of(trained)
-    assert_bitwise({key: adapter.tensors[key] for key in expected}, expected)
-
-
-def test_peft_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    folder = write_adapter(tmp_path, Adapter(adapter_of(trained), 4, 6.0, "base"))
-    model = make_model()
-    wrapped = PeftModel.from_pretrained(model, folder)
-    assert_bitwise(adapter_of(model), adapter_of(trained))
-    wanted = outputs(ReferenceBackbone(copy.deepcopy(trained)))
-    for found, expected in zip(outputs(ReferenceBackbone(model)), wanted, strict=True):
-        torch.testing.assert_close(found, expected)
-    # and what peft writes is read here
-    wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    theirs = read_adapter(tmp_path / "theirs")
-    ours = adapter_of(trained)
-    assert_bitwise({key: theirs.tensors[key] for key in ours}, ours)
-
-
-def test_diffusers_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
-    from diffusers import WanTransformer3DModel
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    path = save_diffusers_adapter(tmp_path, Adapter(adapter_of(trained), 4, 6.0))
-    assert path.name == "pytorch_lora_weights.safetensors"
-
-    def theirs(weights: dict[str, Tensor]) -> WanTransformer3DModel:
-        with torch.random.fork_rng(devices=[]):
-            model = WanTransformer3DModel(
-                num_attention_heads=2,
-                attention_head_dim=16,
-                text_dim=12,
-                freq_dim=16,
-                ffn_dim=48,
-                num_layers=2,
-            )
-        model.load_state_dict(convert_wan_transformer_to_diffusers(dict(weights)))
-        return model.eval()
-
-    base, _ = split_state_dict(trained.state_dict())
-    adapted, whole, plain = theirs(base), theirs(merged(trained)), theirs(base)
-    adapted.load_lora_adapter(str(tmp_path), weight_name=path.name)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 2, 4, 4, generator=generator),
-        "timestep": torch.tensor([400]),
-        "encoder_hidden_states": torch.randn(1, 6, 12, generator=generator),
-    }
-    with torch.no_grad():
-        found, expected, without = (model(**inputs).sample for model in (adapted, whole, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - without).abs().max() > 1e-2
-    text = {f"text_embedding.0.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
-    assert "transformer.condition_embedder.text_embedder.linear_1.lora_A.weight" in diffusers_tensors(
-        Adapter(text, 1, 1.0)
-    )
-    unknown = {f"other.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
-    with pytest.raises(ValueError, match="no counterpart of the adapter's layer other"):
-        diffusers_tensors(Adapter(unknown, 1, 1.0))
-
-
-def test_files_that_are_no_adapter(trained: WanModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no LoRA adapter"):
-        read_adapter(tmp_path)
-    adapter = Adapter(adapter_of(trained), 4, 6.0, "base")
-    folder = write_adapter(tmp_path / "a", adapter)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(DEFAULT) and config["peft_type"] == "LORA"
-    for change, message in (
-        ({"use_dora": True}, "uses use_dora: only plain LoRA"),
-        ({"rank_pattern": {"q": 8}}, "uses rank_pattern"),
-        ({"peft_type": "LOHA"}, "is of type LOHA"),
-        ({"r": 8}, "not of rank 8"),
-        ({"r": None}, "is no LoRA adapter"),
-    ):
-        (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
-            read_adapter(folder)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
-        read_adapter(folder)
-    with pytest.raises(ValueError, match="is no LoRA tensor"):
-        write_adapter(tmp_path / "b", Adapter({"x.weight": torch.ones(1, 1)}, 1, 1.0))
-    with pytest.raises(ValueError, match="is empty"):
-        write_adapter(tmp_path / "b", Adapter({}, 1, 1.0))
-    with pytest.raises(ValueError, match="has no LoRA adapters"):
-        adapter_scale(make_model())
-    assert not (tmp_path / "b").exists()

@@ -18,7 +18,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from refalign_ext.checkpoint.lazy_tensors import StoredDiT, Weight
+    from refalign_ext.checkpoint.reading import StoredDiT, Weight
 
 LAYOUTS = ("upstream", "diffusers")
 _STEM = "diffusion_pytorch_model"
@@ -38,7 +38,7 @@ def export_checkpoint(
 ) -> list[Path]:
     """Write a checkpoint's weights as safetensors with their config.json.
 
-    An adapter is merged into its base, whose path and SHA-256 (see `distributed.adapted.fingerprint`) the files'
+    An adapter is merged into its base, whose path and SHA-256 (see `adapters.files_sha256`) the files'
     metadata then names. The folder appears under its name only when it is complete.
 
     Args:
@@ -59,21 +59,20 @@ def export_checkpoint(
         OSError: if the folder cannot be written.
     """
     from refalign_ext.backbone import diffusers_config, diffusers_key
-    from refalign_ext.checkpoint.checkpointer import read_model_config
-    from refalign_ext.checkpoint.reading import open_dit, open_projectors
+    from refalign_ext.checkpoint.reading import open_dit
 
     if not shard_gigabytes > 0:
         raise ValueError(
             f"--shard_gigabytes {shard_gigabytes}: a file must have room for something, such as 5"
         )
     _check_arguments(checkpoint, out, layout)
-    dit, config = open_dit(checkpoint, raw=raw, base=base), read_model_config(checkpoint)
-    weights = dit.weights
+    dit = open_dit(checkpoint, raw=raw, base=base)
+    weights, config = dit.weights, dit.config
     if "patch_embedding.weight" not in weights:
         raise ValueError(
             f"{checkpoint} holds only what was trained, not a whole DiT: merge it into its base model"
         )
-    beside = open_projectors(checkpoint) if projectors else {}
+    beside = dit.projectors if projectors else {}
     if projectors and not beside:
         raise ValueError(f"{checkpoint} has no projectors: export it with --no-projectors")
     if layout == "diffusers":
@@ -85,7 +84,7 @@ def export_checkpoint(
             ) from error
         weights = {diffusers_key(name): weight for name, weight in weights.items()}
     note = _note_on_base(dit)
-    with _written_aside(out) as folder:
+    with _new_folder(out) as folder:
         files = _write_shards(folder, {**weights, **beside}, note, round(shard_gigabytes * 1e9), progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
@@ -109,22 +108,15 @@ def export_adapter(
         ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.checkpoint.adapters import (
-        ADAPTER_FILE,
-        DIFFUSERS_FILE,
-        save_diffusers_adapter,
-        write_adapter,
-    )
+    from refalign_ext.checkpoint.adapters import write_diffusers_adapter, write_peft_adapter
     from refalign_ext.checkpoint.reading import read_trained_adapter
 
     _check_arguments(checkpoint, out, layout)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
-    with _written_aside(out) as folder:
-        if layout == "diffusers":
-            save_diffusers_adapter(folder, adapter)
-        else:
-            write_adapter(folder, adapter)
-    return [out / (DIFFUSERS_FILE if layout == "diffusers" else ADAPTER_FILE)]
+    write = write_diffusers_adapter if layout == "diffusers" else write_peft_adapter
+    with _new_folder(out) as folder:
+        file = write(folder, adapter)
+    return [out / file.name]
 
 
 @click.command(context_settings={"show_default": True})
@@ -195,24 +187,24 @@ def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:
 
 def _note_on_base(dit: StoredDiT) -> dict[str, str]:
     """For the files' metadata."""
-    from refalign_ext.checkpoint.adapters import base_note
-    from refalign_ext.checkpoint.lazy_tensors import fingerprint
+    from refalign_ext.checkpoint.adapters import base_note, files_sha256
 
-    return {} if dit.base is None else base_note(str(dit.base.path), fingerprint(dit.base.files))
+    return {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
 
 
 @contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    aside = out.with_name(f"{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` if nothing goes wrong."""
+    unfinished = out.with_name(f"{out.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     try:
-        yield aside
+        yield unfinished
         if out.is_dir():
             out.rmdir()
-        aside.rename(out)
+        unfinished.rename(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_shards(
@@ -269,6 +261,6 @@ def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
-            plain = weight.read().reshape(-1).view(torch.uint8)
-            file.write(plain.numpy().data)
-            bar.update(plain.numel())
+            content = weight.read().reshape(-1).view(torch.uint8)
+            file.write(content.numpy().data)
+            bar.update(content.numel())

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from refalign_ext.tasks import TASKS
+
 
 class Numbers(click.ParamType):
     """Numbers with commas between them, such as 1,3,5."""
@@ -96,15 +98,14 @@ def plot_features(
     nearest other token is of the same reference; and, for sprites, how often the nearest token in other views is of the
     same subject. Tokens whose patch is white are left out and counted.
     """
-    from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
     from refalign_ext.evaluation.feature_plots import PlotRequest
     from refalign_ext.evaluation.feature_plots import plot_features as draw
 
-    if ckpt_dir is None and task != "r2v-tiny":
+    folder = ckpt_dir or TASKS[task].bundled
+    if folder is None:
         raise ValueError(
             f"--task {task} needs --ckpt_dir FOLDER with the Wan2.1 checkpoint (docs/real_weights.md)"
         )
-    folder = ckpt_dir or EMBEDDED
     paths = [dit_ckpt, compare] if compare else [dit_ckpt]
     names = labels.split(",") if labels else [(path or folder).name for path in paths]
     if not labels and len(set(names)) < len(names):

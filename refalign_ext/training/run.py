@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from refalign_ext.backbone import resolve_device
-from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
+from refalign_ext.checkpoint.checkpointer import abandon_checkpoints_after, resolve_resume
 from refalign_ext.config import TrainConfig, configure
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
@@ -28,8 +28,9 @@ from refalign_ext.distributed.process_group import (
     stop_process_group,
 )
 from refalign_ext.encoders import Encoders, task_config
-from refalign_ext.planning.plan import Plan, make_training_plan
+from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import describe
+from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.data_source import DataSource, choose_data_source
 from refalign_ext.training.extra_module import ExtraModule
@@ -150,7 +151,7 @@ def _train(
     _prepare_data(trainer)
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        for moved in set_aside_after(out / "checkpoints", trainer.step):
+        for moved in abandon_checkpoints_after(out / "checkpoints", trainer.step):
             logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
         (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
     parallel.barrier()

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig, tiny, with_overrides
 from refalign_ext.data.cache.files import (
     CacheError,
@@ -44,6 +43,7 @@ from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
 from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import parse
 from refalign_ext.encoders import Encoders, on_grid, text_encoder
+from refalign_ext.tasks import TASKS
 from refalign_ext.teachers import load_teacher
 from refalign_ext.training import precompute as caching
 from refalign_ext.training.precompute import FrozenParts, build_cache, fill_cache
@@ -457,6 +457,7 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return with_overrides(tiny(), changes)
 
 
+EMBEDDED = TASKS["r2v-tiny"].bundled
 CPU = torch.device("cpu")
 REAL = Sampling((BUCKET,), clip_variants=2, reference_variants=1, prompt_alternatives=True, seed=5)
 

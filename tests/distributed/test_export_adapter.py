@@ -24,12 +24,11 @@ from refalign_ext.backbone import (
     dit_arguments,
     read_dit_checkpoint,
 )
-from refalign_ext.checkpoint import lazy_tensors as adapted
-from refalign_ext.checkpoint.adapters import read_adapter
+from refalign_ext.checkpoint import reading
+from refalign_ext.checkpoint.adapters import files_sha256
 from refalign_ext.checkpoint.checkpointer import Checkpointer, is_checkpoint
 from refalign_ext.checkpoint.export import export_adapter, export_checkpoint
-from refalign_ext.checkpoint.lazy_tensors import base_named_by, fingerprint
-from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
+from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.cli import main
@@ -40,6 +39,7 @@ from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
 from refalign_ext.training.trainer import Trainer
 from tests.helpers import tiny_training
+from tests.helpers.checkpoints import read_dit, read_projectors
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_training import CPU, TEXT_DIM, Source, change, encode_text
 
@@ -198,11 +198,12 @@ def test_peft_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         predict(ReferenceBackbone(wrapped.base_model.model)), expected, atol=1e-5, rtol=1e-5
     )
-    adapter = read_adapter(tmp_path / "adapter")
-    assert (adapter.rank, adapter.alpha, adapter.base) == (RANK, ALPHA, str(base))
-    assert {name.replace("lora_B.", "") for name in adapter.tensors if "lora_B" in name} == ADAPTED
+    config = json.loads((file.parent / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (RANK, ALPHA, str(base))
+    assert {f"{layer}.weight" for layer in config["target_modules"]} == ADAPTED
+    assert config["target_modules"] == sorted(config["target_modules"])
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["base_model_sha256"] == fingerprint([base / FILE])
+        assert opened.metadata()["base_model_sha256"] == files_sha256([base / FILE])
 
 
 def test_diffusers_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
@@ -265,7 +266,7 @@ def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Pa
     whole.train_step()
     whole.save()
     start = whole.finish_saving()
-    average = {name: value.clone() for name, value in whole.ema_state_dict().items()}
+    average = {name: value.clone() for name, value in whole.ema.state_dict().items()}
     assert not torch.equal(average["head.head.weight"], whole.trained.dit.state_dict()["head.head.weight"])
     expected = [average]
     for number in range(2):
@@ -281,21 +282,6 @@ def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Pa
     assert len({float(weights[name].sum()) for weights in expected}) == 3
     export_checkpoint(start, tmp_path / "out", layout="upstream", projectors=False, progress=False)
     assert_bitwise(load_file(tmp_path / "out" / FILE), found)
-
-
-def test_what_the_settings_name(tmp_path: Path) -> None:
-    assert base_named_by({"task": "r2v-tiny", "dit_ckpt": None, "ckpt_dir": None}) == adapted.EMBEDDED
-    assert (adapted.EMBEDDED / FILE).is_file()
-    assert base_named_by({"task": "r2v-1.3B", "dit_ckpt": None, "ckpt_dir": "a"}) == Path("a")
-    assert base_named_by({"task": "r2v-tiny", "dit_ckpt": "b", "ckpt_dir": "a"}) == Path("b")
-    assert base_named_by({"task": "r2v-1.3B"}) is None
-    assert base_named_by({"task": "r2v-tiny", "from_scratch": True}) is None
-    for number in (1, 2):
-        (tmp_path / str(number)).write_bytes(b"x" * number)
-    digests = [hashlib.sha256(b"x" * number).hexdigest() for number in (1, 2)]
-    assert fingerprint([tmp_path / "1"]) == digests[0]
-    both = hashlib.sha256("".join(digests).encode()).hexdigest()
-    assert fingerprint([tmp_path / "2", tmp_path / "1"]) == both
 
 
 def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +308,7 @@ def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(elsewhere.iterdir())
     # The adapter itself needs no base, and then has no fingerprint of it.
     (file,) = export_adapter(path, Path("adapter"), layout="upstream")
-    assert read_adapter(Path("adapter")).base == "model"
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "model"
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "base_model": "model"}
     result = CliRunner().invoke(main, ["export", str(path), "--out", "out", "--base", str(there / "model")])
@@ -382,7 +368,7 @@ def test_alpha_0_means_the_rank(checkpoint: Path, tmp_path: Path) -> None:
 def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: set[int] = set()
     most, merged = 0, 0
-    merge = adapted.merged_weight
+    merge = reading.merged_weight
 
     def watched(*arguments: object) -> Tensor:
         nonlocal most, merged
@@ -393,7 +379,7 @@ def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: 
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(adapted, "merged_weight", watched)
+    monkeypatch.setattr(reading, "merged_weight", watched)
     export_checkpoint(checkpoint, tmp_path / "out", layout="upstream", projectors=True, progress=False)
     gc.collect()
     assert merged == len(ADAPTED) and not alive

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import WanModel
 from refalign_ext.checkpoint.checkpointer import Checkpointer, checkpoints_in, read_meta, resolve_resume
-from refalign_ext.checkpoint.reading import read_dit, read_projectors
 from refalign_ext.checkpoint.state import build_state, restore_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel
@@ -28,6 +27,7 @@ from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shar
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.muon import Muon
+from tests.helpers.checkpoints import read_dit, read_projectors
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -21,6 +21,7 @@ from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.losses import alignment_by_block
 from refalign_ext.planning.flops import AlignmentShape, ModelShape
+from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.memory import (
     Load,
     activation_bytes,
@@ -31,15 +32,11 @@ from refalign_ext.planning.memory import (
     t5_parameters,
     vae_parameters,
 )
-from refalign_ext.planning.plan import (
-    ASSUMED_MEMORY,
-    Plan,
-    choose_sizes,
-    make_generation_plan,
-    make_training_plan,
-)
+from refalign_ext.planning.plan import ASSUMED_MEMORY, Plan
 from refalign_ext.planning.table import describe
+from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.projectors import ReferenceProjectors
+from refalign_ext.tasks import TASKS
 from tests.helpers.ranks import run_ranks
 from wan.modules import attention
 from wan.modules.t5 import build_t5
@@ -174,7 +171,7 @@ def test_global_batch_decides_what_is_possible() -> None:
         plan_of("r2v-1.3B", 4, global_batch_size=30, batch_size=2, ulysses_size=1, ring_size=1)
     config = TrainConfig(task="r2v-1.3B", global_batch_size=3, batch_size=2)
     with pytest.raises(ValueError, match="give a multiple"):
-        choose_sizes(config, WAN_CONFIGS["r2v-1.3B"], 4)
+        make_training_plan(config, WAN_CONFIGS["r2v-1.3B"], 4)
 
 
 def test_unsharded_14b_is_refused_with_a_way_out() -> None:
@@ -218,29 +215,27 @@ def test_every_suggestion_is_one_that_fits(changes: dict[str, Any], memory: int)
         assert plan_of(task, ranks, memory=memory * GIB, **followed).fits, suggestion
 
 
+def generation_plan_of(task: str, sizes: ParallelSizes, references: int = 3, **changes: Any) -> Plan:
+    size, frame_num = TASKS[task].size, TASKS[task].frame_num
+    return make_generation_plan(task, sizes, size=size, frame_num=frame_num, references=references, **changes)
+
+
 def test_generation_divides_branches_and_tokens() -> None:
-    plan = make_generation_plan("r2v-1.3B", 6, cfg_size=3)
-    assert plan.sizes == ParallelSizes(3, 1, 2)
-    assert plan.tokens_per_rank == 37440 // 2
-    assert plan.device["transformer"] == 2 * plan.parameters
-    sharded = make_generation_plan("r2v-1.3B", 6, cfg_size=3, dit_fsdp=True, t5_fsdp=True)
-    assert sharded.device["transformer"] == 2 * plan.parameters // 6
+    sizes = ParallelSizes(3, 1, 2)
+    plan = generation_plan_of("r2v-1.3B", sizes)
+    assert plan.sizes == sizes and plan.tokens_per_rank == 37440 // 2
+    parameters = ModelShape.of(WAN_CONFIGS["r2v-1.3B"]).parameters
+    assert plan.device["transformer"] == 2 * parameters
+    sharded = generation_plan_of("r2v-1.3B", sizes, dit_fsdp=True, t5_fsdp=True)
+    assert sharded.device["transformer"] == 2 * parameters // 6
     assert sharded.device["text encoder"] == plan.device["text encoder"] // 6
-    assert make_generation_plan("r2v-1.3B", 8).sizes == ParallelSizes(1, 2, 4)
-    assert make_generation_plan("r2v-tiny", 2, references=1).fits
+    assert generation_plan_of("r2v-tiny", ParallelSizes(1, 1, 2), references=1).fits
     text = describe(sharded)
     assert "branch group 2" in text and "one denoising step" in text
-    for wrong, message in (
-        ({"cfg_size": 3}, "do not divide 4 ranks"),
-        ({"ulysses": 1, "ring": 2}, "--ulysses_size 1, --ring_size 2 do not divide 4 ranks"),
-        ({"ulysses": 5}, "choose cfg x Ulysses x ring from"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make_generation_plan("r2v-1.3B", 4, **wrong)
 
 
 def test_generation_that_does_not_fit_says_what_to_try() -> None:
-    plan = make_generation_plan("r2v-14B", 2, device_memory=32 * GIB)
+    plan = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
     assert plan.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
     with pytest.raises(ValueError, match="r2v-14B does not fit on 2 devices"):
         plan.require_fit()

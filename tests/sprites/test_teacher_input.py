@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.checkpoint.export import export_checkpoint
-from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_extra_module
+from refalign_ext.checkpoint.reading import read_any_dit, read_extra_module
 from refalign_ext.config import TrainConfig, recipe, with_overrides
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import recompute_activations
-from refalign_ext.planning.plan import make_training_plan
+from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.sprites.ablations.teacher_input import (
     TEACHER_INPUT,
     AddedTokens,
@@ -33,6 +33,7 @@ from refalign_ext.training.previews import generate_latents
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 from refalign_ext.training.trainer import Trainer, TrainerHooks
 from tests.helpers import tiny_training as tiny
+from tests.helpers.checkpoints import read_dit
 from tests.helpers.tiny_training import BASE, TEACHER_DIM, TEXT_DIM, Source, change
 
 CPU = torch.device("cpu")
