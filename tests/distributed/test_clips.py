@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from refalign_ext.config import tiny, with_overrides
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.cache.build import fill_cache
 from refalign_ext.data.cache.files import CacheHeader
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
@@ -31,7 +32,6 @@ from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training import clip_data as training_data
-from refalign_ext.training.precompute import FrozenParts, fill_cache
 from tests.helpers.clips import RATE, render
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_training import CPU, TEACHER_DIM, build, change
@@ -213,13 +213,14 @@ def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     loader = RowLoader(open_clip_set(data), SAMPLING)
     made_from = {**FINGERPRINT, "settings": {**FINGERPRINT["settings"], "dtype": "float32"}}
-    parts = FrozenParts(
-        lambda video: encode([video])[0],
-        lambda image: features(image[None])[0],
-        lambda prompt: torch.full((len(prompt) + 1, 2), float(len(prompt))),
+    encoders = SimpleNamespace(
+        task=SimpleNamespace(t5_dtype=torch.float32),
+        vae=SimpleNamespace(encode=encode),
+        features=features,
+        encode_text=lambda prompts: [torch.full((len(text) + 1, 2), float(len(text))) for text in prompts],
     )
     header = CacheHeader(made_from, CLIPS, 2)
-    summary = fill_cache(loader, folder, header, lambda: parts, share=Share.from_environment())
+    summary = fill_cache(loader, folder, header, encoders, share=Share.from_environment())
     return summary.made, summary.failures
 
 
