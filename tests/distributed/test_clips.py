@@ -47,7 +47,8 @@ SAMPLING = Sampling(
     reference_dropout=0.3,
     seed=7,
 )
-FINGERPRINT = cache_fingerprint(SAMPLING, {}, teacher="test", token_stride=(16, 16), text_length=8)
+ENCODERS = {"files": {}, "teacher": "test", "token_stride": (16, 16), "text_length": 8}
+FINGERPRINT = cache_fingerprint(SAMPLING, **ENCODERS)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_cached_samples_are_the_same_on_any_number_of_ranks(
 
 def open_on_rank_0(rank: int, data: Path, cache: Path) -> tuple[int, str]:
     """Rows of the caches that this rank gets, and what it is told about one that is not there."""
-    encoders = SimpleNamespace(fingerprint=lambda sampling: FINGERPRINT)
+    encoders = SimpleNamespace(fingerprint=lambda: ENCODERS)
     if rank:
         training_data.LatentCache = training_data.check_rows = lambda *given: pytest.fail(
             "opened on every rank"
