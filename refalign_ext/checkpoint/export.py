@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -117,61 +115,6 @@ def export_adapter(
     with _new_folder(out) as folder:
         file = write(folder, adapter)
     return [out / file.name]
-
-
-@click.command(context_settings={"show_default": True})
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new or empty.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="upstream", help="Whose names and config.json.")
-@click.option(
-    "--projectors/--no-projectors",
-    default=False,
-    help="Keep the projectors, to go on training with alignment.",
-)
-@click.option("--raw", is_flag=True, help="The trained weights instead of their moving average.")
-@click.option(
-    "--adapter",
-    is_flag=True,
-    help="Of a LoRA run, the adapter alone (upstream: peft's folder) instead of the merged model.",
-)
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="Of a LoRA run, the model it was trained on, if it is not where the settings say.",
-)
-@click.option(
-    "--shard_gigabytes",
-    type=click.FloatRange(0, min_open=True),
-    default=5.0,
-    help="Largest size of a file (10^9 bytes).",
-)
-def export(
-    checkpoint: Path,
-    out: Path,
-    layout: str,
-    projectors: bool,
-    raw: bool,
-    adapter: bool,
-    base: Path | None,
-    shard_gigabytes: float,
-) -> None:
-    """Write the model in a training CHECKPOINT as safetensors, without loading it on a device."""
-    if adapter and projectors:
-        raise ValueError("--adapter and --projectors exclude each other: export the merged model with them")
-    if adapter:
-        files = export_adapter(checkpoint, out, layout=layout, raw=raw, base=base)
-    else:
-        files = export_checkpoint(
-            checkpoint,
-            out,
-            layout=layout,
-            projectors=projectors,
-            raw=raw,
-            base=base,
-            shard_gigabytes=shard_gigabytes,
-        )
-    size = sum(file.stat().st_size for file in files)
-    click.echo(f"{out}: {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e9:.2f} GB")
 
 
 def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:

@@ -22,6 +22,7 @@ from refalign_ext.cli.data_options import (
     tell,
     workers_option,
 )
+from refalign_ext.cli.settings import read_settings
 
 if TYPE_CHECKING:
     from refalign_ext.data.pieces import Share
@@ -173,7 +174,7 @@ def cache(
     --task, --ckpt_dir, --sampling.clip_variants and so on; without the last, one stretch of every clip is kept.
     """
     from refalign_ext.backbone import resolve_device
-    from refalign_ext.config import configure, read_settings
+    from refalign_ext.config import configure
     from refalign_ext.data.cache.build import build_cache
     from refalign_ext.data.cache.files import chunk_path, default_folder, read_header
     from refalign_ext.distributed.process_group import rank_device

@@ -1,4 +1,4 @@
-"""How long, large and fast a clip is, asked of its row or its file; and the index of a set, which keeps the answers.
+"""Size, length and rate of clips: measured from a row or its file, and the index of a set, a file that keeps them.
 
 Where a manifest does not say how large, long or fast a clip is, the file is opened, once. A record of the index has a
 fixed size, so that of a million clips is 80 MB on disk, is mapped and not read, and goes on where it was interrupted.

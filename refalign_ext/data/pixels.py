@@ -1,4 +1,4 @@
-"""Pixels of a sample: the frames of a clip variant and the picture of a reference, the same for whoever asks for the same.
+"""Pixels of a sample: the frames of a clip variant and the picture of a reference.
 
 Pixels lie on the 256 levels that files store: a loader can pass them between processes as bytes, and what is computed
 from them before training equals what training would have computed.

@@ -1,4 +1,4 @@
-"""Video files opened with PyAV: what they say of themselves, when their frames are shown, and packets from any key frame on.
+"""Video files opened with PyAV: probing, times of frames, and packets from any key frame on.
 
 A file may be one of its own or held in memory. Frames are counted from 0 in the order in which they are shown.
 """

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from refalign_ext.backbone import WanModel, dit_arguments, load_dit, read_dit_checkpoint
 from refalign_ext.checkpoint.checkpointer import Checkpointer
-from refalign_ext.checkpoint.export import export, export_checkpoint
+from refalign_ext.checkpoint.export import export_checkpoint
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.cli.export import export
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
 from refalign_ext.distributed.sizes import ParallelSizes

@@ -16,7 +16,7 @@ from torch import Tensor
 from refalign_ext.atomic_io import locked, write_json
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.cli.ablate import USUAL
-from refalign_ext.config import TrainConfig, configure, setting_types
+from refalign_ext.config import TrainConfig, configure, setting_fields
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.sprites.ablations import study as study_module
 from refalign_ext.sprites.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
@@ -75,7 +75,7 @@ def values_of(config: TrainConfig) -> dict[str, object]:
     nested = config.to_dict()
     return {
         name: nested[name.split(".")[0]][name.split(".")[1]] if "." in name else nested[name]
-        for name in setting_types()
+        for name in setting_fields()
     }
 
 

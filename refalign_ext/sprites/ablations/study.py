@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
 from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics
 from refalign_ext.sprites.ablations.teacher_input import TEACHER_INPUT
+from refalign_ext.sprites.teacher_settings import TeacherSettings
 from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.sprites.world import WORLD_VERSION
 from refalign_ext.teachers import teacher_files
@@ -289,16 +290,15 @@ class Study:
         return found
 
     def _make_teacher(self, teacher: MadeTeacher) -> None:
-        from refalign_ext.sprites.train_teacher import main as train_teacher
+        from refalign_ext.sprites.train_teacher import train_teacher
 
         folder, steps = self._teacher_folder(teacher), self._teacher_steps(teacher)
 
         def make() -> None:
             logger.info("training the teacher %s", folder.name)
             aside = folder.with_name(folder.name + ".part")
-            words = ["--kind", teacher.kind, "--size", teacher.size, "--out", str(aside)]
-            words += [] if steps is None else ["--steps", str(steps)]
-            train_teacher.main(words, standalone_mode=False)
+            settings = TeacherSettings(teacher.kind, teacher.size)
+            train_teacher(settings if steps is None else replace(settings, steps=steps), aside)
             aside.rename(folder)
 
         _once(folder, lambda: (folder / "teacher" / "config.json").is_file(), make)
