@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from refalign_ext.atomic_io import atomic_open, atomic_path
+from refalign_ext.backbone import file_sha256
 from refalign_ext.lora import ADAPTER_KEY, check_adapter, shapes_of
 from refalign_ext.tasks import TASKS
 
@@ -101,8 +102,6 @@ def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> 
 
 def files_sha256(files: Sequence[Path]) -> str:
     """SHA-256 of a file; of several, that of their digests in hexadecimal, in order of the names."""
-    from refalign_ext.backbone import file_sha256
-
     digests = [file_sha256(file) for file in sorted(files, key=lambda file: file.name)]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 

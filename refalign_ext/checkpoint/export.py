@@ -7,18 +7,25 @@ its change in float32, where an adapter is merged), and no device, process group
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+import torch
+from tqdm import tqdm
 
-    from refalign_ext.checkpoint.reading import StoredDiT, Weight
+from refalign_ext.atomic_io import atomic_folder
+from refalign_ext.backbone import diffusers_config, diffusers_key
+from refalign_ext.checkpoint.adapters import (
+    base_note,
+    files_sha256,
+    write_diffusers_adapter,
+    write_peft_adapter,
+)
+from refalign_ext.checkpoint.checkpointer import is_checkpoint
+from refalign_ext.checkpoint.reading import Weight, open_dit, read_trained_adapter
 
-LAYOUTS = ("upstream", "diffusers")
+Layout = Literal["upstream", "diffusers"]
 _STEM = "diffusion_pytorch_model"
 _SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -27,7 +34,7 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
-    layout: str,
+    layout: Layout,
     projectors: bool,
     raw: bool = False,
     base: Path | None = None,
@@ -56,22 +63,14 @@ def export_checkpoint(
         ValueError: if the checkpoint is damaged or has no such parts, the base is not there, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.backbone import diffusers_config, diffusers_key
-    from refalign_ext.checkpoint.reading import open_dit
-
-    if not shard_gigabytes > 0:
-        raise ValueError(
-            f"--shard_gigabytes {shard_gigabytes}: a file must have room for something, such as 5"
-        )
-    _check_arguments(checkpoint, out, layout)
+    _check_folders(checkpoint, out)
     dit = open_dit(checkpoint, raw=raw, base=base)
     weights, config = dit.weights, dit.config
     if "patch_embedding.weight" not in weights:
         raise ValueError(
             f"{checkpoint} holds only what was trained, not a whole DiT: merge it into its base model"
         )
-    beside = dit.projectors if projectors else {}
-    if projectors and not beside:
+    if projectors and not dit.projectors:
         raise ValueError(f"{checkpoint} has no projectors: export it with --no-projectors")
     if layout == "diffusers":
         try:
@@ -81,15 +80,17 @@ def export_checkpoint(
                 f"{checkpoint}/config.json lacks {error}: use the file the training wrote"
             ) from error
         weights = {diffusers_key(name): weight for name, weight in weights.items()}
-    note = _note_on_base(dit)
-    with _new_folder(out) as folder:
-        files = _write_shards(folder, {**weights, **beside}, note, round(shard_gigabytes * 1e9), progress)
+    if projectors:
+        weights = weights | dit.projectors
+    note = {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
+    with atomic_folder(out) as folder:
+        files = _write_shards(folder, weights, note, round(shard_gigabytes * 1e9), progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
 
 
 def export_adapter(
-    checkpoint: Path, out: Path, *, layout: str, raw: bool = False, base: Path | None = None
+    checkpoint: Path, out: Path, *, layout: Layout, raw: bool = False, base: Path | None = None
 ) -> list[Path]:
     """Write the adapter of a LoRA run's checkpoint alone. The folder appears under its name only when it is complete.
 
@@ -106,56 +107,25 @@ def export_adapter(
         ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.checkpoint.adapters import write_diffusers_adapter, write_peft_adapter
-    from refalign_ext.checkpoint.reading import read_trained_adapter
-
-    _check_arguments(checkpoint, out, layout)
+    _check_folders(checkpoint, out)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
     write = write_diffusers_adapter if layout == "diffusers" else write_peft_adapter
-    with _new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         file = write(folder, adapter)
     return [out / file.name]
 
 
-def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:
-    from refalign_ext.checkpoint.checkpointer import is_checkpoint
-
-    if layout not in LAYOUTS:
-        raise ValueError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+def _check_folders(checkpoint: Path, out: Path) -> None:
     if not is_checkpoint(checkpoint):
         raise ValueError(f"{checkpoint}: no complete training checkpoint; name a step-* folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is in use: choose another folder or empty it")
 
 
-def _note_on_base(dit: StoredDiT) -> dict[str, str]:
-    """For the files' metadata."""
-    from refalign_ext.checkpoint.adapters import base_note, files_sha256
-
-    return {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` if nothing goes wrong."""
-    unfinished = out.with_name(f"{out.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _write_shards(
     folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int, progress: bool
 ) -> list[str]:
     """Write `weights` as one file or, beyond `limit` bytes, as several."""
-    from tqdm import tqdm
-
     shards: list[dict[str, Weight]] = [{}]
     size = 0
     for name, weight in weights.items():
@@ -185,8 +155,6 @@ def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, st
 
     The library's own writer takes all tensors of a file at once. Format: the safetensors README, "Format".
     """
-    import torch
-
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **note}}
     end = 0
     for name, weight in weights.items():

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from refalign_ext.backbone import DiTCheckpoint, checkpoint_files, read_dit_checkpoint
 from refalign_ext.checkpoint.adapters import (
     Adapter,
     adapter_scale_of,
@@ -24,9 +25,6 @@ from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.lora import adapted_layers, base_key, is_adapter_key, merged_weight
-
-if TYPE_CHECKING:
-    from refalign_ext.backbone import DiTCheckpoint
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,6 @@ def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
     Raises:
         ValueError: if nothing readable is there, or as `open_dit`.
     """
-    from refalign_ext.backbone import DiTCheckpoint, read_dit_checkpoint
-
     if not is_checkpoint(path):
         return read_dit_checkpoint(path)
     found = open_dit(path, extra=extra)
@@ -133,8 +129,6 @@ def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = N
     Raises:
         ValueError: if the checkpoint is damaged or holds no adapter, or `base` does not exist.
     """
-    from refalign_ext.backbone import checkpoint_files
-
     stored = StoredTensors(path)
     keys = {base_key(name): key for name, key in _dit_keys(stored, raw=raw).items() if is_adapter_key(name)}
     if not keys:
@@ -180,8 +174,6 @@ def _dit_keys(stored: StoredTensors, *, raw: bool) -> dict[str, str]:
 
 
 def _open_any_dit(path: Path) -> StoredDiT:
-    from refalign_ext.backbone import read_dit_checkpoint
-
     if is_checkpoint(path):
         return open_dit(path)
     found = read_dit_checkpoint(path)  # memory-mapped

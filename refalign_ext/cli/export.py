@@ -6,13 +6,16 @@ from pathlib import Path
 
 import click
 
-from refalign_ext.checkpoint.export import LAYOUTS, export_adapter, export_checkpoint
-
 
 @click.command(context_settings={"show_default": True})
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new or empty.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="upstream", help="Whose names and config.json.")
+@click.option(
+    "--layout",
+    type=click.Choice(["upstream", "diffusers"]),
+    default="upstream",
+    help="Whose names and config.json.",
+)
 @click.option(
     "--projectors/--no-projectors",
     default=False,
@@ -46,6 +49,8 @@ def export(
     shard_gigabytes: float,
 ) -> None:
     """Write the model in a training CHECKPOINT as safetensors, without loading it on a device."""
+    from refalign_ext.checkpoint.export import export_adapter, export_checkpoint
+
     if adapter and projectors:
         raise ValueError("--adapter and --projectors exclude each other: export the merged model with them")
     if adapter:

@@ -128,26 +128,28 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def run(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    """(checkpoint after two steps on that many ranks, what the trained model predicts)."""
-    out = tmp_path_factory.mktemp("run")
-    if request.param == 1:
-        prediction = train(0, 1, base, out, 2)
-    else:
-        prediction = run_ranks(train, 2, 2, base, out, 2)[0]
-    return out / "checkpoints" / "step-00000002", prediction
+@pytest.fixture(scope="module")
+def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Tensor]]:
+    """By number of ranks: (checkpoint after two steps, what the trained model predicts)."""
+    out = tmp_path_factory.mktemp("runs")
+    predictions = {
+        1: train(0, 1, base, out / "1", 2),
+        2: run_ranks(train, 2, 2, base, out / "2", 2)[0],
+    }
+    path = Path("checkpoints", "step-00000002")
+    return {ranks: (out / str(ranks) / path, prediction) for ranks, prediction in predictions.items()}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone")
-    train(0, 1, base, out, 2)
-    return out / "checkpoints" / "step-00000002"
+def checkpoint(runs: dict[int, tuple[Path, Tensor]]) -> Path:
+    return runs[1][0]
 
 
-def test_the_merged_model_computes_what_was_trained(run: tuple, base: Path, tmp_path: Path) -> None:
-    checkpoint, expected = run
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_merged_model_computes_what_was_trained(
+    runs: dict[int, tuple[Path, Tensor]], ranks: int, base: Path, tmp_path: Path
+) -> None:
+    checkpoint, expected = runs[ranks]
     assert all(is_adapter_key(name) for name in StoredTensors(checkpoint).names("model.dit."))
     export_checkpoint(checkpoint, tmp_path / "up", layout="upstream", projectors=True, progress=False)
     found, before = read_dit_checkpoint(tmp_path / "up"), read_dit_checkpoint(base)
@@ -183,10 +185,10 @@ def test_the_merged_model_computes_what_was_trained(run: tuple, base: Path, tmp_
     assert read.config["dim"] == 24 and base / FILE in read.files
 
 
-def test_peft_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
+def test_peft_loads_the_adapter(runs: dict[int, tuple[Path, Tensor]], base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    checkpoint, expected = run
+    checkpoint, expected = runs[2]
     (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="upstream")
     names = sorted(path.name for path in file.parent.iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
@@ -206,8 +208,7 @@ def test_peft_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
         assert opened.metadata()["base_model_sha256"] == files_sha256([base / FILE])
 
 
-def test_diffusers_loads_the_adapter(run: tuple, base: Path, tmp_path: Path) -> None:
-    checkpoint, _ = run
+def test_diffusers_loads_the_adapter(checkpoint: Path, base: Path, tmp_path: Path) -> None:
     export_checkpoint(checkpoint, tmp_path / "merged", layout="diffusers", projectors=False, progress=False)
     (file,) = export_adapter(checkpoint, tmp_path / "adapter", layout="diffusers")
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -301,10 +302,8 @@ def test_a_base_that_is_gone(base: Path, tmp_path: Path, monkeypatch: pytest.Mon
     ):
         with pytest.raises(ValueError) as error:
             attempt()
-        assert str(error.value) == (
-            f"{path} is an adapter of model, which is not here (relative paths start where the training ran): merge it "
-            f"with python -m refalign_ext export {path} --base MODEL --out FOLDER"
-        )
+        assert f"{path} is an adapter of model, which is not here" in str(error.value)
+        assert f"python -m refalign_ext export {path} --base MODEL --out FOLDER" in str(error.value)
     assert not list(elsewhere.iterdir())
     # The adapter itself needs no base, and then has no fingerprint of it.
     (file,) = export_adapter(path, Path("adapter"), layout="upstream")

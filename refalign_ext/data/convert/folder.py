@@ -13,7 +13,7 @@ from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
 from refalign_ext.data.clip_set import ManifestRows
 from refalign_ext.data.conversion_report import Report, report_path
-from refalign_ext.data.convert.folder_files import DraftOptions, clips_in_folder, what_is_missing
+from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, DraftOptions, clips_in_folder
 from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
 from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
@@ -172,15 +172,18 @@ def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject
 
 
 def _nothing_fits(source: Path, options: DraftOptions) -> str:
+    """The error of a conversion that kept no clip: the most frequent reason, and what to do about it."""
     report = options.report
-    if source.is_dir() and (hint := what_is_missing(options.found, options.prompt_suffix)):
-        return f"{source}: {hint}"
+    if source.is_dir() and not report.dropped["clips"]:
+        return f"{source}: found no video; known are {', '.join(sorted(VIDEO_SUFFIXES))}"
     lines = [nothing_left(source, report)]
-    if "outside_folder" in report.dropped["clips"]:
-        lines.append(
-            f"paths in a manifest are relative to its folder, {options.root}: write it above the clips"
-        )
-    elif report.dropped["references"]:
+    remedies = {
+        "no_prompt_file": f"write the prompt of clip.mp4 into clip{options.prompt_suffix} beside it",
+        "no_reference": "call the pictures of clip.mp4 clip.ref1.png, clip.ref2.png",
+        "outside_folder": f"paths in a manifest are relative to its folder, {options.root}: write it above the clips",
+    }
+    lines += [remedy for reason, remedy in remedies.items() if reason in report.dropped["clips"]]
+    if report.dropped["references"]:
         name, number = max(report.dropped["references"].items(), key=lambda item: item[1])
         lines.append(f"references: {number} x {name}, such as {report.examples['references'][name][0]}")
     return "; ".join(lines)
