@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -37,6 +38,7 @@ from benchmarks.decode import pictures, render
 from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.config import AlignmentConfig
+from refalign_ext.data.cache.build import fill_cache
 from refalign_ext.data.cache.files import CacheHeader
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
@@ -51,7 +53,6 @@ from refalign_ext.data.sampling.order import OrderEntry
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
-from refalign_ext.training.precompute import FrozenParts, fill_cache
 
 TITLE = "Loading training samples"
 TASK = "r2v-1.3B"
@@ -103,20 +104,21 @@ def write_cache(folder: Path, clips: ClipSet, sampling: Sampling) -> LatentCache
     tokens = rows * columns // (task.patch_size[1] * task.patch_size[2])
     generator = torch.Generator().manual_seed(0)
 
-    def encode(video: Tensor) -> Tensor:
-        frames = (video.shape[1] - 1) // task.vae_stride[0] + 1
-        return torch.randn(task.in_dim, frames, rows, columns, generator=generator)
+    def encode(videos: list[Tensor]) -> list[Tensor]:
+        counts = [(video.shape[1] - 1) // task.vae_stride[0] + 1 for video in videos]
+        return [torch.randn(task.in_dim, count, rows, columns, generator=generator) for count in counts]
 
-    parts = FrozenParts(
-        encode,
-        lambda image: torch.randn(tokens, TEACHER_DIM, generator=generator),
-        lambda prompt: torch.zeros(task.text_len, 4096, dtype=torch.bfloat16),
+    encoders = SimpleNamespace(
+        task=task,
+        vae=SimpleNamespace(encode=encode),
+        features=lambda images: torch.randn(len(images), tokens, TEACHER_DIM, generator=generator),
+        encode_text=lambda prompts: [torch.zeros(task.text_len, 4096) for _ in prompts],
     )
     fingerprint = cache_fingerprint(
         sampling, {}, teacher="dinov3-l", token_stride=(16, 16), text_length=task.text_len, dtype="float32"
     )
     header = CacheHeader(fingerprint, len(clips), 32)
-    fill_cache(RowLoader(clips, sampling), folder, header, lambda: parts, share=Share())
+    fill_cache(RowLoader(clips, sampling), folder, header, encoders, share=Share())
     return LatentCache(folder)
 
 

@@ -21,8 +21,6 @@ from refalign_ext.backbone import (
     required_files,
 )
 from refalign_ext.config import TrainConfig
-from refalign_ext.data.cache.names import cache_fingerprint
-from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.tasks import find_task
 from refalign_ext.teachers import Teacher, load_teacher, teacher_files
 
@@ -73,13 +71,21 @@ class Encoders:
         config: names the task, the checkpoint folder and the teacher.
         device: where VAE and teacher compute, and the text encoder unless `t5_cpu` keeps it on the CPU.
         dit: see `checkpoint_folder`.
+        cached_prompts: see `text_encoder`.
 
     Raises:
         ValueError: for missing files; a member raises it if its files are damaged or of another model.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, *, dit: bool = True) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        dit: bool = True,
+        cached_prompts: int | None = None,
+    ) -> None:
+        self.config, self.device, self._cached_prompts = config, device, cached_prompts
         self.task = task_config(config)
         self.folder = checkpoint_folder(config, dit=dit)
 
@@ -97,7 +103,7 @@ class Encoders:
     def encode_text(self) -> EncodeText:
         """Prompts to features on the device; frequent prompts are encoded once."""
         home = torch.device("cpu") if self.config.t5_cpu else self.device
-        return text_encoder(self.folder, self.task, home, self.device)
+        return text_encoder(self.folder, self.task, home, self.device, remember=self._cached_prompts)
 
     @cached_property
     def teacher(self) -> Teacher | None:
@@ -128,11 +134,12 @@ class Encoders:
         """The teacher's features on the DiT's token grid; None without a teacher."""
         return None if self.teacher is None else on_grid(self.teacher, self.task)
 
-    def fingerprint(self, sampling: Sampling, *, dtype: str | None = None) -> dict[str, Any]:
-        """What a cache for this run must have been made from; reads the weights' files once, to digest them.
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these encoders from others; reads the files of the weights once, to digest them.
 
-        Args:
-            dtype: of what a cache is to store; None: a run takes any.
+        Returns:
+            "files": digests of weights and tokenizer by what they are; "teacher": its name or None; "token_stride" and
+            "text_length": the grid of the teacher's features, and tokens at which a prompt is cut.
         """
         task = self.task
         tokenizer = sorted(path for path in (self.folder / task.t5_tokenizer).iterdir() if path.is_file())
@@ -143,14 +150,12 @@ class Encoders:
         }
         if self.config.needs_teacher:
             files["teacher"] = _files_sha256(self.teacher_files)
-        return cache_fingerprint(
-            sampling,
-            files,
-            teacher=self.config.alignment.teacher if self.config.needs_teacher else None,
-            token_stride=token_stride(task),
-            text_length=task.text_len,
-            dtype=dtype,
-        )
+        return {
+            "files": files,
+            "teacher": self.config.alignment.teacher if self.config.needs_teacher else None,
+            "token_stride": token_stride(task),
+            "text_length": task.text_len,
+        }
 
 
 def text_encoder(

@@ -7,15 +7,14 @@ its change in float32, where an adapter is merged), and no device, process group
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from refalign_ext.atomic_io import atomic_folder
 from refalign_ext.backbone import diffusers_config, diffusers_key
 from refalign_ext.checkpoint.adapters import (
     base_note,
@@ -82,7 +81,7 @@ def export_checkpoint(
     if projectors:
         weights = weights | dit.projectors
     note = {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
-    with _new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         files = _write_shards(folder, weights, note, round(shard_gigabytes * 1e9))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
@@ -109,7 +108,7 @@ def export_adapter(
     _check_folders(checkpoint, out)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
     write = write_diffusers_adapter if layout == "diffusers" else write_peft_adapter
-    with _new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         file = write(folder, adapter)
     return [out / file.name]
 
@@ -119,21 +118,6 @@ def _check_folders(checkpoint: Path, out: Path) -> None:
         raise ValueError(f"{checkpoint}: no complete training checkpoint; name a step-* folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is in use: choose another folder or empty it")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` if nothing goes wrong."""
-    unfinished = out.with_name(f"{out.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_shards(

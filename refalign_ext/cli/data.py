@@ -175,11 +175,11 @@ def cache(
     """
     from refalign_ext.backbone import resolve_device
     from refalign_ext.config import configure
+    from refalign_ext.data.cache.build import build_cache
     from refalign_ext.data.cache.files import chunk_path, default_folder, read_header
     from refalign_ext.distributed.process_group import rank_device
     from refalign_ext.encoders import task_config
     from refalign_ext.training.clip_data import sampling_of
-    from refalign_ext.training.precompute import build_cache
 
     given = read_settings(settings)
     given.setdefault("sampling.clip_variants", 1)

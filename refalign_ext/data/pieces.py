@@ -119,7 +119,7 @@ class PieceJob(ABC):
             )
 
     def _finish(self, rows: range) -> dict[str, Any]:
-        header = self.header(rows)
+        header = self.finished(rows)
         if header is None:
             self._path(rows).unlink(missing_ok=True)
             made, lines = self.make(rows)
@@ -129,14 +129,18 @@ class PieceJob(ABC):
                 file.writelines(lines)
         return header
 
-    def header(self, rows: range) -> dict[str, Any] | None:
+    def finished(self, rows: range) -> dict[str, Any] | None:
         """The header of a finished piece that stands, or None."""
         try:
-            with self._path(rows).open("rb") as file:
-                header = json.loads(file.readline())
+            header = self.read_header(rows)
             return header if header["key"] == self.key(rows) and self.stands(rows, header) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def read_header(self, rows: range) -> dict[str, Any]:
+        """The header of a piece that is known to be finished."""
+        with self._path(rows).open("rb") as file:
+            return json.loads(file.readline())
 
     def lines(self, rows: range) -> Iterator[bytes]:
         """The lines of a finished piece."""

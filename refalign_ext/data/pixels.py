@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refalign_ext.data.crop import read_reference
 from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.hashing import keyed_generator
-from refalign_ext.data.materialise.reference import read_reference
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import Clip

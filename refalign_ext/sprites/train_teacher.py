@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import atomic_folder, atomic_open
 from refalign_ext.sprites.teacher_probe import feature_picture, linear_probe
 from refalign_ext.sprites.teacher_settings import HIDDEN, KINDS, TeacherSettings
 from refalign_ext.sprites.teacher_training import HEAD, LAYERS, PATCH, SIDE, to_images, train
@@ -197,11 +197,10 @@ def train_teacher(settings: TeacherSettings, out: Path) -> None:
             learning_rate=settings.learning_rate,
             muon_learning_rate=settings.muon_learning_rate,
         )
-        folder, aside = out / "teacher", out / "teacher.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        lesson.model.to(torch.bfloat16).save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        folder = out / "teacher"
+        with atomic_folder(folder) as unfinished:
+            lesson.model.to(torch.bfloat16).save_pretrained(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
         teacher = load_teacher(KINDS[kind], folder)
         known = [
             f"{name} {share:.1%} (chance {chance:.1%})"

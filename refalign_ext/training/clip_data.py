@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
 from refalign_ext.data.cache.files import HEADER, default_folder, read_header
+from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows
 from refalign_ext.data.clip_set import open_clip_set
@@ -142,7 +143,7 @@ def open_caches(
         return []
 
     def open_all() -> list[LatentCache]:
-        expected = encoders.fingerprint(sampling)
+        expected = cache_fingerprint(sampling, **encoders.fingerprint())
         caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
             check_rows(cache, open_clip_set(path))

@@ -118,7 +118,7 @@ class Throughput:
     def _start(self) -> None:
         self._began, self._waited, self._paused = self._clock(), 0.0, 0.0
         self._steps, self._clips, self._tokens = 0, 0, 0
-        self._flops: float | None = 0.0
+        self._flops = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -129,20 +129,20 @@ class Throughput:
         finally:
             self._paused += self._clock() - began
 
-    def step(self, clips: int, tokens: int, flops: float | None = None, *, data_wait: float = 0.0) -> None:
+    def step(self, clips: int, tokens: int, flops: float, *, data_wait: float = 0.0) -> None:
         """Count one optimizer step.
 
         Args:
             clips: samples in the step.
             tokens: tokens of these samples, references included, padding not.
-            flops: what the model has to compute for them, forward and backward, without recomputation; None if unknown.
+            flops: what the model has to compute for them, forward and backward, without recomputation.
             data_wait: seconds of the step in which samples were awaited.
         """
         self._steps += 1
         self._waited += data_wait
         self._clips += clips
         self._tokens += tokens
-        self._flops = None if flops is None or self._flops is None else self._flops + flops
+        self._flops += flops
 
     def values(self) -> dict[str, float]:
         """Speeds since the last call, and the peak memory so far; starts the next interval.
@@ -159,7 +159,7 @@ class Throughput:
                 "speed/tokens_per_second": self._tokens / seconds,
                 "speed/data_wait": min(1.0, self._waited / seconds),
             }
-            if self._peak_flops and self._flops:
+            if self._peak_flops:
                 values["speed/mfu"] = self._flops / seconds / self._peak_flops
         if (peak := self._memory.bytes()) is not None:
             values["memory/peak_gib"] = peak / 2**30

@@ -22,6 +22,7 @@ from refalign_ext.cli import main
 from refalign_ext.sprites.ablations import study as study_module
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(600)
 # Enough steps to be interrupted in; arm D of table 2 is the one whose model is another.
 ARMS = ("--arm", "A", "--arm", "D")
 FOLDERS = {"A": "runs/seed-1/recipe", "D": "runs/seed-1/alignment.weight=0.0,teacher_input=True"}
@@ -54,7 +55,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = out / FOLDERS["A"]
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 400
         while not checkpoints_in(folder / "checkpoints"):
             assert process.poll() is None, process.stderr.read().decode()
             assert time.monotonic() < deadline, "no checkpoint of arm A"

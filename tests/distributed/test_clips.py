@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from refalign_ext.config import tiny, with_overrides
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.cache.build import fill_cache
 from refalign_ext.data.cache.files import CacheHeader
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
@@ -31,7 +32,6 @@ from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training import clip_data as training_data
-from refalign_ext.training.precompute import FrozenParts, fill_cache
 from tests.helpers.clips import RATE, render
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_training import CPU, TEACHER_DIM, build, change
@@ -47,7 +47,8 @@ SAMPLING = Sampling(
     reference_dropout=0.3,
     seed=7,
 )
-FINGERPRINT = cache_fingerprint(SAMPLING, {}, teacher="test", token_stride=(16, 16), text_length=8)
+ENCODERS = {"files": {}, "teacher": "test", "token_stride": (16, 16), "text_length": 8}
+FINGERPRINT = cache_fingerprint(SAMPLING, **ENCODERS)
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +214,14 @@ def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     loader = RowLoader(open_clip_set(data), SAMPLING)
     made_from = {**FINGERPRINT, "settings": {**FINGERPRINT["settings"], "dtype": "float32"}}
-    parts = FrozenParts(
-        lambda video: encode([video])[0],
-        lambda image: features(image[None])[0],
-        lambda prompt: torch.full((len(prompt) + 1, 2), float(len(prompt))),
+    encoders = SimpleNamespace(
+        task=SimpleNamespace(t5_dtype=torch.float32),
+        vae=SimpleNamespace(encode=encode),
+        features=features,
+        encode_text=lambda prompts: [torch.full((len(text) + 1, 2), float(len(text))) for text in prompts],
     )
     header = CacheHeader(made_from, CLIPS, 2)
-    summary = fill_cache(loader, folder, header, lambda: parts, share=Share.from_environment())
+    summary = fill_cache(loader, folder, header, encoders, share=Share.from_environment())
     return summary.made, summary.failures
 
 
@@ -247,7 +249,7 @@ def test_cached_samples_are_the_same_on_any_number_of_ranks(
 
 def open_on_rank_0(rank: int, data: Path, cache: Path) -> tuple[int, str]:
     """Rows of the caches that this rank gets, and what it is told about one that is not there."""
-    encoders = SimpleNamespace(fingerprint=lambda sampling: FINGERPRINT)
+    encoders = SimpleNamespace(fingerprint=lambda: ENCODERS)
     if rank:
         training_data.LatentCache = training_data.check_rows = lambda *given: pytest.fail(
             "opened on every rank"

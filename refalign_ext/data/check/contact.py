@@ -25,7 +25,7 @@ from refalign_ext.data.check.contact_layout import (
     text_line,
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.materialise.reference import FrameMemory, mask_in_frame, read_reference
+from refalign_ext.data.crop import FrameMemory, mask_in_frame, read_reference
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition

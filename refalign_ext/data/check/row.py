@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.clip_index import probe_media
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.length import Length
-from refalign_ext.data.materialise.reference import (
-    CutError,
+from refalign_ext.data.crop import (
+    CropError,
     FrameMemory,
     mask_in_frame,
     read_reference,
 )
+from refalign_ext.data.length import Length
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
 from refalign_ext.data.spans import steady_range
 from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
@@ -265,7 +265,7 @@ class RowCheck:
             return
         try:
             inside = mask_in_frame(region, size, crop)
-        except CutError as error:
+        except CropError as error:
             self.error(error.reason, f"{where}.mask_rle", str(error))
             return
         if not inside.any():
@@ -285,7 +285,7 @@ class RowCheck:
             self._compare(f"{where}.video", span, info, depends=reference.box_space is not None)
         try:
             picture = read_reference(self.clip_set, self.row, reference, self.frames)
-        except CutError as error:
+        except CropError as error:
             self.error(error.reason, f"{where}.{_field_of(error.reason, reference)}", str(error))
         except ValueError as error:
             self.error("unreadable", where, str(error))

@@ -80,6 +80,8 @@ def clips_in_table(path: Path, options: DraftOptions) -> Iterator[Clip]:
 def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """By what names each thing is found, given the first row's columns and those that the user names."""
     plain = {_plain(name) for name in names}
+    # Half of a character, which a damaged file may have, could not be shown.
+    listed = ", ".join(names).encode("utf-8", "backslashreplace").decode("utf-8")
     columns = dict(COLUMNS)
     for what, name in chosen.items():
         if what not in COLUMNS and not _NUMBERED.fullmatch(what):
@@ -87,17 +89,17 @@ def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dic
             raise ValueError(f"--column {what}={name}: unknown {what!r}; known are {known} and ref1, ...")
         if _plain(name) not in plain:
             close = difflib.get_close_matches(name, list(names), 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {listed}"
             raise ValueError(f"--column {what}={name}: {path} has no such column; {hint}")
         columns[what] = (_plain(name),)
     for what in ("video", "prompt"):
         if plain.isdisjoint(columns[what]):
             raise ValueError(
-                f"{path}: no column of {', '.join(names)} holds the {what}: name it with --column {what}=..."
+                f"{path}: no column of {listed} holds the {what}: name it with --column {what}=..."
             )
     if plain.isdisjoint(columns["references"]) and not any(map(_NUMBERED.fullmatch, {*plain, *chosen})):
         raise ValueError(
-            f"{path}: no column of {', '.join(names)} holds references: call them ref1, ref2, ... or name one with "
+            f"{path}: no column of {listed} holds references: call them ref1, ref2, ... or name one with "
             "--column references=..."
         )
     return columns

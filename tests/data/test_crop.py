@@ -13,9 +13,9 @@ from PIL import Image
 
 from refalign_ext.data import decoding as video
 from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.crop import CropError, FrameMemory, read_reference
 from refalign_ext.data.decoding import read_clip, read_frame
 from refalign_ext.data.masks import encode
-from refalign_ext.data.materialise.reference import CutError, FrameMemory, read_reference
 from refalign_ext.data.media_source import MediaBytes
 from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.video_file import probe
@@ -129,7 +129,7 @@ def test_boxes_of_the_frame_scaled_to_768_are_mapped_once(tmp_path: Path) -> Non
         },
     )
     assert box.shape == BOX[::-1] and np.abs(box - SUBJECT).max() <= NEAR
-    with pytest.raises(CutError, match="row 1: a.mp4: box .* 1024x64 pixels: box_beyond_width") as error:
+    with pytest.raises(CropError, match="row 1: a.mp4: box .* 1024x64 pixels: box_beyond_width") as error:
         cut(
             tmp_path,
             {"video": {"path": "a.mp4"}, "frame": 0, "bbox_xyxy": [0, 0, 770, 9], "box_space": "long768"},
@@ -239,7 +239,7 @@ def test_what_cannot_be_cut_says_why(
     if "mask_rle" in reference:
         width, height = map(int, reference["mask_rle"].split("x"))
         reference = reference | {"mask_rle": run_lengths(np.zeros((height, width), bool))}
-    with pytest.raises(CutError, match=f"data.jsonl, row 1: .*{message}") as error:
+    with pytest.raises(CropError, match=f"data.jsonl, row 1: .*{message}") as error:
         cut(tmp_path, reference)
     assert error.value.reason == reason
     assert "\n" not in str(error.value)
