@@ -18,8 +18,6 @@ import torch
 
 from refalign_ext.lora import select_layers
 
-CHECKPOINTING = ("none", "full", "selective")
-
 # Dense bf16 tensor throughput with float32 accumulation, without sparsity, from the vendors' data sheets and architecture
 # white papers. The first entry of which all words occur in the device's name counts.
 _PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
@@ -216,12 +214,8 @@ def step_flops(
         lora_rank, lora_targets: with a rank only adapters get gradients of weights.
 
     Raises:
-        ValueError: for an unknown kind of checkpointing or LoRA target.
+        ValueError: for an unknown LoRA target.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(
-            f"activation_checkpointing {checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}"
-        )
     tokens = {
         "all": video_tokens + reference_tokens,
         "video": video_tokens,
