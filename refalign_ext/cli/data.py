@@ -22,9 +22,10 @@ from refalign_ext.cli.data_options import (
     tell,
     workers_option,
 )
+from refalign_ext.cli.settings import read_settings
 
 if TYPE_CHECKING:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
 
 @click.group()
@@ -83,8 +84,8 @@ def check(
     share: Share,
 ) -> None:
     """Check every row of the manifest or packed folder CLIPS; exit code 2 if there are errors."""
-    from refalign_ext.data.checking.check import check as look
-    from refalign_ext.data.checking.contact import contact_sheet, write_contact_sheet
+    from refalign_ext.data.check.contact import contact_sheet, write_contact_sheet
+    from refalign_ext.data.check.run import check as look
     from refalign_ext.data.clip_set import open_clip_set
 
     length = given_length(frames, fps, stride)
@@ -173,12 +174,12 @@ def cache(
     --task, --ckpt_dir, --sampling.clip_variants and so on; without the last, one stretch of every clip is kept.
     """
     from refalign_ext.backbone import resolve_device
-    from refalign_ext.config import configure, read_settings
+    from refalign_ext.config import configure
+    from refalign_ext.data.cache.build import build_cache
     from refalign_ext.data.cache.files import chunk_path, default_folder, read_header
     from refalign_ext.distributed.process_group import rank_device
     from refalign_ext.encoders import task_config
-    from refalign_ext.training.precompute import build_cache
-    from refalign_ext.training.sources import sampling_of
+    from refalign_ext.training.clip_data import sampling_of
 
     given = read_settings(settings)
     given.setdefault("sampling.clip_variants", 1)

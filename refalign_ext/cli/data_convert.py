@@ -27,7 +27,7 @@ from refalign_ext.data.convert.selection import (
 )
 
 if TYPE_CHECKING:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
 
 @click.group()

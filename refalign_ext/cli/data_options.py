@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from refalign_ext.data.conversion_report import Report
     from refalign_ext.data.length import Length
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
 EXISTING = click.Path(path_type=Path, exists=True)
 PATH = click.Path(path_type=Path)
@@ -31,7 +31,7 @@ def share_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_share(_: click.Context, __: click.Parameter, text: str | None) -> Share:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     return Share.from_environment() if text is None else Share.parse(text)
 
@@ -89,7 +89,7 @@ def named_png(flag: str, path: Path | None, usual: Path) -> Path:
 
 def is_helper() -> bool:
     """Whether torchrun started this process beside another one that does all of the work."""
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     return Share.from_environment().index > 0
 
@@ -99,7 +99,7 @@ def start_together() -> Callable[[], None]:
 
     A rank that ends with an exit code other than 0 makes torchrun end all others: none may before they are done.
     """
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     if Share.from_environment().count == 1:
         return lambda: None

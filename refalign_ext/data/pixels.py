@@ -1,4 +1,4 @@
-"""Pixels of a sample: the frames of a clip variant and the picture of a reference, the same for whoever asks for the same.
+"""Pixels of a sample: the frames of a clip variant and the picture of a reference.
 
 Pixels lie on the 256 levels that files store: a loader can pass them between processes as bytes, and what is computed
 from them before training equals what training would have computed.
@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from refalign_ext.data.crop import read_reference
 from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.hashing import keyed_generator
-from refalign_ext.data.materialise.reference import read_reference
 from refalign_ext.data.sampling.augment import augment
 from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import Clip
-from refalign_ext.data.spans import span_arguments
 from refalign_ext.references import letterbox, reference_to_tensor
 
 if TYPE_CHECKING:
@@ -44,8 +43,7 @@ def video_uint8(
             float(keyed_generator(sampling.seed, _CLIPS, clip.id, clip_variant).random()),
             fps=sampling.fps,
             stride=sampling.stride if sampling.fps is None else None,
-            crop_xyxy=clip.video.crop_xyxy,
-            **span_arguments(clip.video),
+            span=clip.video,
         )
     )
 

@@ -48,7 +48,8 @@ from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.pipeline import R2VPipeline, SingleProcess, prepare_references
-from refalign_ext.planning.plan import Plan, make_generation_plan
+from refalign_ext.planning.generation_plan import make_generation_plan
+from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import describe
 from refalign_ext.references import check_matte_available, load_image
 
@@ -185,8 +186,7 @@ def _plan(args: argparse.Namespace, sizes: ParallelSizes, device_memory: int | N
     half = args.dtype == "bf16" or (args.dtype == "auto" and config.param_dtype == torch.bfloat16)
     return make_generation_plan(
         args.task,
-        sizes.world,
-        sizes=sizes,
+        sizes,
         branches=_branches(args),
         dit_fsdp=args.dit_fsdp,
         t5_fsdp=args.t5_fsdp,

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refalign_ext.atomic_io import save_figure
+from refalign_ext.atomic_io import save_figure, write_json, write_text
 from refalign_ext.sprites.evaluate import Job
 from refalign_ext.sprites.judge import wilson
-from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares, percent, write_json, write_text
+from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_ext.data.checking import contact, contact_layout
-from refalign_ext.data.checking.contact import choose_rows, contact_sheet, write_contact_sheet
+from refalign_ext.data.check import contact, contact_layout
+from refalign_ext.data.check.contact import choose_rows, contact_sheet, write_contact_sheet
 from refalign_ext.data.masks import encode
 
 WIDTH, HEIGHT, FRAMES = 160, 96, 12

@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-from refalign_ext.data.cache.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader
@@ -192,18 +191,6 @@ def test_a_bad_clip_is_replaced_by_its_position(
             assert spec.row == entry.row and not failures
 
 
-def test_nothing_usable_is_handed_over_with_reasons(tmp_path: Path, sampling: Sampling) -> None:
-    subject = Subject("1", refs=(Reference("cross", image="none.png"),))
-    rows = [Clip(name, "custom", VideoSpan(f"{name}.mp4"), "p", (subject,)) for name in "abc"]
-    write_manifest(tmp_path / "m.jsonl", rows)
-    dataset = ClipDataset([open_clip_set(tmp_path / "m.jsonl")], sampling)
-    order = Order([SetOrder(np.zeros(3, int), BUCKETS, [range(3)], 1, mixed_shards=1, seed=0, name="0")])
-    sample = dataset[order.at(0)]
-    assert sample.spec is None and sample.pixels is None
-    assert {failure.clip for failure in sample.failures} == set("abc")
-    assert all("does not exist" in failure.reason for failure in sample.failures)
-
-
 def test_a_cut_follows_from_its_clip_and_its_number(clips: ClipSet, sampling: Sampling) -> None:
     def load(row: int, variant: int, seed: int = 5) -> torch.Tensor:
         settings = Sampling(BUCKETS, seed=seed)
@@ -259,15 +246,6 @@ def test_what_is_cached_is_not_decoded(clips: ClipSet, sampling: Sampling) -> No
     without = ClipDataset([clips], sampling, caches=[Cache({"clip 4"}, False)], needs_features=False)
     entry = next(order.at(position) for position in range(40) if order.at(position).row == 4)
     assert all(one.pixels is None and one.features is None for one in without[entry].references)
-
-
-def test_a_damaged_cache_stops_training_and_costs_no_clip(clips: ClipSet, sampling: Sampling) -> None:
-    class Damaged(Cache):
-        def video(self, clip_id: str, bucket: Bucket, variant: int) -> None:
-            raise CacheError("chunk 3 is damaged")
-
-    sample = ClipDataset([clips], sampling, caches=[Damaged(set(), False)])[make_order().at(0)]
-    assert (sample.stop, sample.failures, sample.spec) == ("chunk 3 is damaged", (), None)
 
 
 def test_a_worker_that_dies_is_a_clear_error(clips: ClipSet, sampling: Sampling) -> None:

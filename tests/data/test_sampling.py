@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from refalign_ext.data.hashing import hash64, keyed_generator
-from refalign_ext.data.sampling.buckets import assign, make_buckets, usable_frames
+from refalign_ext.data.length import possible_frames
+from refalign_ext.data.sampling.buckets import assign, make_buckets
 from refalign_ext.data.sampling.order import Interleaver, Order, SetOrder
 from refalign_ext.data.sampling.sample_spec import (
     Bucket,
@@ -31,16 +32,7 @@ def reference(pair: str, **changes: object) -> Reference:
 
 def clip(*subjects: tuple[Reference, ...], **changes: object) -> Clip:
     people = tuple(Subject(str(number), refs=refs) for number, refs in enumerate(subjects))
-    return Clip(
-        **{
-            "id": "a",
-            "source": "custom",
-            "video": VideoSpan("a.mp4"),
-            "prompt": "p",
-            "subjects": people,
-            **changes,
-        }
-    )
+    return Clip("a", "custom", VideoSpan("a.mp4"), "p", people, **changes)
 
 
 def drawn(item: Clip, count: int, **settings: object) -> list[SampleSpec]:
@@ -179,8 +171,8 @@ def test_clips_go_to_the_longest_bucket_they_fill_of_the_nearest_shape() -> None
 
 def test_frames_at_a_rate_are_those_that_read_clip_counts() -> None:
     frames, rates = np.array([31, 30, 16, 0, 10]), np.array([30.0, 30.0, 8.0, 30.0, 0.0])
-    assert usable_frames(frames, rates, Sampling((BUCKET,), fps=10.0)).tolist() == [11, 10, 20, 0, 0]
-    assert usable_frames(frames, rates, Sampling((BUCKET,), stride=3)).tolist() == [11, 10, 6, 0, 4]
+    assert possible_frames(frames, rates, 10.0, 1).tolist() == [11, 10, 20, 0, 0]
+    assert possible_frames(frames, rates, None, 3).tolist() == [11, 10, 6, 0, 4]
 
 
 # --- order

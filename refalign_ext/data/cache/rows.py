@@ -14,6 +14,7 @@ from refalign_ext.data.clip_index import measure
 from refalign_ext.data.sampling.buckets import assign
 from refalign_ext.data.sampling.sample_spec import Sampling, possible_prompts, possible_references
 from refalign_ext.data.schema import Clip
+from refalign_ext.data.worker_pool import begin_row
 
 if TYPE_CHECKING:
     from refalign_ext.data.cache.reader import LatentCache
@@ -90,6 +91,7 @@ class RowLoader:
             return LoadedRow("", self._digest(error), reason=_short(error))
         digest = row_digest(clip, file_sizes(self.clip_set, row, clip))
         try:
+            begin_row(row)
             bucket = self._bucket(row, clip)
         except (ValueError, OSError) as error:
             return LoadedRow(clip.id, digest, reason=_short(error))

@@ -1,4 +1,4 @@
-"""Clips that cannot be used while training runs: counted, named, and an end to training if they are too many."""
+"""Counts the clips that cannot be used while training runs, and stops it if they are too many."""
 
 from __future__ import annotations
 

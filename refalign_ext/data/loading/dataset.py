@@ -1,4 +1,4 @@
-"""What loader processes do: turn an entry of the order into pixels, or say why a clip could not be used."""
+"""The dataset of loader processes: entries of the order as pixels, or why a clip could not be used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches fetched ahead by worker processes; where to go on is one global position."""
+"""Batches loaded ahead by worker processes, from any global position on."""
 
 from __future__ import annotations
 

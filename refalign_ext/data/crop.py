@@ -13,11 +13,10 @@ from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.masks import cut_reference, decode
 from refalign_ext.data.media_source import Media
 from refalign_ext.data.schema import Reference, Target
-from refalign_ext.data.spans import span_arguments
 from refalign_ext.references import load_image
 
 
-class CutError(ValueError):
+class CropError(ValueError):
     """Why a reference cannot be cut.
 
     Attributes:
@@ -29,7 +28,7 @@ class CutError(ValueError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return CutError, (str(self), self.reason)
+        return CropError, (str(self), self.reason)
 
 
 class FrameMemory:
@@ -47,11 +46,12 @@ class FrameMemory:
         """
         from refalign_ext.data.decoding import read_frame
 
-        part = span_arguments(reference.video)
-        key = (str(media), reference.frame, reference.frame_frac, *part.values())
+        key = (str(media), reference.frame, reference.frame_frac, reference.video)
         if key != self._key:
             self._key = None
-            self._frame = read_frame(media, frame=reference.frame, frame_share=reference.frame_frac, **part)
+            self._frame = read_frame(
+                media, frame=reference.frame, frame_share=reference.frame_frac, span=reference.video
+            )
             self._key = key
         return self._frame
 
@@ -68,14 +68,14 @@ def read_reference(
         frames: give the same one for all references of a row, and none of its frames is decoded twice in a row.
 
     Raises:
-        CutError: (a ValueError) naming the row and what is wrong.
+        CropError: (a ValueError) naming the row and what is wrong.
     """
     place = clip_set.place(row)
     name = reference.image if reference.video is None else reference.video.path
     try:
         media = clip_set.media(row, name)
     except ValueError as error:
-        raise CutError(str(error), "file_missing") from None
+        raise CropError(str(error), "file_missing") from None
     crop = None
     try:
         if reference.video is None:
@@ -87,20 +87,20 @@ def read_reference(
             crop = reference.video.crop_xyxy
             frame = (frames or FrameMemory()).read(media, reference)
     except ValueError as error:
-        raise CutError(f"{place}: {error}", "unreadable") from error
+        raise CropError(f"{place}: {error}", "unreadable") from error
     try:
         return _cut(frame, reference, crop)
-    except CutError as error:
-        raise CutError(f"{place}: {name}: {error}", error.reason) from None
+    except CropError as error:
+        raise CropError(f"{place}: {name}: {error}", error.reason) from None
     except ValueError as error:
-        raise CutError(f"{place}: {name}: {error}", "not_cut") from error
+        raise CropError(f"{place}: {name}: {error}", "not_cut") from error
 
 
 def _cut(frame: np.ndarray, reference: Reference, crop: tuple[int, int, int, int] | None) -> Image.Image:
     """Cuts a picture out of a whole frame [H, W, 3]."""
     height, width = frame.shape[:2]
     if crop is not None and not (0 <= crop[0] < crop[2] <= width and 0 <= crop[1] < crop[3] <= height):
-        raise CutError(
+        raise CropError(
             f"crop {list(crop)} does not lie in the frame of {width}x{height} pixels",
             BoxProblem.CROP_BEYOND_FRAME.value,
         )
@@ -110,7 +110,7 @@ def _cut(frame: np.ndarray, reference: Reference, crop: tuple[int, int, int, int
     if mask is None:
         background = "raw"  # a picture whose background is already white
     elif background == "white" and not _inside(mask, box).any():
-        raise CutError("the mask is empty inside of the box: the reference would be all white", "mask_empty")
+        raise CropError("the mask is empty inside of the box: the reference would be all white", "mask_empty")
     return cut_reference(frame, box, mask, background)
 
 
@@ -121,7 +121,7 @@ def _box(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int,
     declared = None if reference.video is None else reference.video.size
     box = box_in_frame(reference.bbox_xyxy, reference.box_space, size, crop, declared)
     if isinstance(box, BoxProblem):
-        raise CutError(
+        raise CropError(
             f"box {list(reference.bbox_xyxy)} ({reference.box_space}) cannot be used in a frame of "
             f"{size[0]}x{size[1]} pixels: {box.value}",
             box.value,
@@ -129,7 +129,7 @@ def _box(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int,
     if crop is not None:
         box = (max(box[0], crop[0]), max(box[1], crop[1]), min(box[2], crop[2]), min(box[3], crop[3]))
         if box[0] >= box[2] or box[1] >= box[3]:
-            raise CutError(
+            raise CropError(
                 f"box {list(reference.bbox_xyxy)} lies outside of the crop {list(crop)}", "box_outside_crop"
             )
     return box
@@ -144,17 +144,17 @@ def mask_in_frame(
         size: (width, height) of the whole frame in pixels; crop: the part of it that is used, which lies in it.
 
     Raises:
-        CutError: (a ValueError) if the mask does not belong to this frame.
+        CropError: (a ValueError) if the mask does not belong to this frame.
     """
     mask = region.mask_rle
     left, top, right, bottom = (0, 0, *size)
     if region.box_space == "cropped_frame":
         left, top, right, bottom = crop  # the schema sees to it that there is one
     if region.box_space == "long768":
-        raise CutError("a mask cannot be given in long768: use frame or cropped_frame", "mask_space")
+        raise CropError("a mask cannot be given in long768: use frame or cropped_frame", "mask_space")
     expected = (bottom - top, right - left)
     if mask.size != expected:
-        raise CutError(
+        raise CropError(
             f"the mask has {mask.size[1]}x{mask.size[0]} pixels, its {region.box_space} has "
             f"{expected[1]}x{expected[0]}",
             "mask_size",

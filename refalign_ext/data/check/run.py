@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from refalign_ext.atomic_io import atomic_open
-from refalign_ext.data.checking.processes import run_rows
-from refalign_ext.data.checking.row import DECODE_MODES, Finding, RowSettings
-from refalign_ext.data.checking.spool import Spool
+from refalign_ext.data.check.row import DECODE_MODES, Finding, RowSettings, check_row
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
+from refalign_ext.data.hashing import hash64
 from refalign_ext.data.length import Length
-from refalign_ext.data.shards import LISTING, ShardInfo, read_listing, verify_shard
-from refalign_ext.data.work import Share, chunks, run_each
+from refalign_ext.data.pieces import PieceJob, Share
+from refalign_ext.data.shards import LISTING, read_listing, verify_shard
+from refalign_ext.data.worker_pool import run_each
 
-CHUNK = 16  # rows that a process does at once: what is lost and done again if the check is killed
+PIECE_ROWS = 64  # what a worker does at once, and loses if the check is killed
 _EXAMPLES = 3
 _MAX_GROUPS = 1000
 
@@ -89,6 +92,37 @@ class CheckResult:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class CheckJob(PieceJob):
+    """The rows to check. The lines of a piece are those of its rows: what is wrong with it, and the hash of its id."""
+
+    clip_set: ClipSet
+    settings: RowSettings
+    state: str  # what is read, and how
+
+    def key(self, rows: range) -> str:
+        return hashlib.sha256(f"{self.state} {rows}".encode()).hexdigest()
+
+    def make(self, rows: range) -> tuple[dict[str, Any], Iterable[bytes]]:
+        lines, errors = [], 0
+        for row in rows:
+            findings, name = check_row(self.clip_set, row, self.settings)
+            errors += sum(finding.level == "error" for finding in findings)
+            entry = [[asdict(finding) for finding in findings], None if name is None else hash64(name)]
+            lines.append(json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        return {"errors": errors}, lines
+
+    def stands(self, rows: range, header: dict[str, Any]) -> bool:
+        """Rows with errors are looked at again: somebody may have mended their files."""
+        return not header["errors"]
+
+    def read(self, rows: range) -> Iterator[tuple[int, list[Finding], int | None]]:
+        """(row from 0, findings, hash of the id) of each row of a finished piece."""
+        for row, line in zip(rows, self.lines(rows), strict=True):
+            findings, id_hash = json.loads(line)
+            yield row, [Finding(**finding) for finding in findings], id_hash
+
+
 def check(
     path: str | os.PathLike[str],
     *,
@@ -107,42 +141,46 @@ def check(
     Args:
         path: a JSON-lines manifest, or a folder written by `data materialise --pack`.
         workers: processes; 0 checks in this one.
-        share: check only these chunks of rows, and this part of the shards' checksums.
+        share: check only this part of the rows, and of the shards' checksums.
         decode: "ends" decodes the first and last frame and those of targets, "all" every frame of the span, "none"
             only looks whether files exist.
         length: a training clip; videos too short for it are errors.
         max_errors: stop once there are more; None never does.
 
     Raises:
-        ValueError: if the data set cannot be opened or an argument is out of range.
+        ValueError: if the data set cannot be opened, an argument is out of range, or the same check is running.
     """
     if decode not in DECODE_MODES:
         raise ValueError(f"--decode {decode!r}: choose one of {', '.join(DECODE_MODES)}")
     if max_errors is not None and max_errors < 0:
         raise ValueError(f"--max_errors {max_errors}: it cannot be negative")
     share = share or Share()
-    clip_set = open_clip_set(Path(path))
+    clip_set = open_clip_set(path)
     if not len(clip_set):
         raise ValueError(f"{path} has no rows")
     report = report_path(Path(path), share)
-    parts = share.take(chunks(len(clip_set), CHUNK))
     settings = RowSettings(decode, length)
+    job = CheckJob(
+        report.with_name(f".{report.name}.part"),
+        len(clip_set),
+        PIECE_ROWS,
+        clip_set,
+        settings,
+        _state(clip_set.path, len(clip_set), settings),
+    )
     result = CheckResult(Path(path), len(clip_set), share, report=report)
-    spool_path = report.with_name(f".{report.name}.part")
-    with Spool(spool_path, _fingerprint(clip_set.path, len(clip_set), settings, share)) as spool:
-        left = [part for part in parts if part.start not in spool.clean]
-        errors = 0
-        with closing(run_rows(clip_set.path, settings, left, workers)) as found:
-            for part, rows in found:
-                spool.add(part, rows)
-                errors += sum(finding.level == "error" for findings, _ in rows for finding in findings)
-                if max_errors is not None and errors > max_errors:
-                    result.stopped = True
-                    break
-        result.rows = spool.rows
+    pieces, errors = [], 0
+    with closing(job.run(share, workers, "checking")) as finished:
+        for rows, header in finished:
+            pieces.append(rows)
+            errors += header["errors"]
+            if max_errors is not None and errors > max_errors:
+                result.stopped = True
+                break
+        result.rows = sum(map(len, pieces))
         shards = [] if result.stopped else _check_shards(clip_set.path, share, workers)
-        _summarise(result, clip_set, spool, shards)
-    spool_path.unlink(missing_ok=True)
+        _summarise(result, clip_set, job, pieces, shards)
+        shutil.rmtree(job.folder, ignore_errors=True)
     return result
 
 
@@ -153,12 +191,14 @@ def report_path(path: Path, share: Share) -> Path:
     return path.with_name(f"{path.name}.check{part}.jsonl")
 
 
-def _summarise(result: CheckResult, clip_set: ClipSet, spool: Spool, shards: Sequence[Finding]) -> None:
-    """Writes the report and fills in the counts, reading what was spooled line by line."""
+def _summarise(
+    result: CheckResult, clip_set: ClipSet, job: CheckJob, pieces: list[range], shards: list[Finding]
+) -> None:
+    """Writes the report and fills in the counts, reading what was found piece by piece."""
     groups: dict[tuple[str, str, str], Group] = {}
     bad_rows = array("Q")
     with atomic_open(result.report) as file:
-        for finding in _all_findings(clip_set, spool, shards):
+        for finding in _all_findings(clip_set, job, pieces, shards):
             file.write(json.dumps(asdict(finding), ensure_ascii=False).encode() + b"\n")
             _count(groups, finding)
             if finding.level == "error":
@@ -170,15 +210,18 @@ def _summarise(result: CheckResult, clip_set: ClipSet, spool: Spool, shards: Seq
     result.groups = sorted(groups.values(), key=lambda group: (group.level, -group.count, group.reason))
 
 
-def _all_findings(clip_set: ClipSet, spool: Spool, shards: Sequence[Finding]) -> Iterator[Finding]:
+def _all_findings(
+    clip_set: ClipSet, job: CheckJob, pieces: list[range], shards: list[Finding]
+) -> Iterator[Finding]:
     yield from shards
-    hashes, places = array("Q"), array("Q")
-    for row, findings, number in spool.read():
-        yield from findings
-        if number is not None:
-            hashes.append(number)
-            places.append(row)
-    yield from _duplicate_ids(clip_set, np.frombuffer(hashes, np.uint64), np.frombuffer(places, np.uint64))
+    hashes, rows = array("Q"), array("Q")
+    for piece in pieces:
+        for row, findings, id_hash in job.read(piece):
+            yield from findings
+            if id_hash is not None:
+                hashes.append(id_hash)
+                rows.append(row)
+    yield from _duplicate_ids(clip_set, np.frombuffer(hashes, np.uint64), np.frombuffer(rows, np.uint64))
 
 
 def _count(groups: dict[tuple[str, str, str], Group], finding: Finding) -> None:
@@ -192,38 +235,34 @@ def _count(groups: dict[tuple[str, str, str], Group], finding: Finding) -> None:
 
 
 def _duplicate_ids(clip_set: ClipSet, hashes: np.ndarray, rows: np.ndarray) -> Iterator[Finding]:
-    """Ids that rows share: equal hashes [n] are looked up in the rows [n] (from 0) and compared as text."""
-    order = np.lexsort((rows, hashes))
-    hashes, rows = hashes[order], rows[order]
-    starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else rows
-    sizes = np.diff(np.concatenate([starts, [len(hashes)]]))
-    for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist()):
-        first: dict[str, int] = {}
-        for row in rows[start : start + size].tolist():
-            name = clip_set[row].id
-            if name in first:
-                message = f"id {name!r} is already used in row {first[name] + 1}: give every row its own"
-                yield Finding(row + 1, "error", "duplicate_id", "id", message, name)
-            else:
-                first[name] = row
+    """Ids that rows share: where hashes [n] of the rows [n] (from 0) are equal, the ids are compared as text."""
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    first: dict[str, int] = {}
+    for row in rows[counts[inverse] > 1].tolist():
+        name = clip_set[row].id
+        if name in first:
+            message = f"id {name!r} is already used in row {first[name] + 1}: give every row its own"
+            yield Finding(row + 1, "error", "duplicate_id", "id", message, name)
+        else:
+            first[name] = row
 
 
-def _fingerprint(path: Path, rows: int, settings: RowSettings, share: Share) -> str:
-    """One line that tells this check from others: what it reads, and how."""
+def _state(path: Path, rows: int, settings: RowSettings) -> str:
+    """What tells this check from others: what it reads, and how."""
     status = (path / LISTING if path.is_dir() else path).stat()
-    state = [str(path), rows, CHUNK, status.st_size, status.st_mtime_ns, asdict(settings), asdict(share)]
-    return json.dumps(state, ensure_ascii=True)
+    return json.dumps([str(path), rows, status.st_size, status.st_mtime_ns, asdict(settings)])
 
 
 def _check_shards(path: Path, share: Share, workers: int) -> list[Finding]:
     """Shards of a packed folder whose bytes are not those that were written."""
     if not path.is_dir():
         return []
-    infos = share.take(read_listing(path))
-    work, weight = partial(_verify, path), lambda info: info.bytes
-    verified = run_each(work, infos, workers=workers, description="checksums", weight=weight, unit="B")
+    verified = run_each(
+        partial(verify_shard, path),
+        share.take(read_listing(path)),
+        workers=workers,
+        description="checksums",
+        weight=lambda info: info.bytes,
+        unit="B",
+    )
     return [Finding(0, "error", "checksum", info.name, problem) for info, problem in verified if problem]
-
-
-def _verify(folder: Path, info: ShardInfo) -> str | None:
-    return verify_shard(folder, info)

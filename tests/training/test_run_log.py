@@ -15,15 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from refalign_ext.training import logging as telemetry
-from refalign_ext.training.logging import (
-    LossSpikeDetector,
-    NonFiniteGuard,
-    RunLog,
-    Throughput,
-    TimestepBins,
-    write_skipped,
-)
+from refalign_ext.training import run_log
+from refalign_ext.training.run_log import RunLog
 
 
 def open_log(out: Path, first_step: int = 0, wandb: str | None = None, is_main: bool = True) -> RunLog:
@@ -72,7 +65,8 @@ def test_pictures_and_videos(tmp_path: Path) -> None:
     frames[:, :, :12, 0] = 255
     with open_log(tmp_path) as log:
         log.image(4, "preview", frames[0])
-        log.video(4, "samples/first", frames, fps=8)
+        video = torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1  # [3, T, H, W]
+        log.video(4, "samples/first", video, fps=8)
     images = tensorboard(tmp_path)
     (picture,), (moving,) = images.Images("preview"), images.Images("samples/first")
     assert (picture.step, picture.width, picture.height) == (4, 24, 16)
@@ -88,7 +82,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with open_log(tmp_path / "run", is_main=False) as log:
         log.log(1, {"a": 1.0})
         log.image(1, "i", np.zeros((2, 2, 3), np.uint8))
-        log.video(1, "v", np.zeros((1, 2, 2, 3), np.uint8), 8)
+        log.video(1, "v", torch.zeros(3, 1, 2, 2), 8)
     assert not (tmp_path / "run").exists()
 
 
@@ -159,7 +153,7 @@ def test_wandb_gets_the_same_and_resumes_the_same_run(tmp_path: Path, fake_wandb
     with open_log(tmp_path, wandb="project") as log:
         log.log(1, {"a": 1.0})
         log.image(1, "i", np.zeros((2, 4, 3), np.uint8))
-        log.video(1, "v", np.zeros((1, 2, 2, 3), np.uint8), 8)
+        log.video(1, "v", torch.zeros(3, 1, 2, 2), 8)
     with pytest.raises(KeyError), open_log(tmp_path, first_step=1, wandb="project"):
         raise KeyError
     first, second = fake_wandb.runs
@@ -213,155 +207,10 @@ def test_wandb_that_cannot_start_says_what_to_do(
     with pytest.raises(ValueError, match="wandb login.*WANDB_MODE=offline"), open_log(tmp_path, wandb="p"):
         pass
     monkeypatch.delitem(sys.modules, "wandb")
-    find_spec = telemetry.importlib.util.find_spec
+    find_spec = run_log.importlib.util.find_spec
     monkeypatch.setattr(
-        telemetry.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
+        run_log.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name)
     )
     for is_main in (True, False):
         with pytest.raises(ValueError, match="pip install wandb or leave --wandb out"):
             open_log(tmp_path, wandb="p", is_main=is_main)
-
-
-def test_loss_by_timestep() -> None:
-    bins = TimestepBins()
-    bins.add(torch.tensor([0.0, 99.9, 100.0]), torch.tensor([1.0, 3.0, 5.0], requires_grad=True))
-    bins.add(torch.tensor([1000.0, 950.0]), torch.tensor([7.0, 8.0], dtype=torch.bfloat16))
-    sums = bins.sums()
-    assert sums.shape == (10, 2) and not sums.requires_grad
-    assert TimestepBins.values(sums) == {
-        "loss_by_timestep/0-100": 2.0,
-        "loss_by_timestep/100-200": 5.0,
-        "loss_by_timestep/900-1000": 7.5,
-    }
-    assert TimestepBins.values(sums + sums) == TimestepBins.values(sums)  # two equal ranks
-    bins.reset()
-    assert TimestepBins.values(bins.sums()) == {} and sums.sum() > 0
-    quarters = TimestepBins(4)
-    quarters.add(torch.tensor([250.0]), torch.tensor([1.0]))
-    assert TimestepBins.values(quarters.sums()) == {"loss_by_timestep/250-500": 1.0}
-
-
-def around_one(count: int) -> list[float]:
-    return [1 + 0.1 * (-1) ** index for index in range(count)]  # mean 1, deviation 0.1
-
-
-def test_a_spike_stands_out_and_does_not_hide_the_next() -> None:
-    watch = LossSpikeDetector(5)
-    assert not any(watch.is_spike(loss) for loss in [*around_one(48), 50.0])  # too early to tell
-    watch = LossSpikeDetector(5)
-    assert not any(watch.is_spike(loss) for loss in around_one(50))
-    assert not watch.is_spike(1.45) and watch.is_spike(1.7)
-    assert watch.is_spike(1000.0) and watch.is_spike(1.7)
-    assert not watch.is_spike(0.0) and not watch.is_spike(math.nan) and not watch.is_spike(math.inf)
-    assert watch.is_spike(1.9)
-
-
-def test_many_spikes_are_a_new_level_and_old_losses_are_forgotten() -> None:
-    watch = LossSpikeDetector(5)
-    for loss in around_one(200):
-        watch.is_spike(loss)
-    assert [watch.is_spike(3 + 0.1 * (-1) ** index) for index in range(70)] == [True] * 10 + [False] * 60
-    assert watch.is_spike(4.0)
-    sliding = LossSpikeDetector(5, window=60)
-    for loss in [*(10 * value for value in around_one(100)), *around_one(60)]:
-        sliding.is_spike(loss)
-    assert sliding.is_spike(2.0)
-
-
-def test_spike_watch_of_equal_losses_and_turned_off() -> None:
-    watch = LossSpikeDetector(5)
-    assert not any(watch.is_spike(0.1 + 1e-9 * (index % 2)) for index in range(100))
-    assert watch.is_spike(0.2)
-    off = LossSpikeDetector(0)
-    assert not any(off.is_spike(loss) for loss in [*around_one(100), 1e9])
-
-
-def test_skipped_steps_are_written_and_end_the_run_when_too_many(tmp_path: Path) -> None:
-    report = {
-        "samples": ["a", "b"],
-        "timesteps": torch.tensor([1.5, 2.0]),
-        "losses": {"flow": torch.tensor([math.nan, 1.0]), "alignment": np.array([math.inf, -math.inf])},
-        "kept": [(True, False)],
-        "gradient_norm": math.nan,
-        "folder": Path("x"),
-        "none": None,
-    }
-    path = write_skipped(tmp_path, 12, report)
-    assert path == tmp_path / "skipped" / "step-00000012.json"
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    assert json.loads(path.read_text(), parse_constant=refuse) == {
-        "step": 12,
-        "samples": ["a", "b"],
-        "timesteps": [1.5, 2.0],
-        "losses": {"flow": ["nan", 1.0], "alignment": ["inf", "-inf"]},
-        "kept": [[True, False]],
-        "gradient_norm": "nan",
-        "folder": "x",
-        "none": None,
-    }
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-    guard = NonFiniteGuard(3, tmp_path)
-    for _ in range(4):
-        guard.skipped()
-        guard.skipped()
-        guard.reset()
-    guard.skipped()
-    guard.skipped()
-    with pytest.raises(FloatingPointError, match=f"3 steps in a row.*{path.parent}.*--learning_rate"):
-        guard.skipped()
-    with pytest.raises(FloatingPointError, match="1 step in a row"):
-        NonFiniteGuard(0, tmp_path).skipped()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_throughput() -> None:
-    clock = Clock()
-    speed = Throughput(torch.device("cpu"), peak_flops=1000.0, clock=clock)
-    for _ in range(2):
-        with speed.waiting():
-            clock.now += 1
-        clock.now += 3
-        speed.step(clips=4, tokens=100, flops=1200.0)
-    with speed.paused():
-        clock.now += 50
-    values = speed.values()
-    peak = values.pop("memory/peak_gib")
-    assert 0.01 < peak < 1000
-    assert values == pytest.approx(
-        {
-            "speed/seconds_per_step": 4.0,
-            "speed/clips_per_second": 1.0,
-            "speed/tokens_per_second": 25.0,
-            "speed/data_wait": 0.25,
-            "speed/mfu": 0.3,
-        }
-    )
-    clock.now += 2
-    speed.step(clips=1, tokens=10)
-    second = speed.values()
-    assert second["speed/seconds_per_step"] == pytest.approx(2) and second["speed/data_wait"] == 0
-    assert "speed/mfu" not in second
-    assert set(speed.values()) == {"memory/peak_gib"}
-
-
-def test_time_that_is_paused_or_waited_counts_when_the_block_fails() -> None:
-    clock = Clock()
-    speed = Throughput(torch.device("cpu"), clock=clock)
-    with pytest.raises(KeyError), speed.paused():
-        clock.now += 5
-        raise KeyError
-    clock.now += 1
-    speed.step(1, 1, 1.0)
-    values = speed.values()
-    assert values["speed/seconds_per_step"] == pytest.approx(1) and "speed/mfu" not in values

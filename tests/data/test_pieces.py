@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from refalign_ext.data import work
-from refalign_ext.data.work import Share, chunks, run_each
+from refalign_ext.data import worker_pool
+from refalign_ext.data.pieces import Share, chunks
+from refalign_ext.data.worker_pool import run_each
 
 
 def test_shares_take_every_item_once() -> None:
@@ -44,19 +45,22 @@ def test_share_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks() -> None:
     assert chunks(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
     assert chunks(0, 3) == []
-    with pytest.raises(ValueError, match="piece of 0 rows"):
-        chunks(5, 0)
 
 
 SCRIPT = """
 import os, signal, sys, time
-from work import run_each
+from worker_pool import begin_row, run_each
 
 def late(number):
     time.sleep(0.02 * (5 - number % 5))  # earlier items take longer
     if number == 99:
         raise ValueError("item 99 is bad")
-    if number == 98:
+    if number >= 200:
+        try:
+            begin_row(number)
+        except ValueError as error:
+            return "the process that read this row died" in str(error), 0
+    if number in (98, 205, 209):
         os.kill(os.getpid(), signal.SIGKILL)
     if number == 97:
         os.write(1, f"process {os.getpid()}\\n".encode())  # at once: two processes write to one pipe
@@ -80,7 +84,7 @@ def start(folder: Path, items: str) -> subprocess.Popen[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, str(script), items]
-    environment = os.environ | {"PYTHONPATH": str(Path(work.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(worker_pool.__file__).parent)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
@@ -90,7 +94,7 @@ def lines(folder: Path, items: str) -> list[str]:
 
 def test_results_come_in_order_and_errors_after_those_before_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--workers -1"):
-        run_each(abs, [1], workers=-1, description="")
+        next(run_each(abs, [1], workers=-1, description=""))
     assert list(run_each(abs, [-2, 1, -3], workers=0, description="")) == [(-2, 2), (1, 1), (-3, 3)]
     assert list(run_each(abs, [], workers=2, description="")) == []
     squares = [f"{n} {n * n}" for n in range(12)]
@@ -101,6 +105,11 @@ def test_results_come_in_order_and_errors_after_those_before_them(tmp_path: Path
         message == "OSError a worker process was killed (too little memory?): run again with fewer --workers"
     )
     assert before in ([], squares[:1])
+
+
+def test_rows_that_crash_a_worker_are_isolated(tmp_path: Path) -> None:
+    *results, _ = lines(tmp_path, "range(200, 212)")
+    assert results == [f"{n} {True if n in (205, 209) else n * n}" for n in range(200, 212)]
 
 
 def test_no_process_outlives_one_that_is_killed(tmp_path: Path) -> None:

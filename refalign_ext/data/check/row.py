@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.clip_index import probe_media
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.length import Length
-from refalign_ext.data.materialise.reference import (
-    CutError,
+from refalign_ext.data.crop import (
+    CropError,
     FrameMemory,
     mask_in_frame,
     read_reference,
 )
+from refalign_ext.data.length import Length
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
-from refalign_ext.data.spans import span_arguments, steady_range
+from refalign_ext.data.spans import steady_range
+from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from refalign_ext.data.decoding import VideoInfo
+    from refalign_ext.data.video_file import VideoInfo
 
 DECODE_MODES = ("ends", "all", "none")
 _RATE_TOLERANCE = 0.005  # 23.976 and 24, 29.97 and 30 are each other's rounding
@@ -73,9 +74,12 @@ def check_row(clip_set: ClipSet, row: int, settings: RowSettings) -> tuple[list[
         return [_unreadable(row, place, str(error))], None
     except Exception as error:  # noqa: BLE001, a row that nobody thought of must not hide the others
         return [Finding(row + 1, "error", "unexpected", "", f"{type(error).__name__}: {error}")], None
-    tried = _Row(clip_set, row, clip, settings)
+    tried = RowCheck(clip_set, row, clip, settings)
     try:
+        begin_row(row)
         tried.check()
+    except RowCrashedWorker as error:
+        tried.error("killed_process", "", str(error))
     except Exception as error:  # noqa: BLE001, nor a file
         tried.error("unexpected", "", f"{type(error).__name__}: {error}")
     return tried.findings[:_MAX_FINDINGS], clip.id
@@ -91,7 +95,7 @@ def _unreadable(row: int, place: str, message: str) -> Finding:
     return Finding(row + 1, "error", "not_json" if is_text else "row_unreadable", "", message)
 
 
-class _Row:
+class RowCheck:
     """The row being checked and what was found so far."""
 
     def __init__(self, clip_set: ClipSet, row: int, clip: Clip, settings: RowSettings) -> None:
@@ -209,12 +213,12 @@ class _Row:
         from refalign_ext.data.decoding import read_clip, read_frame
 
         span = self.clip.video
-        media, part = self.clip_set.media(self.row, span.path), span_arguments(span)
+        media = self.clip_set.media(self.row, span.path)
         if self.settings.decode == "all":
             for start in range(frames.start, frames.stop, _PIECE):
                 end = min(start + _PIECE, frames.stop)
                 try:
-                    read_clip(media, end - start, _THUMBNAIL, start_frame=start, end_frame=end)
+                    read_clip(media, end - start, _THUMBNAIL, span=VideoSpan(span.path, start, end))
                 except ValueError as error:
                     self.error("unreadable", "video", f"frames [{start}, {end}): {error}")
                     return
@@ -231,7 +235,7 @@ class _Row:
                 self.error("target_beyond_file", where, message)
                 continue
             try:
-                read_frame(media, frame=frame, frame_share=share, **part)
+                read_frame(media, frame=frame, frame_share=share, span=span)
             except ValueError as error:
                 self.error("unreadable", where, str(error))
 
@@ -261,7 +265,7 @@ class _Row:
             return
         try:
             inside = mask_in_frame(region, size, crop)
-        except CutError as error:
+        except CropError as error:
             self.error(error.reason, f"{where}.mask_rle", str(error))
             return
         if not inside.any():
@@ -281,7 +285,7 @@ class _Row:
             self._compare(f"{where}.video", span, info, depends=reference.box_space is not None)
         try:
             picture = read_reference(self.clip_set, self.row, reference, self.frames)
-        except CutError as error:
+        except CropError as error:
             self.error(error.reason, f"{where}.{_field_of(error.reason, reference)}", str(error))
         except ValueError as error:
             self.error("unreadable", where, str(error))

@@ -1,4 +1,4 @@
-"""The sources of samples that a configuration asks for: clips from manifests and shards, or the sprite world."""
+"""Training data from manifests and packed folders of clips, with or without a cache of what the encoders give."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from refalign_ext.backbone import WanVAE, file_sha256
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
 from refalign_ext.data.cache.files import HEADER, default_folder, read_header
-from refalign_ext.data.cache.reader import LatentCache
+from refalign_ext.data.cache.names import cache_fingerprint
+from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
@@ -21,17 +19,41 @@ from refalign_ext.data.sampling.buckets import make_buckets
 from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.sampling.split import Split
 from refalign_ext.distributed.mesh import Parallel
-from refalign_ext.encoders import frozen_fingerprint, on_grid, teacher_folder, token_stride
-from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
-from refalign_ext.teachers import Teacher, teacher_files
+from refalign_ext.encoders import Encoders, token_stride
+from refalign_ext.training.data_source import Preview, TrainingData
+from refalign_ext.training.previews import video_preview
+from refalign_ext.training.run_log import RunLog
+from refalign_ext.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
 logger = logging.getLogger(__name__)
 
-# Shares of cached sprite clips with one, two and three subjects; which ones a step draws is a setting.
-CACHED_COUNTS = (0.45, 0.48, 0.07)
+
+class ClipData:
+    """The clips of `--data`: the row of the table of data sources."""
+
+    def accepts(self, config: TrainConfig) -> bool:
+        return config.data is not None
+
+    def complete(self, config: TrainConfig) -> TrainConfig:
+        require_clip_sets(config)
+        return with_cached_variants(config)
+
+    def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
+        sampling = sampling_of(config, encoders.task)
+        caches = open_caches(config, sampling, encoders, parallel)
+        training, validation = clip_sources(config, sampling, encoders, caches, parallel)
+        # With a cache, the text encoder is loaded only if a prompt is not in it.
+        cached = CachedText(caches, encoders.device, lambda: encoders.encode_text) if caches else None
+        return TrainingData(training, validation, cached or encoders.encode_text)
+
+    def make_preview(self, trainer: Trainer, encoders: Encoders, log: RunLog) -> Preview | None:
+        return None if trainer.validation is None else video_preview(trainer, encoders, log)
+
+
+CLIP_DATA = ClipData()
 
 
 def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
@@ -108,7 +130,9 @@ def require_clip_sets(config: TrainConfig) -> None:
                 raise ValueError(f"{flag}: {error}") from None
 
 
-def open_caches(config: TrainConfig, sampling: Sampling, parallel: Parallel) -> list[LatentCache]:
+def open_caches(
+    config: TrainConfig, sampling: Sampling, encoders: Encoders, parallel: Parallel
+) -> list[LatentCache]:
     """The caches of `data`, made sure to be of its rows, models and settings; none if there are none.
 
     Raises:
@@ -119,7 +143,7 @@ def open_caches(config: TrainConfig, sampling: Sampling, parallel: Parallel) -> 
         return []
 
     def open_all() -> list[LatentCache]:
-        expected = frozen_fingerprint(config, sampling)
+        expected = cache_fingerprint(sampling, **encoders.fingerprint())
         caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
             check_rows(cache, open_clip_set(path))
@@ -141,10 +165,8 @@ def open_caches(config: TrainConfig, sampling: Sampling, parallel: Parallel) -> 
 
 def clip_sources(
     config: TrainConfig,
-    task: EasyDict,
     sampling: Sampling,
-    vae: WanVAE,
-    teacher: Teacher | None,
+    encoders: Encoders,
     caches: list[LatentCache],
     parallel: Parallel,
 ) -> tuple[Source, Source | None]:
@@ -161,8 +183,8 @@ def clip_sources(
         return ClipSource(
             [open_clip_set(path) for path in paths.split(",")],
             sampling,
-            encode=vae.encode,
-            features=on_grid(teacher, task),
+            encode=encoders.vae.encode,
+            features=encoders.features,
             device=parallel.device,
             split=split,
             data_rank=parallel.data_rank,
@@ -189,54 +211,3 @@ def clip_sources(
     elif config.validate_every and share:
         validation = source(config.data, Split(share, config.seed, "validation"), here, caches=caches)
     return training, validation
-
-
-def sprite_sources(
-    config: TrainConfig, task: EasyDict, folder: Path, vae: WanVAE, teacher: Teacher | None
-) -> tuple[Source, Source | None]:
-    """Training clips, and validation clips of subjects that training never shows."""
-    from refalign_ext.sprites.vae_onepass import encode_latents, lay_channels_last
-
-    lay_channels_last(vae.model)
-
-    def encode(videos: Tensor) -> Tensor:
-        return encode_latents(vae, videos).cpu()
-
-    settings = SpriteSettings(
-        clips=config.cache_clips,
-        views=config.cache_views,
-        frames=task.frame_num,
-        height=task.size[1],
-        width=task.size[0],
-        regular_pairs=config.regular_pairs,
-        counts=CACHED_COUNTS,
-    )
-    vae_digest, teacher_digest = file_sha256(folder / task.vae_checkpoint), ""
-    if teacher is not None:
-        home, weights = teacher_files(config.alignment.teacher, teacher_folder(config, task, folder))
-        teacher_digest = "".join(file_sha256(file) for file in (home / "config.json", *weights))
-    is_named = config.cache not in (None, "off")
-    cache = Path(config.cache) if is_named else Path(config.out) / "cache"
-    features = on_grid(teacher, task)
-
-    def sprites(split: str, **changes: Any) -> SpriteSource:
-        return SpriteSource(
-            replace(settings, **changes),
-            config.seed,
-            encode,
-            features,
-            cache,
-            vae_digest,
-            teacher_digest,
-            tuple(config.subject_counts),
-            split=split,
-        )
-
-    source: Source = sprites("train")
-    if config.free_colors:
-        free = sprites("train", clips=config.cache_free_clips, views=2, free_colors=True)
-        source = MixedSprites(source, free, config.free_colors)
-    validation = None
-    if config.validate_every:
-        validation = sprites("held_out", clips=config.validation_clips, views=2)
-    return source, validation

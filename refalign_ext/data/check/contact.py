@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
-from refalign_ext.data.checking.contact_layout import (
+from refalign_ext.data.check.contact_layout import (
     FAINT,
     GAP,
     INK,
@@ -25,9 +25,8 @@ from refalign_ext.data.checking.contact_layout import (
     text_line,
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.materialise.reference import FrameMemory, mask_in_frame, read_reference
+from refalign_ext.data.crop import FrameMemory, mask_in_frame, read_reference
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.spans import span_arguments
 
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
 MAX_TARGETS = 3  # frames of targets shown per sample
@@ -122,8 +121,7 @@ def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Im
     """Evenly spaced frames, then those of targets with what is marked in them."""
     from refalign_ext.data.decoding import read_frame
 
-    media, part = clip_set.media(row, clip.video.path), span_arguments(clip.video)
-    crop = clip.video.crop_xyxy
+    media, crop = clip_set.media(row, clip.video.path), clip.video.crop_xyxy
     targets: dict[tuple[int | None, float | None], list[tuple[int, Subject]]] = {}
     for number, subject in enumerate(clip.subjects):
         if subject.target is not None:
@@ -134,7 +132,7 @@ def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Im
     side = (width - (columns - 1) * GAP) // columns - 2
     tiles = []
     for share in np.linspace(0, 1 - 2**-40, FRAMES).tolist():
-        picture = Image.fromarray(read_frame(media, frame_share=share, **part))
+        picture = Image.fromarray(read_frame(media, frame_share=share, span=clip.video))
         _outline(picture, crop, _CROP)
         tiles.append(captioned(scaled(picture, side, _FRAME_HEIGHT), f"{share:.0%} of the clip", FAINT))
     for (frame, share), subjects in marked:
@@ -142,7 +140,7 @@ def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Im
         names = ", ".join(_name(subject) for _, subject in subjects)
         spaces = ", ".join(dict.fromkeys(subject.target.box_space for _, subject in subjects))
         try:
-            pixels = read_frame(media, frame=frame, frame_share=share, **part)
+            pixels = read_frame(media, frame=frame, frame_share=share, span=clip.video)
             picture = Image.fromarray(_with_targets(pixels, subjects, clip.video))
         except ValueError as error:
             tiles.append(error_text(f"target at {when}: {_without_place(clip_set, row, error)}", side))

@@ -1,9 +1,9 @@
-"""Runs the frozen parts over every row of a clip set before training and stores what they give."""
+"""`data cache`: runs the encoders over every row of a clip set before training and stores what they give."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from refalign_ext.backbone import WanVAE
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.cache.files import (
     HEADER,
@@ -20,46 +19,31 @@ from refalign_ext.data.cache.files import (
     ChunkRecord,
     chunk_path,
     default_folder,
+    open_chunk,
     read_header,
     read_record,
     write_chunk,
     write_header,
 )
-from refalign_ext.data.cache.names import LATENT_TYPES, differences, features_name, text_name
+from refalign_ext.data.cache.names import (
+    LATENT_TYPES,
+    cache_fingerprint,
+    differences,
+    features_name,
+    text_name,
+)
 from refalign_ext.data.cache.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.pixels import from_uint8
 from refalign_ext.data.sampling.sample_spec import Sampling
-from refalign_ext.data.work import Share, run_each
-from refalign_ext.encoders import (
-    checkpoint_folder,
-    frozen_fingerprint,
-    on_grid,
-    task_config,
-    teacher_folder,
-    text_encoder,
-)
-from refalign_ext.teachers import load_teacher
+from refalign_ext.data.worker_pool import run_each
+from refalign_ext.encoders import Encoders
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 32
 _EXAMPLES = 10
-
-
-@dataclass(frozen=True)
-class FrozenParts:
-    """What turns pixels and prompts into what training sees, each call for one thing alone.
-
-    Attributes:
-        encode: a video [3, T, H, W] in [-1, 1] to latents [C, F, h, w].
-        features: an image [3, H, W] to teacher features [N, D]; None: no alignment.
-        encode_text: a prompt to features [L, D], in the type in which they are stored.
-    """
-
-    encode: Callable[[Tensor], Tensor]
-    features: Callable[[Tensor], Tensor] | None
-    encode_text: Callable[[str], Tensor]
 
 
 @dataclass
@@ -125,39 +109,19 @@ def build_cache(
     if chunk_rows < 1:
         raise ValueError(f"--chunk_rows {chunk_rows}: give at least 1")
     loader = RowLoader(open_clip_set(data), sampling)
-    header = CacheHeader(frozen_fingerprint(config, sampling, dtype=dtype), len(loader.clip_set), chunk_rows)
+    encoders = Encoders(config, device, dit=False, cached_prompts=0)
+    fingerprint = cache_fingerprint(sampling, **encoders.fingerprint(), dtype=dtype)
+    header = CacheHeader(fingerprint, len(loader.clip_set), chunk_rows)
     return fill_cache(
         loader,
         default_folder(Path(data)) if out is None else Path(out),
         header,
-        lambda: load_parts(config, device),
+        encoders,
         share=share or Share.from_environment(),
         workers=workers,
         # Prompts that every run may ask for: dropped text, and the negative prompt of previews.
-        prompts=("", task_config(config).sample_neg_prompt),
+        prompts=("", encoders.task.sample_neg_prompt),
         retry_failed=retry_failed,
-    )
-
-
-def load_parts(config: TrainConfig, device: torch.device) -> FrozenParts:
-    """The frozen parts of a run on a device (the text encoder on the CPU if the configuration says so).
-
-    Raises:
-        ValueError: for missing or unfitting files.
-    """
-    task, folder = task_config(config), checkpoint_folder(config, dit=False)
-    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
-    teacher = None
-    if config.needs_teacher:
-        teacher = load_teacher(config.alignment.teacher, teacher_folder(config, task, folder), device=device)
-    features = on_grid(teacher, task)
-    home, cpu = torch.device("cpu") if config.t5_cpu else device, torch.device("cpu")
-    encode_text = text_encoder(folder, task, home, cpu, remember=0)
-    return FrozenParts(
-        lambda video: vae.encode([video])[0],
-        None if features is None else lambda image: features(image[None])[0],
-        # The encoder works in this type: nothing is lost.
-        lambda prompt: encode_text([prompt])[0].to(task.t5_dtype),
     )
 
 
@@ -165,7 +129,7 @@ def fill_cache(
     loader: RowLoader,
     folder: Path,
     header: CacheHeader,
-    load: Callable[[], FrozenParts],
+    encoders: Encoders,
     *,
     share: Share,
     workers: int = 0,
@@ -186,12 +150,11 @@ def fill_cache(
             summary.kept += 1
             summary.add(record, chunk_path(folder, number))
     if todo:
-        _remove_leftovers(folder, set(todo))
-        parts, dtype = load(), getattr(torch, header.fingerprint["settings"]["dtype"])
+        dtype = getattr(torch, header.fingerprint["settings"]["dtype"])
         rows = [row for number in todo for row in header.chunk(number)]
         with closing(run_each(loader, rows, workers=workers, description="caching", unit="row")) as stream:
             for number in todo:
-                chunk = _Chunk(parts, dtype, prompts)
+                chunk = _Chunk(encoders, dtype, prompts)
                 for row in header.chunk(number):
                     chunk.add(loader.clip_set.place(row), next(stream)[1])
                 record = ChunkRecord(header.fingerprint, chunk.rows, chunk.failures)
@@ -204,10 +167,10 @@ def fill_cache(
 class _Chunk:
     """Collects the tensors of a chunk's rows on the CPU."""
 
-    def __init__(self, parts: FrozenParts, dtype: torch.dtype, prompts: Sequence[str]) -> None:
-        self.parts, self.dtype = parts, dtype
+    def __init__(self, encoders: Encoders, dtype: torch.dtype, prompts: Sequence[str]) -> None:
+        self.encoders, self.dtype = encoders, dtype
         self.tensors: dict[str, Tensor] = {}
-        self.rows: list[list[str]] = []
+        self.rows: list[tuple[str, str]] = []
         self.failures: dict[str, str] = {}
         self._add_prompts(prompts)
 
@@ -216,7 +179,7 @@ class _Chunk:
         """Encodes a row; `place` is what errors about it start with."""
         if row.clip_id and any(row.clip_id == other for other, _ in self.rows):
             raise ValueError(f"{place}: id {row.clip_id!r} is used twice: `data check` names all such rows")
-        self.rows.append([row.clip_id, row.digest])
+        self.rows.append((row.clip_id, row.digest))
         if row.reason:
             self.failures[place] = row.reason
             return
@@ -227,9 +190,10 @@ class _Chunk:
                 continue
             pixels = from_uint8(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
             is_image = pixels.ndim == 3
-            found = {item.name: self.parts.encode(pixels[:, None] if is_image else pixels)}
-            if is_image and self.parts.features is not None:
-                found[features_name(item.name)] = self.parts.features(pixels)
+            video = pixels[:, None] if is_image else pixels
+            found = {item.name: self.encoders.vae.encode([video])[0]}
+            if is_image and self.encoders.features is not None:
+                found[features_name(item.name)] = self.encoders.features(pixels[None])[0]
             if all(tensor.isfinite().all() for tensor in found.values()):
                 self.tensors |= {name: tensor.to("cpu", self.dtype) for name, tensor in found.items()}
             else:
@@ -240,7 +204,9 @@ class _Chunk:
         for prompt in prompts:
             name = text_name(prompt)
             if name not in self.tensors:
-                self.tensors[name] = self.parts.encode_text(prompt).cpu()
+                # The encoder works in this type: nothing is lost.
+                features = self.encoders.encode_text([prompt])[0].to(self.encoders.task.t5_dtype)
+                self.tensors[name] = features.cpu()
 
 
 def _require_same(folder: Path, header: CacheHeader) -> None:
@@ -258,25 +224,17 @@ def _require_same(folder: Path, header: CacheHeader) -> None:
         )
 
 
-def _remove_leftovers(folder: Path, numbers: set[int]) -> None:
-    """What a run that was killed had half written of these chunks; those of other shares may be in the making."""
-    names = {chunk_path(folder, number).name for number in numbers}
-    for aside in folder.glob(".chunk-*.part"):
-        if aside.name[1:].rsplit(".", 2)[0] in names:
-            aside.unlink(missing_ok=True)
-
-
 def _current(folder: Path, number: int, header: CacheHeader, loader: RowLoader) -> ChunkRecord | None:
     """The record of a chunk that need not be made again, or None."""
     path = chunk_path(folder, number)
     if not path.exists():
         return None
     try:
-        record, _ = read_record(path)
+        record, _ = read_record(open_chunk(path), path)
     except ValueError as error:
         logger.warning("making a chunk again: %s", error)
         return None
     if record.fingerprint != header.fingerprint or len(record.rows) != len(header.chunk(number)):
         return None
-    same = all(list(loader.identify(row)) == stored for row, stored in zip(header.chunk(number), record.rows))
+    same = all(loader.identify(row) == stored for row, stored in zip(header.chunk(number), record.rows))
     return record if same else None
