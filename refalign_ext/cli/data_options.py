@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import click
 
 if TYPE_CHECKING:
     from refalign_ext.data.conversion_report import Report
-    from refalign_ext.data.length import Length
     from refalign_ext.data.pieces import Share
 
 EXISTING = click.Path(path_type=Path, exists=True)
@@ -46,28 +46,23 @@ def workers_option(default: int) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def length_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--frames, --fps and --stride, which a command gets as `length`; None if they are not given."""
+
+    @functools.wraps(command)
+    def with_length(*, frames: int | None, fps: float | None, stride: int | None, **options: Any) -> Any:
+        from refalign_ext.data.length import Length
+
+        if frames is None and (fps is not None or stride is not None):
+            raise ValueError("--fps and --stride say how --frames are taken: give --frames too")
+        return command(length=None if frames is None else Length(frames, fps, stride or 1), **options)
+
     for option in (
         click.option("--stride", type=click.IntRange(1), help="Training takes every n-th frame."),
         click.option("--fps", type=float, help="Training takes this many frames per second."),
         click.option("--frames", type=click.IntRange(1), help="Frames of a training clip."),
     ):
-        command = option(command)
-    return command
-
-
-def given_length(frames: int | None, fps: float | None, stride: int | None) -> Length | None:
-    """The length that the options name; None if they name none.
-
-    Raises:
-        ValueError: for a rate without a number of frames, and for what cannot be.
-    """
-    from refalign_ext.data.length import Length
-
-    if frames is None:
-        if fps is not None or stride is not None:
-            raise ValueError("--fps and --stride say how --frames are taken: give --frames too")
-        return None
-    return Length(frames, fps, stride or 1)
+        with_length = option(with_length)
+    return with_length
 
 
 def beside(clips: Path, ending: str) -> Path:

@@ -34,7 +34,7 @@ from refalign_ext.backbone import (
 )
 from refalign_ext.checkpoint.checkpointer import is_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
-from refalign_ext.data.result_sheet import make_sheet
+from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (

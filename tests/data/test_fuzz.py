@@ -32,7 +32,6 @@ from refalign_ext.data.cache.names import (
 )
 from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows, file_sizes
-from refalign_ext.data.check.contact import contact_sheet
 from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
@@ -49,6 +48,7 @@ from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
+from refalign_ext.data.sheets.contact import contact_sheet
 from refalign_ext.data.statistics.stats import collect_stats
 from refalign_ext.data.statistics.table import stats_table
 from refalign_ext.data.video_file import probe

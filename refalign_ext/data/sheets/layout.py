@@ -1,4 +1,4 @@
-"""Pieces of a page: text that fits, pictures with captions, rows of them."""
+"""Pieces of a page: text that fits, pictures with captions, rows and columns of them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, GAP = 24, 10
-INK, FAINT = (28, 30, 34), (110, 114, 122)
-_PAPER, _LINE, _BAD = (250, 250, 248), (214, 214, 210), (190, 30, 30)
-_CAPTION = 20  # height of the line under a picture
+Colour = tuple[int, int, int]
+
+GAP = 10
+INK, FAINT, ACCENT, BAD = (28, 30, 34), (110, 114, 122), (46, 98, 190), (190, 30, 30)
+_PAPER, _LINE = (250, 250, 248), (214, 214, 210)
 
 # Pillow's own font knows Latin letters only; the first of these that has a text's other letters is used.
-_OTHER_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc", "DejaVuSans.ttf")
+_OTHER_FONTS = (
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "wqy-microhei.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "msyh.ttc",
+    "Arial Unicode.ttf",
+    "DejaVuSans.ttf",
+)
 
 
-def stacked(parts: Sequence[Image.Image], width: int, margin: int = MARGIN) -> Image.Image:
-    """Parts one below the other on a page with a margin."""
-    gap = 2 * MARGIN if margin else GAP
-    height = sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * margin
-    page = Image.new("RGB", (width, height), _PAPER)
+def blank(width: int, height: int) -> Image.Image:
+    """An empty piece of paper."""
+    return Image.new("RGB", (width, height), _PAPER)
+
+
+def padded(part: Image.Image, height: int) -> Image.Image:
+    """A part with empty paper under it, or cut off, so that it has this height."""
+    page = blank(part.width, height)
+    page.paste(part, (0, 0))
+    return page
+
+
+def stacked(parts: Sequence[Image.Image], width: int, *, margin: int = 0, gap: int = GAP) -> Image.Image:
+    """Parts one below the other."""
+    page = blank(width, sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * margin)
     top = margin
     for part in parts:
         page.paste(part, (margin, top))
@@ -28,22 +49,22 @@ def stacked(parts: Sequence[Image.Image], width: int, margin: int = MARGIN) -> I
     return page
 
 
-def flow(tiles: Sequence[Image.Image], width: int) -> Image.Image:
+def flow(tiles: Sequence[Image.Image], width: int, *, gap: int = GAP, row_gap: int = GAP) -> Image.Image:
     """Tiles from left to right, their lower edges in line, in as many rows as they need."""
     rows: list[list[Image.Image]] = [[]]
     for tile in tiles:
-        if rows[-1] and sum(item.width + GAP for item in rows[-1]) + tile.width > width:
+        if rows[-1] and sum(item.width + gap for item in rows[-1]) + tile.width > width:
             rows.append([])
         rows[-1].append(tile)
     bands = []
     for row in rows:
-        band = Image.new("RGB", (width, max((tile.height for tile in row), default=1)), _PAPER)
+        band = blank(width, max((tile.height for tile in row), default=1))
         left = 0
         for tile in row:
             band.paste(tile, (left, band.height - tile.height))
-            left += tile.width + GAP
+            left += tile.width + gap
         bands.append(band)
-    return stacked(bands, width, 0)
+    return stacked(bands, width, gap=row_gap)
 
 
 def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -56,26 +77,31 @@ def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def captioned(
-    picture: Image.Image, text: str, colour: tuple[int, int, int], width: int = 0, *, framed: bool = True
-) -> Image.Image:
-    """A picture in a hairline, so that white ones have an edge, with one line of text under it."""
-    border = 1 if framed else 0
-    width = max(width, picture.width + 2 * border)
-    tile = Image.new("RGB", (width, picture.height + 2 * border + _CAPTION), _PAPER)
-    if framed:
-        corner = (picture.width + 1, picture.height + 1)
-        ImageDraw.Draw(tile).rectangle((0, 0, *corner), outline=_LINE)
-    tile.paste(picture, (border, border))
-    tile.paste(text_line(text, 14, colour, width), (0, picture.height + 2 * border + 1))
+def framed(picture: Image.Image) -> Image.Image:
+    """A picture in a hairline, so that white ones have an edge."""
+    tile = Image.new("RGB", (picture.width + 2, picture.height + 2), _LINE)
+    tile.paste(picture, (1, 1))
     return tile
+
+
+def captioned(
+    picture: Image.Image, text: str, colour: Colour, width: int = 0, *, size: int = 14, frame: bool = True
+) -> Image.Image:
+    """A picture in a hairline with one line of text under it."""
+    picture = framed(picture) if frame else picture
+    width = max(width, picture.width)
+    return stacked([picture, text_line(text, size, colour, width)], width, gap=1)
+
+
+def ruled(line: Image.Image) -> Image.Image:
+    """A line of text with a hairline under it."""
+    return stacked([line, Image.new("RGB", (line.width, 2), _LINE)], line.width, gap=4)
 
 
 def heading(name: str, details: str, width: int) -> Image.Image:
     """The line above a sample, its name large and details small."""
-    line = Image.new("RGB", (width, 34), _PAPER)
-    draw = ImageDraw.Draw(line)
-    draw.line((0, 0, width, 0), fill=_LINE, width=2)
+    line = blank(width, 34)
+    ImageDraw.Draw(line).line((0, 0, width, 0), fill=_LINE, width=2)
     half = text_line(name, 20, INK, width // 2)
     line.paste(half, (0, 6))
     shown, font = _font_for(name, 20)
@@ -86,20 +112,20 @@ def heading(name: str, details: str, width: int) -> Image.Image:
 
 def error_text(text: str, width: int) -> Image.Image:
     """What could not be shown, in red."""
-    return paragraph(text, 14, _BAD, width, 10)
+    return paragraph(text, 14, BAD, width, 10)
 
 
-def text_line(text: str, size: int, colour: tuple[int, int, int], width: int) -> Image.Image:
+def text_line(text: str, size: int, colour: Colour, width: int) -> Image.Image:
     """One line of text, cut off where it does not fit."""
     return paragraph(text, size, colour, width, 1)
 
 
-def paragraph(text: str, size: int, colour: tuple[int, int, int], width: int, lines: int) -> Image.Image:
+def paragraph(text: str, size: int, colour: Colour, width: int, lines: int) -> Image.Image:
     """Text in at most so many lines, the rest of it left out."""
     text, font = _font_for(text, size)
     shown = _wrapped(text, font, width, lines)
     height = round(size * 1.35)
-    page = Image.new("RGB", (width, height * len(shown) + 2), _PAPER)
+    page = blank(width, height * len(shown) + 2)
     draw = ImageDraw.Draw(page)
     for number, line in enumerate(shown):
         draw.text((0, number * height), line, fill=colour, font=font)
@@ -131,6 +157,11 @@ def _longest(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
     return low
+
+
+def has_fonts_for(text: str) -> bool:
+    """Whether a font on this machine has the letters of a text."""
+    return _font_for(text, 20)[0] == text
 
 
 @functools.lru_cache(maxsize=16)

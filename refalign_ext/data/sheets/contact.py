@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
-from refalign_ext.data.check.contact_layout import (
+from refalign_ext.data.clip_set import ClipSet, open_clip_set
+from refalign_ext.data.crop import FrameMemory, mask_in_frame, read_reference
+from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+from refalign_ext.data.sheets.layout import (
     FAINT,
     GAP,
     INK,
-    MARGIN,
+    Colour,
     captioned,
     error_text,
     flow,
@@ -24,10 +26,8 @@ from refalign_ext.data.check.contact_layout import (
     stacked,
     text_line,
 )
-from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.crop import FrameMemory, mask_in_frame, read_reference
-from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
+MARGIN = 24
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
 MAX_TARGETS = 3  # frames of targets shown per sample
 MAX_REFERENCES = 8  # pictures of references shown per sample
@@ -69,13 +69,8 @@ def contact_sheet(
         INK,
         width - 2 * MARGIN,
     )
-    return stacked([title, *(_sample(clip_set, row, width - 2 * MARGIN) for row in rows)], width)
-
-
-def write_contact_sheet(sheet: Image.Image, out: Path) -> None:
-    """Writes a sheet as PNG, aside and then renamed."""
-    with atomic_open(out) as file:
-        sheet.save(file, format="PNG")
+    samples_drawn = [_sample(clip_set, row, width - 2 * MARGIN) for row in rows]
+    return stacked([title, *samples_drawn], width, margin=MARGIN, gap=2 * MARGIN)
 
 
 def choose_rows(count: int, samples: int, seed: int) -> list[int]:
@@ -91,7 +86,7 @@ def _sample(clip_set: ClipSet, row: int, width: int) -> Image.Image:
         clip = clip_set[row]
     except (ValueError, OSError) as error:
         message = error_text(_without_place(clip_set, row, error), width)
-        return stacked([heading(f"row {row + 1}", "", width), message], width, 0)
+        return stacked([heading(f"row {row + 1}", "", width), message], width)
     span = clip.video
     details = " \u00b7 ".join(filter(None, [clip.source, span.path, _span_text(clip)]))
     parts = [heading(f"row {row + 1}: {clip.id}", details, width)]
@@ -101,7 +96,7 @@ def _sample(clip_set: ClipSet, row: int, width: int) -> Image.Image:
     except Exception as error:  # noqa: BLE001, a sheet of what can be shown is better than none
         parts.append(error_text(_without_place(clip_set, row, error), width))
     parts.append(flow(_reference_tiles(clip_set, row, clip), width))
-    return stacked(parts, width, 0)
+    return stacked(parts, width)
 
 
 def _span_text(clip: Clip) -> str:
@@ -112,9 +107,6 @@ def _span_text(clip: Clip) -> str:
     if span.start_frame is not None or span.end_frame is not None:
         return f"frames {span.start_frame or 0} to {'end' if span.end_frame is None else span.end_frame}"
     return ""
-
-
-# Frames
 
 
 def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Image.Image]:
@@ -189,20 +181,13 @@ def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
     return inside & ~inner
 
 
-def _outline(picture: Image.Image, box: Sequence[float] | None, colour: tuple[int, int, int]) -> None:
+def _outline(picture: Image.Image, box: Sequence[float] | None, colour: Colour) -> None:
     if box is not None:
         # As thick as three pixels of the page, whatever the size of the frame.
         thickness = max(1, round(max(picture.size) / 120))
-        edges = (
-            round(box[0]),
-            round(box[1]),
-            max(round(box[2]) - 1, round(box[0])),
-            max(round(box[3]) - 1, round(box[1])),
-        )
-        ImageDraw.Draw(picture).rectangle(edges, outline=colour, width=thickness)
-
-
-# References
+        x0, y0, x1, y1 = (round(edge) for edge in box)
+        corners = (x0, y0, max(x1 - 1, x0), max(y1 - 1, y0))
+        ImageDraw.Draw(picture).rectangle(corners, outline=colour, width=thickness)
 
 
 def _reference_tiles(clip_set: ClipSet, row: int, clip: Clip) -> list[Image.Image]:
@@ -232,7 +217,7 @@ def _reference_tile(
         picture = error_text(_without_place(clip_set, row, error), side)
     details = [reference.pair, subject.kind, reference.box_space or "whole"]
     tile = captioned(picture, _name(subject), colour, side)
-    return captioned(tile, " \u00b7 ".join(details), FAINT, side, framed=False)
+    return captioned(tile, " \u00b7 ".join(details), FAINT, side, frame=False)
 
 
 def _name(subject: Subject) -> str:

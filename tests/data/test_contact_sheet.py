@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_ext.data.check import contact, contact_layout
-from refalign_ext.data.check.contact import choose_rows, contact_sheet, write_contact_sheet
 from refalign_ext.data.masks import encode
+from refalign_ext.data.sheets import contact, layout
+from refalign_ext.data.sheets.contact import choose_rows, contact_sheet
 
 WIDTH, HEIGHT, FRAMES = 160, 96, 12
 GREY = (90, 90, 90)
@@ -110,14 +110,14 @@ def count(page: Image.Image, colour: tuple[int, int, int], tolerance: int = 6) -
 def test_sheet_shows_frames_targets_and_references(root: Path) -> None:
     page = contact_sheet(put(root, [marked()]), width=1400)
     assert page.width == 1400
-    side = (1400 - 2 * contact_layout.MARGIN - 5 * contact_layout.GAP) // 6 - 2
+    side = (1400 - 2 * contact.MARGIN - 5 * layout.GAP) // 6 - 2
     frames = count(page, GREY)
     assert frames > 0.6 * 6 * side * side * HEIGHT / WIDTH
     assert count(page, (20, 200, 90)) > 2 * 120 * 180 * 0.9
     assert count(page, RED) > 200
     assert count(page, BLUE, 60) > 200
     assert count(page, YELLOW) > 6 * 200
-    assert count(page, contact_layout._BAD) == 0
+    assert count(page, layout.BAD) == 0
 
 
 def test_the_same_seed_gives_the_same_sheet(root: Path) -> None:
@@ -164,32 +164,32 @@ def test_what_cannot_be_read_is_shown_by_its_error(root: Path, monkeypatch: pyte
     assert texts[0] == "gone.mp4 does not exist or is no file"
     assert texts[1] == "gone.png does not exist or is no file"
     assert "noise.png" in texts[2]
-    assert texts[3] == "subjects: is missing"
+    assert texts[3] == "source: is missing"
     assert "box_beyond_width" in texts[4]
-    assert count(page, contact_layout._BAD) > 100
+    assert count(page, layout.BAD) > 100
 
 
 def test_text_is_wrapped_into_the_width() -> None:
-    font = contact_layout._latin_font(18)
+    font = layout._latin_font(18)
     text = "A long sentence of many words " * 20 + "x" * 300
     for width in (80, 300, 1000):
-        lines = contact_layout._wrapped(text, font, width, 400)
+        lines = layout._wrapped(text, font, width, 400)
         assert all(font.getlength(item) <= width for item in lines)
         assert (
             "".join(lines).replace(" ", "") == text.replace(" ", "")[: len("".join(lines).replace(" ", ""))]
         )
-    cut = contact_layout._wrapped(text, font, 300, 3)
+    cut = layout._wrapped(text, font, 300, 3)
     assert len(cut) == 3
     assert cut[-1].endswith("\u2026")
     assert font.getlength(cut[-1]) <= 300
-    assert contact_layout._wrapped("", font, 300, 3) == [""]
+    assert layout._wrapped("", font, 300, 3) == [""]
 
 
 def test_letters_without_a_font_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    contact_layout._other_font.cache_clear()
-    monkeypatch.setattr(contact_layout, "_OTHER_FONTS", ("no-such-font.ttf",))
-    text, _ = contact_layout._font_for("a 狗 b", 18)
-    contact_layout._other_font.cache_clear()
+    layout._other_font.cache_clear()
+    monkeypatch.setattr(layout, "_OTHER_FONTS", ("no-such-font.ttf",))
+    text, _ = layout._font_for("a 狗 b", 18)
+    layout._other_font.cache_clear()
     assert text == "a ? b"
 
 
@@ -199,12 +199,7 @@ def test_arguments_are_checked(root: Path, options: dict[str, int], message: str
         contact_sheet(put(root, [simple(1)]), **options)
 
 
-def test_an_empty_set_is_refused_and_a_sheet_is_written_whole(root: Path, tmp_path: Path) -> None:
+def test_an_empty_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="no rows"):
         contact_sheet(tmp_path / "empty.jsonl")
-    sheet = contact_sheet(put(root, [simple(1)]), width=600)
-    write_contact_sheet(sheet, tmp_path / "sheets" / "one.png")
-    with Image.open(tmp_path / "sheets" / "one.png") as stored:
-        assert stored.size == sheet.size
-    assert [file.name for file in (tmp_path / "sheets").iterdir()] == ["one.png"]
