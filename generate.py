@@ -467,7 +467,7 @@ def _run_alone(args: argparse.Namespace) -> None:
 def _run_with_others(args: argparse.Namespace, rank: int) -> None:
     """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
     global _ranks_have_met
-    from refalign_ext.distributed.mesh import is_first_to_fail, is_lost_contact
+    from refalign_ext.distributed.process_group import is_first_to_fail, is_lost_contact
     from refalign_ext.serving.generation import (
         explain,
         generate,

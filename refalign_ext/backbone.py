@@ -18,13 +18,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refalign_ext.config import TAPS
 from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
 from refalign_ext.upstream.own_wan import check_own_wan
 from refalign_ext.upstream.tree import selected_tree
 
 check_own_wan()
-from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402 - only of a tree that has it all
+from wan.configs import (  # of this repository, which has all that follows
+    SIZE_CONFIGS,
+    SUPPORTED_SIZES,
+    WAN_CONFIGS,
+)
+from wan.modules.t5 import T5EncoderModel, t5_state_dict_from_transformers
+from wan.modules.vae import WanVAE, vae_state_dict_from_diffusers
+from wan.sampling import (
+    check_frame_num,
+    check_size,
+    choose_seed,
+    encode_prompts,
+    initial_noise,
+    latent_shape,
+    required_files,
+)
+from wan.utils.dit_checkpoint import (
+    DiTCheckpoint,
+    build_dit,
+    checkpoint_files,
+    diffusers_config,
+    diffusers_key,
+    dit_arguments,
+    load_dit,
+    read_dit_checkpoint,
+)
+from wan.utils.media import save_video
+from wan.utils.outputs import OutputPaths, describe_versions, write_outputs
+from wan.utils.runtime import (
+    PeakMemory,
+    placed,
+    release_cached_memory,
+    resolve_device,
+    resolve_dtype,
+)
+from wan.utils.solvers import make_solver
+from wan.utils.weights import file_sha256, read_state_dict, require_files
 
 TREE = selected_tree()
 """The official checkout that WAN_ROOT names; None: `wan` is this repository's."""
@@ -36,63 +73,24 @@ if TREE is not None:
     REFUSED_TASKS = TREE.refused(WAN_CONFIGS)
     WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES = TREE.register(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
     register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
+    T5EncoderModel = TREE.replacement_for("T5EncoderModel", T5EncoderModel)
+    WanVAE = TREE.replacement_for("WanVAE", WanVAE)
+    build_dit = TREE.replacement_for("build_dit", build_dit)
+    load_dit = TREE.replacement_for("load_dit", load_dit)
+    describe_versions = TREE.replacement_for("describe_versions", describe_versions)
 
-TAPS = ("block", "self_attn")
 _MODEL_ATTRIBUTES = ("blocks", "head", "patch_embedding", "patch_size", "num_heads", "dim")
 _BLOCK_ATTRIBUTES = ("self_attn", "cross_attn", "ffn", "modulation")
-# Names other files of this package take from `wan` through this one, each with its home.
-_FROM_WAN = {
-    "WanModel": "wan.modules.model",
-    "WanVAE": "wan.modules.vae",
-    "vae_state_dict_from_diffusers": "wan.modules.vae",
-    "T5EncoderModel": "wan.modules.t5",
-    "t5_state_dict_from_transformers": "wan.modules.t5",
-    "HuggingfaceTokenizer": "wan.modules.tokenizers",
-    "load_dit": "wan.utils.dit_checkpoint",
-    "checkpoint_files": "wan.utils.dit_checkpoint",
-    "read_dit_checkpoint": "wan.utils.dit_checkpoint",
-    "read_state_dict": "wan.utils.weights",
-    "load_strict": "wan.utils.weights",
-    "file_sha256": "wan.utils.weights",
-    "require_files": "wan.utils.weights",
-    "dit_arguments": "wan.utils.dit_checkpoint",
-    "DiTCheckpoint": "wan.utils.dit_checkpoint",
-    "build_dit": "wan.utils.dit_checkpoint",
-    "diffusers_config": "wan.utils.dit_checkpoint",
-    "diffusers_key": "wan.utils.dit_checkpoint",
-    "check_frame_num": "wan.sampling",
-    "check_size": "wan.sampling",
-    "choose_seed": "wan.sampling",
-    "encode_prompts": "wan.sampling",
-    "initial_noise": "wan.sampling",
-    "latent_shape": "wan.sampling",
-    "required_files": "wan.sampling",
-    "PeakMemory": "wan.utils.runtime",
-    "placed": "wan.utils.runtime",
-    "release_cached_memory": "wan.utils.runtime",
-    "resolve_device": "wan.utils.runtime",
-    "resolve_dtype": "wan.utils.runtime",
-    "make_solver": "wan.utils.solvers",
-    "save_video": "wan.utils.media",
-    "save_image": "wan.utils.media",
-    "OutputPaths": "wan.utils.outputs",
-    "describe_versions": "wan.utils.outputs",
-    "write_outputs": "wan.utils.outputs",
-    "WanT2V": "wan.text2video",
-}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what comes from `wan` when it is first used: most callers need a part of it only."""
-    if name not in _FROM_WAN:
+    """`WanModel` is imported when it is first used: diffusers, which holds its base class, takes seconds."""
+    if name != "WanModel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    from wan.modules.model import WanModel
 
-    value = getattr(importlib.import_module(_FROM_WAN[name]), name)
-    if TREE is not None:
-        value = TREE.substitute(name, value)
-    globals()[name] = value
-    return value
+    globals()[name] = WanModel if TREE is None else TREE.replacement_for(name, WanModel)
+    return globals()[name]
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class BackboneOutput:
     Attributes:
         prediction: velocity of the video frames, one [C, F, H, W] per sample.
         reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block; M is the largest number
-            of references in the batch and missing ones are zeros (`layout.reference_mask` tells which). Under sequence
+            of references in the batch and missing ones are zeros (`layout.samples` tells how many a sample has). Under sequence
             parallelism those that this rank holds, one [S, dim] per block, as `reference_spans` says.
         layout: where the tokens lay.
         reference_spans: None, or per sample the (first, count) of the held tokens among its M*N.
@@ -126,7 +124,6 @@ class _Pass:
     tap_depth: int
     tap: str
     with_gradients: bool
-    added: Tensor | None  # [B, seq_len, d] on top of the first block's tokens, zero but on references
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -156,7 +153,7 @@ class ReferenceBackbone(nn.Module):
         self._pass: _Pass | None = None  # while the model runs
         self._active: _Pass | None = None  # from a block's self-attention to the end of its cross-attention
         # A partial of a method, not a closure: a deep copy of this module then has hooks of its own.
-        self._handles = [model.blocks[0].register_forward_pre_hook(self._add_input, with_kwargs=True)]
+        self._handles = []
         for index, block in enumerate(model.blocks):
             self._handles += [
                 block.self_attn.register_forward_pre_hook(self._find_pass, with_kwargs=True),
@@ -182,7 +179,6 @@ class ReferenceBackbone(nn.Module):
         *,
         tap_depth: int = 0,
         tap: str = "block",
-        reference_input: Tensor | None = None,
     ) -> BackboneOutput:
         """One pass of the model over video and references.
 
@@ -194,13 +190,10 @@ class ReferenceBackbone(nn.Module):
                 reference (a dropped one, eq. 5) is zeros: its tokens stay.
             tap_depth: how many blocks, from the first, to take reference tokens from.
             tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
-            reference_input: [B, M, N, dim] to add to the embedded patches of the references, M being the largest number
-                of references in the batch.
 
         Raises:
             ValueError: for inputs that do not fit together, a tap_depth beyond the model, an unknown tap, taps from
-                samples of different sizes, reentrant activation checkpointing, or a reference input under sequence
-                parallelism.
+                samples of different sizes, or reentrant activation checkpointing.
         """
         if not self._handles:
             raise ValueError("this ReferenceBackbone was detached: attach a new one to the model")
@@ -209,16 +202,15 @@ class ReferenceBackbone(nn.Module):
         if not 0 <= tap_depth <= len(self.model.blocks):
             raise ValueError(f"tap depth {tap_depth} does not fit {len(self.model.blocks)} blocks")
         layout = TokenLayout.of(latents, references, tuple(self.model.patch_size), self.seq_len_multiple)
-        if tap_depth or reference_input is not None:
+        if tap_depth:
             layout.require_one_grid()
-        added = None if reference_input is None else self._placed(layout, reference_input)
         extended = [
             torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
         ]
         # The text encoder's bfloat16 would not fit a float32 model that leaves rounding to autocast.
         wide = torch.promote_types(self.model.patch_embedding.weight.dtype, torch.float32)
         texts = [text.to(wide) for text in context]
-        current = self._begin(layout, tap_depth, tap, latents[0].device, added)
+        current = self._begin(layout, tap_depth, tap, latents[0].device)
         self._pass = current
         try:
             with self._precision(latents[0].device):
@@ -244,23 +236,7 @@ class ReferenceBackbone(nn.Module):
             return nullcontext()
         return torch.autocast(device.type, dtype)
 
-    def _placed(self, layout: TokenLayout, tokens: Tensor) -> Tensor:
-        """Reference tokens [B, M, N, d] at their places among all: [B, seq_len, d], zeros elsewhere."""
-        if self.sequence_size > 1:
-            raise ValueError("a reference input cannot be cut among sequence-parallel ranks: run it on one")
-        first = layout.samples[0]
-        wanted = (len(layout.samples), layout.most_references, first.tokens_per_frame, self.model.dim)
-        if tuple(tokens.shape) != wanted:
-            raise ValueError(f"the reference input is {tuple(tokens.shape)}: the references need {wanted}")
-        rows = [
-            F.pad(row[: s.references].flatten(0, 1), (0, 0, s.video_tokens, layout.seq_len - s.tokens))
-            for row, s in zip(tokens, layout.samples, strict=True)
-        ]
-        return torch.stack(rows)
-
-    def _begin(
-        self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device, added: Tensor | None
-    ) -> _Pass:
+    def _begin(self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device) -> _Pass:
         held = layout.tokens_of_rank(self.sequence_rank, self.sequence_size)
         # Queries end at the longest video. One is kept where a rank holds none, because not all kernels take none.
         queries = max(1, min(layout.most_video_tokens - held.start, len(held)))
@@ -268,23 +244,13 @@ class ReferenceBackbone(nn.Module):
         if not layout.is_uniform or held.start + queries > layout.most_video_tokens:
             # Shorter samples' references before that end, and a query kept for its own sake, are silenced by this.
             mask = layout.video_token_mask(device)[:, held.start : held.start + queries, None]
-        return _Pass(self, layout, held, queries, mask, tap_depth, tap, torch.is_grad_enabled(), added)
-
-    def _add_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Add the reference input to what the first block sees, also where checkpointing repeats it (`_find_pass`)."""
-        grid_sizes = kwargs["grid_sizes"] if "grid_sizes" in kwargs else args[3]
-        current = self._pass or getattr(grid_sizes, "reference_pass", None)
-        if current is None or current.owner is not self or current.added is None:
-            return None
-        tokens = args[0] if args else kwargs["x"]
-        tokens = tokens + current.added.to(tokens.dtype)
-        return ((tokens, *args[1:]), kwargs) if args else (args, {**kwargs, "x": tokens})
+        return _Pass(self, layout, held, queries, mask, tap_depth, tap, torch.is_grad_enabled())
 
     def _find_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Learn which pass a block runs for.
+        """Recover the current pass, also where activation checkpointing repeats a block.
 
-        Activation checkpointing repeats a block during the backward, when other passes may have come in between. All it
-        repeats is the block's arguments, so the pass travels on one that reaches self-attention as it is: `grid_sizes`.
+        A block is repeated during the backward, when other passes may have come in between. All that is
+        repeated is the block's arguments, so the pass travels on one that reaches self-attention as it is: `grid_sizes`.
         """
         grid_sizes = kwargs["grid_sizes"] if "grid_sizes" in kwargs else args[2]
         if self._pass is None:
@@ -302,7 +268,7 @@ class ReferenceBackbone(nn.Module):
     def _narrow_queries(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict] | None:
-        """Let only video tokens ask the text: what reference tokens would get is thrown away anyway."""
+        """Restrict cross-attention queries to video tokens: what references would get is dropped anyway."""
         if self._active is None:
             return None
         end = self._active.queries

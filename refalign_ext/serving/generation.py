@@ -34,22 +34,22 @@ from refalign_ext.backbone import (
 )
 from refalign_ext.checkpoint.checkpointer import is_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
-from refalign_ext.data.result_sheet import make_sheet
+from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
-from refalign_ext.distributed.mesh import (
-    Parallel,
-    ParallelSizes,
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.process_group import (
     environment_world_size,
-    generation_sizes,
     is_lost_contact,
     rank_device,
     start_process_group,
     stop_process_group,
 )
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.pipeline import R2VPipeline, SingleProcess, prepare_references
-from refalign_ext.planning.plan import Plan, make_generation_plan
+from refalign_ext.planning.generation_plan import make_generation_plan
+from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import describe
 from refalign_ext.references import check_matte_available, load_image
 
@@ -186,8 +186,7 @@ def _plan(args: argparse.Namespace, sizes: ParallelSizes, device_memory: int | N
     half = args.dtype == "bf16" or (args.dtype == "auto" and config.param_dtype == torch.bfloat16)
     return make_generation_plan(
         args.task,
-        sizes.world,
-        sizes=sizes,
+        sizes,
         branches=_branches(args),
         dit_fsdp=args.dit_fsdp,
         t5_fsdp=args.t5_fsdp,

@@ -22,8 +22,8 @@ from refalign_ext.data.convert.phantom_pairs import Detection, PhraseDetections,
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import Clip, Target
-from refalign_ext.data.work import Share
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 A, B, C = "-0_aB-c_d_3.5_13.5", "zz-9_100_110", "q__1_0_10"
@@ -458,22 +458,22 @@ def test_shares_and_workers_and_a_kill_give_the_same_manifest(
 
     convert_phantom(pairs, info, outs["pool"], workers=1, **options)
 
-    original, done = phantom._convert_piece, []
+    original, done = phantom._PhantomJob.make, []
 
-    def stopping(job: Any, number: int) -> None:
+    def stopping(job: Any, rows: range) -> Any:
         if len(done) == 4:
             raise KeyboardInterrupt
-        done.append(number)
-        original(job, number)
+        done.append(rows.start)
+        return original(job, rows)
 
-    monkeypatch.setattr(phantom, "_convert_piece", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phantom._PhantomJob, "make", stopping)
         convert_phantom(pairs, info, outs["killed"], **options)
     monkeypatch.setattr(
-        phantom, "_convert_piece", lambda job, number: done.append(number) or original(job, number)
+        phantom._PhantomJob, "make", lambda job, rows: done.append(rows.start) or original(job, rows)
     )
     report = convert_phantom(pairs, info, outs["killed"], **options)
-    assert sorted(done) == list(range(10))
+    assert sorted(done) == list(range(0, 100, 10))
     texts = {out.read_bytes() for out in outs.values()}
     assert len(texts) == 1 and report.to_dict() == last.to_dict() == alone.to_dict()
     assert not list(place.root.glob("*.parts")) and not list(place.root.glob(".*"))

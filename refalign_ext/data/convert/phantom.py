@@ -1,9 +1,7 @@
 """Phantom-Data's two parquet files as a manifest.
 
-The rows are cut into at most `PIECES` pieces, each written whole or not at all to `<out>.parts/` and not done again. Machines
-with a `share` each do their part of them, and whoever finds all pieces done joins them to `out`: so work that was killed
-goes on where it stopped, and the manifest is the same however many took part. A row takes about 0.4 ms on one core,
-which makes five minutes for the published 651,031 rows.
+The rows are converted in at most `PIECES` pieces, which go on where they stopped after they were killed; whoever finds all
+of them finished joins them. A row takes about 0.4 ms on one core: five minutes for the published 651,031 rows.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from refalign_ext.atomic_io import atomic_open, locked
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
 from refalign_ext.data.convert.parquet import find_columns, first_rows_of_repeated, open_parquet, read_rows
 from refalign_ext.data.convert.paths import folder_inside, manifest_root
@@ -26,44 +24,12 @@ from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint, open_staged
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader, checked_line, index_path
-from refalign_ext.data.work import Share, run_each
+from refalign_ext.data.pieces import PieceJob, Share
 
 PIECES = 32  # at most: each reads past the rows before its own
 PIECE_ROWS = 4096  # at least, but for the last
 PHANTOM_LENGTH = Length(81, 16.0)
 _ALONE = Share()
-
-
-@dataclass(frozen=True)
-class _Conversion:
-    """What a worker needs for any piece: the input, what was staged of it, and where pieces go."""
-
-    pairs: Path
-    columns: tuple[str, ...]  # the clip's name, caption and cross pairs
-    lookup: Path
-    folder: Path
-    mark: str
-    rows: int
-    pieces: range
-    first_rows: dict[str, int]
-    rules: RowRules
-
-    def piece(self, number: int) -> Path:
-        return self.folder / f"{self.mark[:12]}-{number:05d}-of-{len(self.pieces):05d}.jsonl"
-
-    def is_done(self, number: int) -> bool:
-        return report_path(self.piece(number)).exists()
-
-    def row_range(self, number: int) -> range:
-        count = len(self.pieces)
-        return range(self.rows * number // count, self.rows * (number + 1) // count)
-
-    def report(self, numbers: Sequence[int]) -> ConversionReport:
-        """The sum of the reports of finished pieces."""
-        report = ConversionReport()
-        for number in numbers:
-            report.merge(_read_report(self.piece(number)))
-        return report
 
 
 def convert_phantom(
@@ -114,44 +80,35 @@ def convert_phantom(
     with open_parquet(pairs) as file:
         rows = file.metadata.num_rows
     folder = out.with_name(out.name + ".parts")
-    lookup = stage_lookup(pairs, [columns[0], columns[2]], info, folder, both_ways)
-    settings = asdict(rules) | {"root": str(root), "both_ways": both_ways, "format": 2}
-    conversion = _Conversion(
+    settings = asdict(rules) | {"root": str(root), "both_ways": both_ways, "format": 3}
+    job = _PhantomJob(
+        folder=folder,
+        rows=rows,
+        piece_rows=max(PIECE_ROWS, -(-rows // PIECES)),
         pairs=pairs,
         columns=columns,
-        lookup=lookup,
-        folder=folder,
-        mark=fingerprint(settings, [pairs, info]),
-        rows=rows,
-        pieces=range(min(PIECES, max(1, rows // PIECE_ROWS))),
+        lookup=stage_lookup(pairs, [columns[0], columns[2]], info, folder, both_ways),
         first_rows=first_rows_of_repeated(pairs, columns[0]),
         rules=rules,
+        mark=fingerprint(settings, [pairs, info]),
     )
-    own = share.take(conversion.pieces)
-    with locked(folder / f"share-{share.index}-of-{share.count}"):
-        for _ in run_each(
-            partial(_convert_piece, conversion),
-            [number for number in own if not conversion.is_done(number)],
-            workers=workers,
-            description="converting",
-            weight=lambda number: len(conversion.row_range(number)),
-        ):
-            pass
+    report = ConversionReport()
+    for _, header in job.run(share, workers, "converting"):
+        report.merge(ConversionReport.from_dict(header["report"]))
+    left = sum(job.finished(piece) is None for piece in job.pieces())
+    if left and folder.exists():
+        total = len(job.pieces())
+        report.next_step = (
+            f"{left} of {total} pieces are left to other shares: whoever ends last writes {out}"
+        )
+        return report
     try:
-        left = [number for number in conversion.pieces if not conversion.is_done(number)]
-        if not left:
-            return _join(conversion, out)
-        report = conversion.report(own)
+        return _join(job, out)
     except FileNotFoundError:
         # Another share found all pieces at the same time, has joined them and is removing them.
         if not report_path(out).exists():
             raise
-        return _read_report(out)
-    total = len(conversion.pieces)
-    report.next_step = (
-        f"{len(left)} of {total} pieces are left to other shares: whoever ends last writes {out}"
-    )
-    return report
+        return ConversionReport.from_dict(json.loads(report_path(out).read_text(encoding="utf-8")))
 
 
 def _check_video_name(pattern: str) -> None:
@@ -167,52 +124,55 @@ def _check_video_name(pattern: str) -> None:
         )
 
 
-def _convert_piece(conversion: _Conversion, number: int) -> None:
-    """Writes one piece and, when it is complete, its report; runs in a worker."""
-    report, path = ConversionReport(), conversion.piece(number)
-    with atomic_open(path) as file:
-        file.writelines(_lines(conversion, conversion.row_range(number), report))
-    report.write(report_path(path))
+@dataclass(frozen=True)
+class _PhantomJob(PieceJob):
+    """The rows of the file `pairs` as lines of the manifest; a piece's header holds its report."""
+
+    pairs: Path
+    columns: tuple[str, ...]  # the clip's name, caption and cross pairs
+    lookup: Path
+    first_rows: dict[str, int]  # of names that come more than once
+    rules: RowRules
+    mark: str
+
+    def key(self, rows: range) -> str:
+        return self.mark
+
+    def make(self, rows: range) -> tuple[dict[str, Any], Iterable[bytes]]:
+        report, lines = ConversionReport(), []
+        with open_staged(self.lookup) as staged:
+            builder = ClipBuilder(self.rules, ClipLookup(staged), report)
+            for row, (vid, caption, cell) in read_rows(self.pairs, self.columns, rows):
+                if self.first_rows.get(vid, row) != row:
+                    report.drop("clips", "id_used_twice", vid)
+                    continue
+                clip = builder.clip(vid, caption, cell)
+                if clip is None:
+                    continue
+                try:
+                    lines.append(checked_line(clip, clip.id))
+                except ValueError as error:
+                    report.drop("clips", "not_valid", str(error))
+                    continue
+                report.keep("clips")
+                report.keep("references", sum(len(subject.refs) for subject in clip.subjects))
+        return {"report": report.to_dict()}, lines
 
 
-def _lines(conversion: _Conversion, rows: range, report: ConversionReport) -> Iterator[bytes]:
-    """The manifest's lines of some rows, checked as they will be when they are read."""
-    with open_staged(conversion.lookup) as staged:
-        builder = ClipBuilder(conversion.rules, ClipLookup(staged), report)
-        for row, (vid, caption, cell) in read_rows(conversion.pairs, conversion.columns, rows):
-            if conversion.first_rows.get(vid, row) != row:
-                report.drop("clips", "id_used_twice", vid)
-                continue
-            clip = builder.clip(vid, caption, cell)
-            if clip is None:
-                continue
-            try:
-                line = checked_line(clip, clip.id)
-            except ValueError as error:
-                report.drop("clips", "not_valid", str(error))
-                continue
-            report.keep("clips")
-            report.keep("references", sum(len(subject.refs) for subject in clip.subjects))
-            yield line
-
-
-def _join(conversion: _Conversion, out: Path) -> ConversionReport:
+def _join(job: _PhantomJob, out: Path) -> ConversionReport:
     """Writes the pieces, which are all there, one after the other to the manifest, and removes them."""
-    report = conversion.report(conversion.pieces)
+    report = ConversionReport()
+    for piece in job.pieces():
+        report.merge(ConversionReport.from_dict(job.read_header(piece)["report"]))
     if not report.kept["clips"]:
-        shutil.rmtree(conversion.folder, ignore_errors=True)
-        raise ValueError(no_clips_message(conversion.pairs, report))
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise ValueError(no_clips_message(job.pairs, report))
     with atomic_open(out) as joined:
-        for number in conversion.pieces:
-            with conversion.piece(number).open("rb") as file:
-                shutil.copyfileobj(file, joined, 1 << 20)
+        for piece in job.pieces():
+            joined.writelines(job.lines(piece))
     index_path(out).unlink(missing_ok=True)
     with ManifestReader(out):  # builds the index
         pass
     report.write(report_path(out))
-    shutil.rmtree(conversion.folder, ignore_errors=True)
+    shutil.rmtree(job.folder, ignore_errors=True)
     return report
-
-
-def _read_report(manifest: Path) -> ConversionReport:
-    return ConversionReport.from_dict(json.loads(report_path(manifest).read_text(encoding="utf-8")))
