@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -93,16 +93,14 @@ class EntryError(ValueError):
 
 @dataclass(frozen=True)
 class _AnnotatedSubject:
-    """One annotated subject with a mask that is not empty."""
+    """One annotated subject with a mask that is not empty, and what the manifest says of it."""
 
     number: int
     name: str
-    box: Box
     mask: RunLengthMask
-    mask_box: tuple[int, int, int, int]
-    pixels: int  # of the mask
-    scores: ReferenceScores
+    gme: float | None
     unfit: str | None  # why it is no good as a reference
+    line: dict[str, Any]
 
 
 def read_entry(
@@ -136,7 +134,7 @@ def read_entry(
     captions = metadata.captions
     if not captions:
         raise EntryError("no_prompt", "neither face_cap_qwen nor cap says anything")
-    annotated = _subjects(native.annotation, video["crop_xyxy"], selection, identity, report)
+    annotated = _subjects(native.annotation, video, selection, identity, report)
     distinct, aliases = _distinct(annotated, selection.max_mask_iou, identity, report)
     scores = ClipScores(metadata.aesthetic, metadata.motion, metadata.tech)
     reason = selection.clip_problem(end - start, scores)
@@ -149,8 +147,8 @@ def read_entry(
             "video": video,
             "prompt": captions[0],
             "prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]],
-            "scores": {"aesthetic": scores.aesthetic, "motion": scores.motion, "tech": scores.tech},
-            "subjects": [_manifest_subject(subject, video, frame) for subject in distinct],
+            "scores": asdict(scores),
+            "subjects": [subject.line for subject in distinct],
         },
         "unfit": {str(subject.number): subject.unfit for subject in distinct if subject.unfit},
         "names": {str(subject.number): subject.name for subject in annotated},
@@ -207,12 +205,13 @@ def _background_phrase(word_tags: Any) -> str | None:
 
 def _subjects(
     annotation: _Annotation,
-    crop: Sequence[int],
+    video: dict[str, Any],
     selection: Selection,
     identity: str,
     report: ConversionReport,
 ) -> list[_AnnotatedSubject]:
-    frame, size = annotation.ann_frame_data, (crop[2] - crop[0], crop[3] - crop[1])
+    frame, (x0, y0, x1, y1) = annotation.ann_frame_data, video["crop_xyxy"]
+    size = (x1 - x0, y1 - y0)
     declared = (frame.img_width or size[0], frame.img_height or size[1])
     if declared != size:
         raise EntryError(
@@ -221,21 +220,20 @@ def _subjects(
     masks = annotation.mask_annotation.get(str(frame.ann_frame_idx))
     masks = _converted({} if masks is None else masks, dict[str, Any], "bad_entry")
     subjects = []
-    for number, box in enumerate(frame.annotations, 1):
-        key = str(number)
+    for number, item in enumerate(frame.annotations, 1):
         try:
-            named = annotation.mask_map.get(key)
-            subjects.append(_subject(number, box, named, masks.get(key), size, selection))
+            annotated = _converted(item, _AnnotatedBox, "bad_annotation")
+            mask = _mask(
+                annotated.class_name, annotation.mask_map.get(str(number)), masks.get(str(number)), size
+            )
+            subjects.append(_subject(number, annotated, mask, video, frame.ann_frame_idx, size, selection))
         except EntryError as error:
             report.drop("references", error.reason, f"{identity}, {number}: {error}")
     return subjects
 
 
-def _subject(
-    number: int, annotation: object, named: object, entry: object, size: tuple[int, int], selection: Selection
-) -> _AnnotatedSubject:
-    annotated = _converted(annotation, _AnnotatedBox, "bad_annotation")
-    name = annotated.class_name
+def _mask(name: str, named: object, entry: object, size: tuple[int, int]) -> RunLengthMask:
+    """The mask of an annotation, whose name has to be the one that the masks are listed under."""
     if not name.strip():
         raise EntryError("bad_annotation", "class_name is empty")
     if not isinstance(named, dict) or entry is None:
@@ -249,17 +247,53 @@ def _subject(
     if mask.size != (size[1], size[0]):
         what = f"the mask has {mask.size[1]}x{mask.size[0]} pixels, the cropped frame {size[0]}x{size[1]}"
         raise EntryError("mask_size_differs", what)
+    return mask
+
+
+def _subject(
+    number: int,
+    annotated: _AnnotatedBox,
+    mask: RunLengthMask,
+    video: dict[str, Any],
+    frame: int,
+    size: tuple[int, int],
+    selection: Selection,
+) -> _AnnotatedSubject:
+    """A subject of the manifest with one reference, which is a part of the annotated frame."""
+    name, gme, aes = annotated.class_name.strip(), annotated.gme_score, annotated.aes_score
     mask_box = bounding_box(mask)
     if mask_box is None:
         raise EntryError("mask_empty", f"the mask of {name!r} is empty")
     share = (mask_box[2] - mask_box[0]) * (mask_box[3] - mask_box[1]) / (size[0] * size[1])
-    scores = ReferenceScores(gme=annotated.gme_score, aes=annotated.aes_score, area_ratio=round(share, 6))
+    scores = ReferenceScores(gme=gme, aes=aes, area_ratio=round(share, 6))
     unfit = selection.reference_problem(scores)
     is_judged = selection.min_gme is not None or selection.min_aesthetic is not None
-    if unfit is None and scores.gme is None and scores.aes is None and is_judged:
+    if unfit is None and gme is None and aes is None and is_judged:
         unfit = "score_missing"
-    box = _box(annotated.bbox, size, selection.overflow)
-    return _AnnotatedSubject(number, name.strip(), box, mask, mask_box, area(mask), scores, unfit)
+    reference = {
+        "pair": "regular",
+        "video": {key: value for key, value in video.items() if key != "fps"},
+        "frame": frame,
+        "bbox_xyxy": mask_box,
+        "box_space": "cropped_frame",
+        # With one that is unfit nothing will be cut, and masks are most of what is staged.
+        "mask_rle": None if unfit else {"size": mask.size, "counts": mask.counts},
+        "bg": "white",
+        "scores": asdict(scores),
+    }
+    line = {
+        "subject_id": str(number),
+        "phrase": name,
+        "cls": name,
+        "kind": kind_of_class(name),
+        "target": {
+            "frame": frame,
+            "bbox_xyxy": _box(annotated.bbox, size, selection.overflow),
+            "box_space": "cropped_frame",
+        },
+        "refs": [reference],
+    }
+    return _AnnotatedSubject(number, name, mask, gme, unfit, line)
 
 
 def _box(box: Box, size: tuple[int, int], overflow: str) -> Box:
@@ -285,7 +319,7 @@ def _distinct(
         return list(subjects), {}
 
     def rank(subject: _AnnotatedSubject) -> tuple[bool, float]:
-        return subject.unfit is not None, float("inf") if subject.scores.gme is None else -subject.scores.gme
+        return subject.unfit is not None, float("inf") if subject.gme is None else -subject.gme
 
     kept: list[_AnnotatedSubject] = []
     aliases: dict[str, str] = {}
@@ -302,30 +336,5 @@ def _distinct(
 
 def _overlaps(first: _AnnotatedSubject, second: _AnnotatedSubject, least: float) -> bool:
     # Masks of very different areas need not be compared run by run.
-    smaller, larger = sorted((first.pixels, second.pixels))
+    smaller, larger = sorted((area(first.mask), area(second.mask)))
     return smaller >= least * larger and iou(first.mask, second.mask) >= least
-
-
-def _manifest_subject(subject: _AnnotatedSubject, video: dict[str, Any], frame: int) -> dict[str, Any]:
-    """A subject of the manifest with one reference, which is a part of the annotated frame."""
-    mask, scores = subject.mask, subject.scores
-    reference = {
-        "pair": "regular",
-        "video": {name: value for name, value in video.items() if name != "fps"},
-        "frame": frame,
-        "bbox_xyxy": subject.mask_box,
-        "box_space": "cropped_frame",
-        "mask_rle": {"size": mask.size, "counts": mask.counts},
-        "bg": "white",
-        "scores": {"gme": scores.gme, "aes": scores.aes, "area_ratio": scores.area_ratio},
-    }
-    if subject.unfit:
-        del reference["mask_rle"]  # nothing will be cut with it, and masks are most of what is staged
-    return {
-        "subject_id": str(subject.number),
-        "phrase": subject.name,
-        "cls": subject.name,
-        "kind": kind_of_class(subject.name),
-        "target": {"frame": frame, "bbox_xyxy": subject.box, "box_space": "cropped_frame"},
-        "refs": [reference],
-    }
