@@ -8,7 +8,7 @@ as they are and `detach` leaves the model as it was found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,6 +63,7 @@ _FROM_WAN = {
     "check_frame_num": "wan.sampling",
     "check_size": "wan.sampling",
     "choose_seed": "wan.sampling",
+    "denoise": "wan.sampling",
     "encode_prompts": "wan.sampling",
     "initial_noise": "wan.sampling",
     "latent_shape": "wan.sampling",
@@ -73,12 +74,7 @@ _FROM_WAN = {
     "resolve_device": "wan.utils.runtime",
     "resolve_dtype": "wan.utils.runtime",
     "make_solver": "wan.utils.solvers",
-    "save_video": "wan.utils.media",
-    "save_image": "wan.utils.media",
-    "OutputPaths": "wan.utils.outputs",
-    "describe_versions": "wan.utils.outputs",
-    "write_outputs": "wan.utils.outputs",
-    "WanT2V": "wan.text2video",
+    "describe_versions": "wan.utils.runtime",
 }
 
 
@@ -183,6 +179,7 @@ class ReferenceBackbone(nn.Module):
         tap_depth: int = 0,
         tap: str = "block",
         reference_input: Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> BackboneOutput:
         """One pass of the model over video and references.
 
@@ -196,6 +193,7 @@ class ReferenceBackbone(nn.Module):
             tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
             reference_input: [B, M, N, dim] to add to the embedded patches of the references, M being the largest number
                 of references in the batch.
+            model_inputs: further keyword arguments of the model (`y`, `clip_fea`), as it takes them.
 
         Raises:
             ValueError: for inputs that do not fit together, a tap_depth beyond the model, an unknown tap, taps from
@@ -222,7 +220,9 @@ class ReferenceBackbone(nn.Module):
         self._pass = current
         try:
             with self._precision(latents[0].device):
-                outputs = self.model(extended, t=timestep, context=texts, seq_len=layout.seq_len)
+                outputs = self.model(
+                    extended, t=timestep, context=texts, seq_len=layout.seq_len, **(model_inputs or {})
+                )
             taps = [current.taps[index] for index in range(tap_depth)]
         finally:
             self._pass, self._active = None, None

@@ -131,7 +131,7 @@ class RunLog:
         """
         if self._writer is None:
             return
-        from refalign_ext.backbone import save_video
+        from refalign_ext.media import save_video
 
         video = torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(127.5).sub(1)  # [3, T, H, W]
         path = self.out / SAMPLES_FOLDER / f"step-{step:08d}-{name.replace('/', '-')}.mp4"

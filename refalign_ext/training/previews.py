@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from refalign_ext.atomic_io import atomic_open
-from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver, save_video
+from refalign_ext.backbone import WanModel, WanVAE, dit_arguments, make_solver
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.encoders import checkpoint_folder, on_grid, task_config, teacher_folder
 from refalign_ext.guidance import NULL, branch_inputs, combine_branches, required_branches
+from refalign_ext.media import save_video
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.dataset import to_frames
 from refalign_ext.teachers import load_teacher

@@ -26,10 +26,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from refalign_ext.backbone import WAN_CONFIGS, build_dit, save_video
+from refalign_ext.backbone import WAN_CONFIGS, build_dit
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
 from refalign_ext.config import setting_types
+from refalign_ext.media import save_video
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"

@@ -24,7 +24,7 @@ ORDER = [
     "teachers",
     "upstream",
     "backbone",
-    "guidance",
+    "guidance parallelism",
     "sampler",
     "pipeline",
     "lora",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wan.utils.media import atomic_open, check_writable, save_image, save_video, video_to_frames
+from refalign_ext.media import save_image, save_video, video_to_frames
 
 
 def make_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -110,25 +110,3 @@ def test_unusable_videos_are_refused(
     with pytest.raises(ValueError, match=message):
         save_video(video, tmp_path / name, fps)
     assert not list(tmp_path.iterdir())
-
-
-def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "a.mp4", tmp_path / "folder", Path("/proc/nothing/a.mp4")):
-        with pytest.raises(ValueError, match=r"cannot write .*a\.mp4|it is a folder"):
-            check_writable(path)
-    assert check_writable(tmp_path / "new" / "deep" / "a.mp4") == tmp_path / "new" / "deep" / "a.mp4"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
-
-
-def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    target = tmp_path / "a.txt"
-    target.write_text("old")
-    with pytest.raises(KeyError), atomic_open(target) as aside:
-        aside.write_text("new")
-        raise KeyError("stop")
-    assert target.read_text() == "old"
-    with pytest.raises(KeyError), atomic_open(tmp_path / "new" / "b.txt"):
-        raise KeyError("stop")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
