@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--world_size {options.world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
         )
     try:
-        from refalign_ext.distributed.mesh import report_error_once
+        from refalign_ext.distributed.process_group import report_error_once
         from refalign_ext.errors import EXPECTED_ERRORS, describe_error
         from refalign_ext.training.run import run_training
 

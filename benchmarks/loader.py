@@ -45,13 +45,14 @@ from refalign_ext.data.cache.reader import LatentCache
 from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.decoding import _fitted
+from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, LoadedSample
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_uint8
 from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, Sampling, choose, keyed_generator
+from refalign_ext.data.sampling.choice import Bucket, Sampling, choose
 from refalign_ext.data.sampling.order import Place
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.spans import Part, choose_frames

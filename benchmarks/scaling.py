@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_arguments
 from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.losses import reference_alignment_over_blocks
 from refalign_ext.planning.flops import (
     AlignmentShape,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.upstream.places import block_call, block_parameters, model_forward
+from refalign_ext.upstream.model_source import block_call, block_parameters, model_forward
 from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of, dotted
 
 NAME = "positional-blocks"

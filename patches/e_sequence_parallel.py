@@ -8,7 +8,7 @@ of once per block.
 
 from __future__ import annotations
 
-from refalign_ext.upstream.places import (
+from refalign_ext.upstream.model_source import (
     MODEL,
     block_call,
     block_parameters,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.upstream.places import model_forward
+from refalign_ext.upstream.model_source import model_forward
 from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of
 
 NAME = "one-timestep"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.upstream.places import block_call, model_forward, require_positional
+from refalign_ext.upstream.model_source import block_call, model_forward, require_positional
 from refalign_ext.upstream.source import PlaceNotFound, SourceTree, names_of
 
 NAME = "activation-checkpointing"

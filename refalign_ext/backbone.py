@@ -18,13 +18,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from refalign_ext.config import TAPS
 from refalign_ext.layout import TokenLayout, TokenRange
 from refalign_ext.tasks import register_tasks
 from refalign_ext.upstream.own_wan import check_own_wan
 from refalign_ext.upstream.tree import selected_tree
 
 check_own_wan()
-from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402 - only of a tree that has it all
+from wan.configs import (  # of this repository, which has all that follows
+    SIZE_CONFIGS,
+    SUPPORTED_SIZES,
+    WAN_CONFIGS,
+)
+from wan.modules.t5 import T5EncoderModel, t5_state_dict_from_transformers
+from wan.modules.vae import WanVAE, vae_state_dict_from_diffusers
+from wan.sampling import (
+    check_frame_num,
+    check_size,
+    choose_seed,
+    denoise,
+    encode_prompts,
+    initial_noise,
+    latent_shape,
+    required_files,
+)
+from wan.utils.dit_checkpoint import (
+    DiTCheckpoint,
+    build_dit,
+    checkpoint_files,
+    diffusers_config,
+    diffusers_key,
+    dit_arguments,
+    load_dit,
+    read_dit_checkpoint,
+)
+from wan.utils.runtime import (
+    PeakMemory,
+    describe_versions,
+    placed,
+    release_cached_memory,
+    resolve_device,
+    resolve_dtype,
+)
+from wan.utils.solvers import make_solver
+from wan.utils.weights import file_sha256, read_state_dict, require_files
 
 TREE = selected_tree()
 """The official checkout that WAN_ROOT names; None: `wan` is this repository's."""
@@ -36,59 +73,24 @@ if TREE is not None:
     REFUSED_TASKS = TREE.refused(WAN_CONFIGS)
     WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES = TREE.register(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
     register_tasks(WAN_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES)
+    T5EncoderModel = TREE.replacement_for("T5EncoderModel", T5EncoderModel)
+    WanVAE = TREE.replacement_for("WanVAE", WanVAE)
+    build_dit = TREE.replacement_for("build_dit", build_dit)
+    load_dit = TREE.replacement_for("load_dit", load_dit)
+    describe_versions = TREE.replacement_for("describe_versions", describe_versions)
 
-TAPS = ("block", "self_attn")
 _MODEL_ATTRIBUTES = ("blocks", "head", "patch_embedding", "patch_size", "num_heads", "dim")
 _BLOCK_ATTRIBUTES = ("self_attn", "cross_attn", "ffn", "modulation")
-# Names other files of this package take from `wan` through this one, each with its home.
-_FROM_WAN = {
-    "WanModel": "wan.modules.model",
-    "WanVAE": "wan.modules.vae",
-    "vae_state_dict_from_diffusers": "wan.modules.vae",
-    "T5EncoderModel": "wan.modules.t5",
-    "t5_state_dict_from_transformers": "wan.modules.t5",
-    "HuggingfaceTokenizer": "wan.modules.tokenizers",
-    "load_dit": "wan.utils.dit_checkpoint",
-    "checkpoint_files": "wan.utils.dit_checkpoint",
-    "read_dit_checkpoint": "wan.utils.dit_checkpoint",
-    "read_state_dict": "wan.utils.weights",
-    "load_strict": "wan.utils.weights",
-    "file_sha256": "wan.utils.weights",
-    "require_files": "wan.utils.weights",
-    "dit_arguments": "wan.utils.dit_checkpoint",
-    "DiTCheckpoint": "wan.utils.dit_checkpoint",
-    "build_dit": "wan.utils.dit_checkpoint",
-    "diffusers_config": "wan.utils.dit_checkpoint",
-    "diffusers_key": "wan.utils.dit_checkpoint",
-    "check_frame_num": "wan.sampling",
-    "check_size": "wan.sampling",
-    "choose_seed": "wan.sampling",
-    "denoise": "wan.sampling",
-    "encode_prompts": "wan.sampling",
-    "initial_noise": "wan.sampling",
-    "latent_shape": "wan.sampling",
-    "required_files": "wan.sampling",
-    "PeakMemory": "wan.utils.runtime",
-    "placed": "wan.utils.runtime",
-    "release_cached_memory": "wan.utils.runtime",
-    "resolve_device": "wan.utils.runtime",
-    "resolve_dtype": "wan.utils.runtime",
-    "make_solver": "wan.utils.solvers",
-    "describe_versions": "wan.utils.runtime",
-}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what comes from `wan` when it is first used: most callers need a part of it only."""
-    if name not in _FROM_WAN:
+    """`WanModel` is imported when it is first used: diffusers, which holds its base class, takes seconds."""
+    if name != "WanModel":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    from wan.modules.model import WanModel
 
-    value = getattr(importlib.import_module(_FROM_WAN[name]), name)
-    if TREE is not None:
-        value = TREE.substitute(name, value)
-    globals()[name] = value
-    return value
+    globals()[name] = WanModel if TREE is None else TREE.replacement_for(name, WanModel)
+    return globals()[name]
 
 
 @dataclass(frozen=True)
@@ -281,10 +283,10 @@ class ReferenceBackbone(nn.Module):
         return ((tokens, *args[1:]), kwargs) if args else (args, {**kwargs, "x": tokens})
 
     def _find_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Learn which pass a block runs for.
+        """Recover the current pass, also where activation checkpointing repeats a block.
 
-        Activation checkpointing repeats a block during the backward, when other passes may have come in between. All it
-        repeats is the block's arguments, so the pass travels on one that reaches self-attention as it is: `grid_sizes`.
+        A block is repeated during the backward, when other passes may have come in between. All that is
+        repeated is the block's arguments, so the pass travels on one that reaches self-attention as it is: `grid_sizes`.
         """
         grid_sizes = kwargs["grid_sizes"] if "grid_sizes" in kwargs else args[2]
         if self._pass is None:
@@ -302,7 +304,7 @@ class ReferenceBackbone(nn.Module):
     def _narrow_queries(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict] | None:
-        """Let only video tokens ask the text: what reference tokens would get is thrown away anyway."""
+        """Restrict cross-attention queries to video tokens: what references would get is dropped anyway."""
         if self._active is None:
             return None
         end = self._active.queries

@@ -175,7 +175,7 @@ def cache(
     from refalign_ext.backbone import resolve_device
     from refalign_ext.config import configure, read_settings
     from refalign_ext.data.cache.files import chunk_path, default_folder, read_header
-    from refalign_ext.distributed.mesh import rank_device
+    from refalign_ext.distributed.process_group import rank_device
     from refalign_ext.encoders import task_config
     from refalign_ext.training.precompute import build_cache
     from refalign_ext.training.sources import sampling_of

@@ -105,7 +105,7 @@ def start_together() -> Callable[[], None]:
         return lambda: None
     import torch
 
-    from refalign_ext.distributed.mesh import start_process_group, stop_process_group
+    from refalign_ext.distributed.process_group import start_process_group, stop_process_group
 
     start_process_group(torch.device("cpu"), _LONGEST_WORK_S)
     return lambda: stop_process_group(together=True)

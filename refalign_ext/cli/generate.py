@@ -316,7 +316,7 @@ def _run_alone(flags: dict[str, Any]) -> None:
 def _run_distributed(flags: dict[str, Any], rank: int) -> None:
     """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
     global _ranks_have_met
-    from refalign_ext.distributed.mesh import is_first_to_fail, is_lost_contact
+    from refalign_ext.distributed.process_group import is_first_to_fail, is_lost_contact
     from refalign_ext.serving.generation import (
         generate,
         init_distributed,

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from refalign_ext.data.decoding import read_clip
-from refalign_ext.data.materialise.reference import read_reference, span_arguments
+from refalign_ext.data.hashing import keyed_generator
+from refalign_ext.data.materialise.reference import read_reference
 from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling, keyed_generator
+from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
 from refalign_ext.data.schema import Clip
+from refalign_ext.data.spans import span_arguments
 from refalign_ext.references import letterbox, reference_to_tensor
 
 if TYPE_CHECKING:

@@ -1,25 +1,53 @@
-"""Which frames of a file are meant: a part of it in frames or seconds, and those that a clip takes from it."""
+"""Which frames of a file are meant: a span of it in frames or seconds, and those that a clip takes from it.
+
+`frame_range` is what decoding goes by, with the time of every frame; `steady_range` gives the same answer from a file's
+frame rate and number of frames alone.
+"""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from refalign_ext.data.media_source import Media
+from refalign_ext.data.schema import VideoSpan
 
 _ROUNDED = Fraction(1, 1000)  # seconds by which written times are rounded
+_END_TOLERANCE = 1  # frames that a data set's end of a span may lie beyond the end of the file
 
 
 @dataclass(frozen=True)
 class Part:
-    """The frames of a file that may be used, in frames or in seconds, as `video.read_clip` describes it."""
+    """The frames of a file that may be used, in frames or in seconds, as `decoding.read_clip` describes it."""
 
     start_frame: int | None
     end_frame: int | None
     start_s: float | None
     end_s: float | None
     end_tolerance: int
+
+    @property
+    def in_seconds(self) -> bool:
+        return self.start_s is not None or self.end_s is not None
+
+
+def span_arguments(span: VideoSpan) -> dict[str, Any]:
+    """The part of a file that a span means, as keyword arguments of `decoding.read_clip` and `read_frame`.
+
+    Seconds count from the first frame and are turned into frames by the file's own times. An end that lies at most
+    one frame beyond the end of the file is rounding and means the end of the file.
+    """
+    return {
+        "start_frame": span.start_frame,
+        "end_frame": span.end_frame,
+        "start_s": span.start_s,
+        "end_s": span.end_s,
+        "end_tolerance": _END_TOLERANCE,
+    }
 
 
 def frame_range(path: Media, times: list[Fraction], part: Part) -> tuple[int, int]:
@@ -31,30 +59,72 @@ def frame_range(path: Media, times: list[Fraction], part: Part) -> tuple[int, in
     Raises:
         ValueError: if the file does not have these frames.
     """
-    if part.start_s is not None or part.end_s is not None:
-        if part.start_frame is not None or part.end_frame is not None:
-            raise ValueError(f"{path}: the range is given in frames or in seconds, not both")
-        return _range_of_seconds(path, times, part)
-    start, end = part.start_frame or 0, len(times) if part.end_frame is None else part.end_frame
-    usable = len(times) if len(times) < end <= len(times) + part.end_tolerance else end
-    if not 0 <= start < usable <= len(times):
-        raise ValueError(f"{path}: frames {start} to {end} are asked for, the file has {len(times)}")
+    if not part.in_seconds:
+        return _range_of_frames(path, len(times), part)
+    step = _usual_step(times)
+
+    def frame_at(second: Fraction) -> int:
+        return bisect_left(times, times[0] + second - _ROUNDED)
+
+    return _range_of_seconds(path, len(times), step, times[-1] - times[0] + step, frame_at, part)
+
+
+def steady_range(span: VideoSpan, fps: float, frames: int | None) -> tuple[int, int]:
+    """First frame and end (exclusive) of a span, as `frame_range` finds them in a file of a steady rate.
+
+    Args:
+        fps: frames per second of the file; only a span in seconds needs it.
+        frames: of the file; None: unknown, and the span, which has to tell its end, lies in it.
+
+    Raises:
+        ValueError: if the file does not have these frames.
+    """
+    part = Part(**span_arguments(span))
+    if not part.in_seconds:
+        return _range_of_frames(span.path, frames, part)
+    if not fps > 0:
+        raise ValueError(f"{span.path}: it tells no frame rate: give the span in frames, not in seconds")
+    rate = Fraction(fps)
+    step = Fraction(0) if frames == 1 else 1 / rate  # nothing tells for how long a single frame stands
+    length = None if frames is None else (frames - 1) / rate + step
+    return _range_of_seconds(span.path, frames, step, length, lambda second: steady_frame(second, rate), part)
+
+
+def steady_frame(second: Fraction | float, fps: Fraction | float) -> int:
+    """Number of the first frame that is shown from a second on, at a steady rate."""
+    return max(0, math.ceil((Fraction(second) - _ROUNDED) * Fraction(fps)))
+
+
+def _range_of_frames(path: Media | str, frames: int | None, part: Part) -> tuple[int, int]:
+    start, end = part.start_frame or 0, frames if part.end_frame is None else part.end_frame
+    frames = end if frames is None else frames
+    usable = frames if frames < end <= frames + part.end_tolerance else end
+    if not 0 <= start < usable <= frames:
+        raise ValueError(f"{path}: frames {start} to {end} are asked for, the file has {frames}")
     return start, usable
 
 
-def _range_of_seconds(path: Media, times: list[Fraction], part: Part) -> tuple[int, int]:
-    step = _usual_step(times)
-    length = times[-1] - times[0] + step
+def _range_of_seconds(
+    path: Media | str,
+    frames: int | None,
+    step: Fraction,
+    length: Fraction | None,
+    frame_at: Callable[[Fraction], int],
+    part: Part,
+) -> tuple[int, int]:
+    """`frame_at`: the first frame shown from a second on; `length`: of the file in seconds, None if unknown."""
+    if part.start_frame is not None or part.end_frame is not None:
+        raise ValueError(f"{path}: the range is given in frames or in seconds, not both")
     start_s = Fraction(part.start_s or 0)
     end_s = length if part.end_s is None else Fraction(part.end_s)
-    start, end = (bisect_left(times, times[0] + second - _ROUNDED) for second in (start_s, end_s))
-    if part.end_s is None:
-        end = len(times)
-    if start < 0 or start >= end or end_s > length + part.end_tolerance * step + _ROUNDED:
-        raise ValueError(
-            f"{path}: frames from {float(start_s):g} s to {float(end_s):g} s are asked for, the file has "
-            f"{len(times)} over {float(length):.2f} s"
-        )
+    start = frame_at(start_s)
+    end = frames if part.end_s is None else frame_at(end_s)
+    if frames is not None:
+        end = min(end, frames)
+    is_beyond = length is not None and end_s > length + part.end_tolerance * step + _ROUNDED
+    if start >= end or is_beyond:
+        has = "" if length is None else f", the file has {frames} over {float(length):.2f} s"
+        raise ValueError(f"{path}: frames from {float(start_s):g} s to {float(end_s):g} s are asked for{has}")
     return start, end
 
 
@@ -75,7 +145,7 @@ def choose_frames(
 ) -> list[int]:
     """Numbers of the frames to take, in order; at a high `fps` one may come repeatedly.
 
-    Arguments are those of `frame_range` and `video.read_clip`.
+    Arguments are those of `frame_range` and `decoding.read_clip`.
 
     Raises:
         ValueError: if the part is not in the file or is too short.

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refalign_ext.distributed.mesh import ParallelSizes
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.planning.flops import AlignmentShape, Linear, ModelShape
 
 FULL, HALF = 4, 2  # bytes of float32 and bfloat16

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from refalign_ext.backbone import WAN_CONFIGS, latent_shape
 from refalign_ext.config import TrainConfig
-from refalign_ext.distributed.mesh import ParallelSizes, fixed_sizes, generation_sizes, split_sequence
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes, split_sequence, training_sizes
 from refalign_ext.lora import TARGETS
 from refalign_ext.planning.flops import (
     AlignmentShape,
@@ -181,7 +181,7 @@ def choose_sizes(
             global batch (naming the nearest global batches that do).
     """
     if config.ulysses_size or config.ring_size:
-        return fixed_sizes(world_size, task.num_heads, config.ulysses_size or None, config.ring_size or None)
+        return training_sizes(world_size, task.num_heads, ulysses=config.ulysses_size, ring=config.ring_size)
     memory, _ = _memory_to_reckon_with(config.task, device_memory)
     candidates = list(_possible_sizes(config, task, world_size))
     if not candidates:

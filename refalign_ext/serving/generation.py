@@ -29,15 +29,14 @@ from refalign_ext.checkpoint.checkpointer import is_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.data.result_sheet import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
-from refalign_ext.distributed.mesh import (
-    Parallel,
-    ParallelSizes,
-    generation_sizes,
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.process_group import (
     is_lost_contact,
     rank_device,
     start_process_group,
     stop_process_group,
 )
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.parallelism import SingleProcess

@@ -18,8 +18,8 @@ import torch
 from refalign_ext.backbone import resolve_device
 from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
 from refalign_ext.config import TrainConfig, configure
-from refalign_ext.distributed.mesh import (
-    Parallel,
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.process_group import (
     environment_rank,
     environment_world_size,
     lost_rank,

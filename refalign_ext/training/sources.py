@@ -168,7 +168,7 @@ def clip_sources(
             data_rank=parallel.data_rank,
             data_size=sizes.data,
             settings=settings,
-            surveys=Path(config.out) / "surveys",
+            fallback_dir=Path(config.out) / "clip_indexes",
             **order,
         )
 

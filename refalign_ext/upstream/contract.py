@@ -48,7 +48,7 @@ T5_ARGUMENTS = ("text_len", "dtype", "device", "checkpoint_path", "tokenizer_pat
 
 
 @dataclass(frozen=True)
-class Finding:
+class ContractEntry:
     """One thing that refalign_ext relies on.
 
     Attributes:
@@ -74,7 +74,7 @@ class Contract:
             ValueError: if there is no `wan/`.
         """
         self.tree = SourceTree(root)
-        self.findings: list[Finding] = []
+        self.findings: list[ContractEntry] = []
         self._model()
         self._blocks()
         self._parallel()
@@ -146,16 +146,18 @@ class Contract:
             try:
                 tree = self.tree.file(name).tree
             except PlaceNotFound as error:
-                self.findings.append(Finding(name, CHANGED, cost, str(error)))
+                self.findings.append(ContractEntry(name, CHANGED, cost, str(error)))
                 continue
             # Ours are imported as `wan` and may say so.
             if (lines := absolute_imports(tree)) and not is_ours(self.tree.root):
                 detail = f"line {lines[0]} imports wan by name"
-                self.findings.append(Finding(f"relative imports in {name}", CHANGED, cost, detail))
+                self.findings.append(ContractEntry(f"relative imports in {name}", CHANGED, cost, detail))
             for library in outer_imports(tree):
                 if library not in ("wan", "__future__") and find_spec(library) is None:
                     remedy = f"it is not installed here: pip install {library}"
-                    self.findings.append(Finding(f"{library}, which {name} imports", MISSING, cost, remedy))
+                    self.findings.append(
+                        ContractEntry(f"{library}, which {name} imports", MISSING, cost, remedy)
+                    )
 
     def _function(
         self,
@@ -216,9 +218,9 @@ class Contract:
         try:
             detail = look()
         except PlaceNotFound as error:
-            self.findings.append(Finding(name, MISSING, cost, str(error)))
+            self.findings.append(ContractEntry(name, MISSING, cost, str(error)))
         else:
-            self.findings.append(Finding(name, CHANGED if detail else PRESENT, cost, detail))
+            self.findings.append(ContractEntry(name, CHANGED if detail else PRESENT, cost, detail))
 
     def _is_bound(self, file: str, name: str) -> str:
         source = self.tree.file(file)

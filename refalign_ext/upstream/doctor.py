@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import platform
@@ -13,10 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from refalign_ext.upstream.checkout import describe
-from refalign_ext.upstream.contract import OPTIONAL, PRESENT, Contract, Finding
+from refalign_ext.upstream.contract import OPTIONAL, PRESENT, Contract, ContractEntry
 from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.patching import FOLDER, Outcome, load_units, status
-from refalign_ext.upstream.recognise import recognise
+from refalign_ext.upstream.source import PlaceNotFound, SourceTree
+from refalign_ext.upstream.tree import refusal
 
 WIDTH = 120
 GIB = 2**30
@@ -24,7 +26,7 @@ KERNELS = (("flash_attn_interface", "FlashAttention 3"), ("flash_attn", "FlashAt
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """What `doctor` found.
 
     Attributes:
@@ -38,7 +40,7 @@ class Report:
     """
 
     tree: str
-    findings: list[Finding]
+    findings: list[ContractEntry]
     tasks: dict[str, str]
     patches: list[Outcome]
     unclear: str
@@ -81,7 +83,7 @@ class Report:
             yield from _wrapped("result", f"references work with this tree here{without}")
 
 
-def doctor(root: Path) -> Report:
+def doctor(root: Path) -> DoctorReport:
     """Looks at a tree, which is not imported, and at this machine.
 
     Args:
@@ -99,9 +101,53 @@ def doctor(root: Path) -> Report:
     kernels = _kernels()
     blocked = "" if own else _blocked(root, outcomes, kernels)
     tree = f"{root} ({describe(root)})"
-    return Report(
-        tree, contract.findings, recognise(contract.tree), outcomes, unclear, _machine(kernels), blocked
+    return DoctorReport(
+        tree,
+        contract.findings,
+        text_to_video_tasks(contract.tree),
+        outcomes,
+        unclear,
+        _machine(kernels),
+        blocked,
     )
+
+
+def text_to_video_tasks(tree: SourceTree) -> dict[str, str]:
+    """What RefAlign does with the tree's text-to-video tasks; a task's name -> a verdict.
+
+    Read from the fields of its configuration; see `refusal`.
+    """
+    verdicts = {}
+    for name in sorted(tree.texts):
+        if not name.startswith("wan/configs/wan_") or "t2v" not in name and "ti2v" not in name:
+            continue
+        task = (
+            name.removeprefix("wan/configs/wan_")
+            .removesuffix(".py")
+            .replace("_", "-")
+            .replace("1-3B", "1.3B")
+        )
+        try:
+            fields = _config_fields(tree.file(name).tree)
+        except PlaceNotFound as error:
+            verdicts[task] = str(error)
+            continue
+        if reason := refusal(fields.get("boundary"), fields.get("vae_stride")):
+            verdicts[task] = reason
+        else:
+            verdicts[task] = f"r2v-{task.removeprefix('t2v-')} is made from it"
+    return verdicts
+
+
+def _config_fields(tree: ast.Module) -> dict[str, str]:
+    """`config.name = value` statements of a configuration file."""
+    return {
+        target.attr: ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute)
+    }
 
 
 def _blocked(root: Path, outcomes: list[Outcome], kernels: list[str]) -> str:

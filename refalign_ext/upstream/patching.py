@@ -3,7 +3,7 @@
 A unit is a file of `patches/`: its docstring says what for, `NAME` what it is called, and `edit(tree)` finds its places
 by the names in the syntax trees and puts our text there. `edit` answers False where the tree has no use for it, and
 raises `PlaceNotFound` where a place has changed. Units are applied one after another in the order of their files, in
-memory; a tree is written only when all of them have found their places, and then file by file aside and renamed.
+memory; a tree is written only when all of them have found their places, and then file by file, each atomically.
 
 What the files held before lies in `.refalign_patches/` of the tree, which git ignores, so that `revert` restores it
 byte for byte. What is about to be written is noted there first: after a kill at any moment, `apply` goes on and `revert`
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
 
+from refalign_ext.atomic_io import atomic_path
 from refalign_ext.upstream.checkout import changed_files, head_commit
 from refalign_ext.upstream.record import RECORD, Record, digest, read_record
 from refalign_ext.upstream.source import PlaceNotFound, SourceTree
@@ -247,21 +247,21 @@ def _write(
     noted = note.read_text(encoding="utf-8") if note.is_file() else None
     done: list[str] = []
     try:
-        _write_aside(folder / ".gitignore", "*\n")
+        _write_text(folder / ".gitignore", "*\n", folder)
         for name in files:
-            _write_aside(folder / "before" / name, originals[name])
-        _write_aside(note, json.dumps({"units": used, "files": files}, indent=2) + "\n")
+            _write_text(folder / "before" / name, originals[name], folder)
+        _write_text(note, json.dumps({"units": used, "files": files}, indent=2) + "\n", folder)
         for name, text in written.items():
             done.append(name)
-            _write_aside(root / name, text)
+            _write_text(root / name, text, folder)
     except BaseException:
         for name in done:
             if (root / name).read_bytes() != present[name].encode():
-                _write_aside(root / name, present[name])
+                _write_text(root / name, present[name], folder)
         if noted is None:
             _forget(folder)
         else:
-            _write_aside(note, noted)
+            _write_text(note, noted, folder)
         raise
     if new == originals:
         _forget(folder)
@@ -285,16 +285,13 @@ def require_clean(root: Path, record: Record) -> None:
         )
 
 
-def _write_aside(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    try:
-        aside.write_bytes(text.encode())
-        if path.exists():
-            shutil.copymode(path, aside)
-        os.replace(aside, path.resolve())
-    finally:
-        aside.unlink(missing_ok=True)
+def _write_text(path: Path, text: str, folder: Path) -> None:
+    """Write a file atomically by way of `folder`, through a link and with the mode that it had."""
+    target = path.resolve()
+    with atomic_path(target, folder) as temporary:
+        temporary.write_bytes(text.encode())
+        if target.exists():
+            shutil.copymode(target, temporary)
 
 
 def _forget(folder: Path) -> None:

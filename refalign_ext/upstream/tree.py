@@ -134,7 +134,7 @@ class WanTree:
         }
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
-    def rehouse(self, model: nn.Module) -> nn.Module:
+    def adopt_parameters(self, model: nn.Module) -> nn.Module:
         """The tree's WanModel with the parameters, without copying them, of one of ours.
 
         Raises:
@@ -142,42 +142,45 @@ class WanTree:
         """
         arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
         with torch.device("meta"):
-            housed = self.get("modules.model", "WanModel")(**arguments)
-        shape = getattr(getattr(housed, "freqs", None), "shape", None)
+            adopted = self.get("modules.model", "WanModel")(**arguments)
+        shape = getattr(getattr(adopted, "freqs", None), "shape", None)
         if shape != model.freqs.shape:
             raise ValueError(
                 f"{self.root}: WanModel.freqs has the shape {shape}, not {list(model.freqs.shape)}; {_REMEDY}"
             )
         # A plain attribute upstream, neither parameter nor buffer, hence lost on the meta device.
-        housed.freqs = model.freqs
+        adopted.freqs = model.freqs
         try:
-            housed.load_state_dict(model.state_dict(), strict=True, assign=True)
+            adopted.load_state_dict(model.state_dict(), strict=True, assign=True)
         except RuntimeError as error:
             raise ValueError(f"{self.root}: {' '.join(str(error).split())[:300]}; {_REMEDY}") from None
-        for name, parameter in housed.named_parameters():
+        for name, parameter in adopted.named_parameters():
             parameter.requires_grad_(model.get_parameter(name).requires_grad)
-        return housed.train(model.training)
+        return adopted.train(model.training)
 
-    def substitute(self, name: str, ours: Any) -> Any:
-        """What takes the place of something of our `wan` by the name that refalign_ext knows it by.
+    def replacement_for(self, name: str, ours: Any) -> Any:
+        """What a checkout puts in the place of a class or function of our `wan`, by its name in `refalign_ext.backbone`.
 
         `WanModel` is the tree's. Loading a DiT checks and reads with ours and hands the weights over. The text encoder
         and the autoencoder are the tree's in their released sizes; upstream's classes cannot be built in any other, so
-        the embedded tiny ones stay ours. What a run writes down names the tree. Everything else stays ours.
+        the embedded tiny ones stay ours. What a run writes down names the tree.
         """
         if name == "WanModel":
             self.require_attention()
             return self.get("modules.model", "WanModel")
         if name in ("build_dit", "load_dit"):
-            self.require_attention()
-            return lambda *args, **options: self.rehouse(ours(*args, **options))
+
+            def adopted(*args: Any, **options: Any) -> nn.Module:
+                self.require_attention()
+                return self.adopt_parameters(ours(*args, **options))
+
+            return adopted
         if name == "T5EncoderModel":
             return self._text_encoder(ours)
         if name == "WanVAE":
             return self._autoencoder(ours)
-        if name == "describe_versions":
-            return lambda: {**ours(), "wan": str(self.root)}
-        return ours
+        assert name == "describe_versions", name
+        return lambda: {**ours(), "wan": str(self.root)}
 
     def require_attention(self) -> None:
         """Asks the tree's attention for one number, on CUDA where that is there.

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from refalign_ext.backbone import WAN_CONFIGS, BackboneOutput, ReferenceBackbone, WanModel, dit_arguments
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.upstream.tree import WanTree
 from tests.helpers.ranks import run_ranks
@@ -58,7 +59,7 @@ def pair(tree: WanTree) -> Callable[..., tuple[WanModel, nn.Module]]:
                         parameter.add_(torch.randn_like(parameter), alpha=0.2)
                     elif name == "head.head.weight" or name.startswith("text_embedding"):
                         nn.init.xavier_uniform_(parameter)
-        return ours, tree.rehouse(copy.deepcopy(ours))
+        return ours, tree.adopt_parameters(copy.deepcopy(ours))
 
     return make
 
@@ -194,7 +195,9 @@ def test_patches_change_no_number(
     for one in (released, tree):
         monkeypatch.setattr(one.module("modules.model"), "flash_attention", plain_attention)
         with torch.no_grad():
-            outputs.append(one.rehouse(ours)(latents, t=timesteps, context=context, seq_len=3 * 3 * 5))
+            outputs.append(
+                one.adopt_parameters(ours)(latents, t=timesteps, context=context, seq_len=3 * 3 * 5)
+            )
     for actual, expected in zip(*outputs, strict=True):
         assert expected.abs().max() > 0.01
         # Wan2.2 spreads the one timestep first, so that a matrix product of its embedding has another shape.
@@ -230,11 +233,11 @@ def test_a_half_model_computes_under_autocast(pair: Callable, float32_parts: tup
 
 
 def test_the_rotary_table_survives_meta_initialisation(tree: WanTree, pair: Callable) -> None:
-    _, rehoused = pair()
+    _, adopted = pair()
     built = tree.get("modules.model", "WanModel")(**SIZES, num_layers=1)
-    assert rehoused.freqs.dtype == built.freqs.dtype == torch.complex128
-    assert (rehoused.freqs - built.freqs).abs().max() < 1e-12
-    assert not any(parameter.is_meta for parameter in rehoused.parameters())
+    assert adopted.freqs.dtype == built.freqs.dtype == torch.complex128
+    assert (adopted.freqs - built.freqs).abs().max() < 1e-12
+    assert not any(parameter.is_meta for parameter in adopted.parameters())
 
 
 @pytest.mark.parametrize("task", ["t2v-1.3B", "t2v-14B"])
@@ -266,9 +269,9 @@ def test_a_few_guided_steps_make_the_same_video(tree: WanTree, tmp_path: Path) -
     loaded = R2VPipeline.load(config, build(tmp_path / "checkpoint", config), device="cpu")
     references = [Image.new("RGB", (48, 48), colour) for colour in ("red", "blue")]
     videos = []
-    for housed in (False, True):
-        if housed:
-            loaded.backbone = ReferenceBackbone(tree.rehouse(loaded.backbone.detach()))
+    for adopted in (False, True):
+        if adopted:
+            loaded.backbone = ReferenceBackbone(tree.adopt_parameters(loaded.backbone.detach()))
         result = loaded.generate("a red circle", references, seed=3, sample_steps=3, progress=False)
         videos.append(result.video)
     assert difference(videos[1], videos[0]) < 1e-4
@@ -281,7 +284,7 @@ def sequence_gradients(
     torch.manual_seed(0)
     ours = WanModel(**SIZES, num_layers=LAYERS)
     nn.init.xavier_uniform_(ours.head.head.weight)
-    model = WanTree(root, "tree_under_test").rehouse(ours)
+    model = WanTree(root, "tree_under_test").adopt_parameters(ours)
     backbone = ReferenceBackbone(model)
     attach_sequence_parallel(backbone, Parallel.create(ParallelSizes(1, ring, ulysses), CPU))
     output = backbone(*inputs((2, 1)))

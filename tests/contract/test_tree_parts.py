@@ -35,7 +35,7 @@ def test_the_autoencoder_in_its_released_size_is_ours(tree: WanTree, tmp_path: P
         ours = WanVAE(vae_pth=None)
     torch.save(vae_state_dict_from_diffusers(ours.model.state_dict()), tmp_path / "vae.pth")
     statistics = {"mean": [0.0] * 16, "std": [1.0] * 16}
-    theirs = tree.substitute("WanVAE", WanVAE)(
+    theirs = tree.replacement_for("WanVAE", WanVAE)(
         vae_pth=tmp_path / "vae.pth", device="cpu", config={"dim": 96, "z_dim": 16, **statistics}
     )
     assert isinstance(theirs, TreeVAE)

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.pixels import from_levels, load_reference, to_uint8
 from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling, keyed_generator
+from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.references import letterbox, reference_to_tensor
 

@@ -8,18 +8,18 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from refalign_ext.data.hashing import hash64, keyed_generator
 from refalign_ext.data.sampling.buckets import assign, make_buckets, usable_frames
 from refalign_ext.data.sampling.choice import (
     Bucket,
     Choice,
     Sampling,
     choose,
-    keyed_generator,
     possible_prompts,
     possible_references,
 )
 from refalign_ext.data.sampling.order import Deal, Order, SetOrder
-from refalign_ext.data.sampling.split import Allowed, GroupTable, Split, digest
+from refalign_ext.data.sampling.split import Allowed, GroupTable, Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKET = Bucket(64, 48, 9)
@@ -313,11 +313,11 @@ def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
 
 
 def holds(split: Split, group: str) -> bool:
-    return bool(split.holds(np.array([digest(group)], np.uint64))[0])
+    return bool(split.holds(np.array([hash64(group)], np.uint64))[0])
 
 
 def test_groups_are_split_whole_by_chance_alone() -> None:
-    groups = np.array([digest(f"group {n}") for n in range(20000)], np.uint64)
+    groups = np.array([hash64(f"group {n}") for n in range(20000)], np.uint64)
     train, validation = Split(0.05, 3, "train").holds(groups), Split(0.05, 3, "validation").holds(groups)
     assert (train ^ validation).all()
     assert validation.mean() == pytest.approx(0.05, abs=0.006)
@@ -335,7 +335,7 @@ def test_references_from_the_other_side_are_never_used() -> None:
     here = next(name for name in names if holds(split, name))
     there = next(name for name in names if not holds(split, name))
     table = GroupTable.of(
-        np.array([digest("b"), digest("c")], np.uint64), np.array([digest(there), digest(here)], np.uint64)
+        np.array([hash64("b"), hash64("c")], np.uint64), np.array([hash64(there), hash64(here)], np.uint64)
     )
     rule = Allowed(split, table)
     item = clip(

@@ -34,7 +34,7 @@ from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows, file_sizes
 from refalign_ext.data.checking.check import check
 from refalign_ext.data.checking.contact import contact_sheet
-from refalign_ext.data.clip_index import forget_survey, survey_paths
+from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.conversion_report import Report
 from refalign_ext.data.convert.folder import convert_folder
@@ -462,7 +462,7 @@ def clip_source(clips: ClipSet, **options: Any) -> ClipSource:
 
 def drawn(clips: ClipSet, count: int, **options: Any) -> tuple[set[str], int]:
     """The names of so many samples, and how many clips were skipped on the way."""
-    forget_survey(clips)
+    delete_clip_index(clips)
     source, names = clip_source(clips, **options), set()
 
     def draw(position: int) -> None:
@@ -573,14 +573,14 @@ def test_lists_of_shards_that_are_damaged(packed: Path) -> None:
     assert True in outcomes and False in outcomes
 
 
-def test_indexes_and_surveys_that_are_damaged(tmp_path: Path) -> None:
+def test_indexes_that_are_damaged(tmp_path: Path) -> None:
     """Files that the code made itself are not beyond disks and interrupted copies."""
     write_media(tmp_path)
     path, rng = tmp_path / "data.jsonl", random.Random(17)
     path.write_text("".join(json.dumps(good_row(name)) + "\n" for name in GOOD))
     clips = open_clip_set(path)
     drawn(clips, 1)
-    for made in (index_path(path), survey_paths(clips)[0]):
+    for made in (index_path(path), clip_index_paths(clips)[0]):
         whole = made.read_bytes()
         for _ in cases(40):
             made.write_bytes(damage(whole, rng))

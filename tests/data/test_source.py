@@ -1,4 +1,4 @@
-"""The source of training samples: surveyed once, split, mixed, encoded, and stopped when too much of it is bad."""
+"""The source of training samples: indexed once, split, mixed, encoded, and stopped when too much of it is bad."""
 
 from __future__ import annotations
 
@@ -16,18 +16,26 @@ import torch
 from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.data import clip_index as survey_module
+from refalign_ext.data import clip_index as index_module
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.data.cache.files import CacheError
-from refalign_ext.data.clip_index import BAD_ROW, BAD_VIDEO, USABLE, survey, survey_paths
+from refalign_ext.data.clip_index import (
+    BAD_ROW,
+    BAD_VIDEO,
+    USABLE,
+    ClipFacts,
+    clip_index_paths,
+    open_clip_index,
+)
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
+from refalign_ext.data.hashing import hash64
 from refalign_ext.data.loading import source as source_module
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
 from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
-from refalign_ext.data.sampling.split import Split, digest
+from refalign_ext.data.sampling.split import Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKET = Bucket(32, 32, 5)
@@ -323,7 +331,7 @@ def test_settings_out_of_range_are_named(name: str) -> None:
 
 
 def holds(split: Split, group: str) -> bool:
-    return bool(split.holds(np.array([digest(group)], np.uint64))[0])
+    return bool(split.holds(np.array([hash64(group)], np.uint64))[0])
 
 
 def test_training_and_validation_share_no_group(folder: Path) -> None:
@@ -389,10 +397,10 @@ def test_clips_whose_references_are_all_on_the_other_side_are_left_out(
         validation.prepare()
 
 
-# --- survey
+# --- clip index
 
 
-def test_a_survey_knows_every_clip_and_is_kept(
+def test_a_clip_index_knows_every_clip_and_is_kept(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     render(folder / "ten.mkv", 10, (64, 32))
@@ -412,46 +420,46 @@ def test_a_survey_knows_every_clip_and_is_kept(
         file.write("{}\n")
     clips = open_clip_set(folder / "data.jsonl")
     with caplog.at_level(logging.WARNING):
-        found = survey(clips)
+        found = open_clip_index(clips)
     assert found["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO, BAD_VIDEO, USABLE, BAD_ROW]
     assert found["frames"].tolist()[:3] == [40, 4, 6] and found["frames"][5] == 10
     assert found[["width", "height"]].tolist()[:3] == [(640, 360), (16, 32), (64, 32)]
     assert found["fps"].tolist()[:3] == [25.0, 8.0, 8.0]
-    assert found["group"][0] == digest("g") and found["id"][1] == digest("1") and found["is_free"][0]
+    assert found["group"][0] == hash64("g") and found["id"][1] == hash64("1") and found["is_free"][0]
     assert sum(message.startswith("skipping ") for message in caplog.messages) == 3
-    monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
-    again = survey(clips)
+    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("looked at again"))
+    again = open_clip_index(clips)
     assert isinstance(again, np.memmap) and again.tobytes() == found.tobytes()
     monkeypatch.undo()
     clips = clip_set(folder, rows[0])
-    assert len(survey(clips)) == 1  # another manifest, another survey
+    assert len(open_clip_index(clips)) == 1  # another manifest, another index
 
 
-def test_an_interrupted_survey_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey_module, "_CHUNK", 3)
+def test_an_interrupted_clip_index_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_CHUNK", 3)
     clips = clip_set(folder, *(row(f"{n}") for n in range(10)))
-    original, looked = survey_module.measure, []
+    original, looked = index_module.measure, []
 
-    def failing(clip_set: ClipSet, number: int, span: VideoSpan) -> tuple[int, int, int, float]:
+    def failing(clip_set: ClipSet, number: int, span: VideoSpan) -> ClipFacts:
         if number == 7 and len(looked) < 10:
             raise KeyboardInterrupt
         looked.append(number)
         return original(clip_set, number, span)
 
-    monkeypatch.setattr(survey_module, "measure", failing)
+    monkeypatch.setattr(index_module, "measure", failing)
     with pytest.raises(KeyboardInterrupt):
-        survey(clips)
-    assert not survey_paths(clips)[0].exists()
-    part = survey_paths(clips)[0].with_name("data.jsonl.survey.part")
+        open_clip_index(clips)
+    assert not clip_index_paths(clips)[0].exists()
+    part = clip_index_paths(clips)[0].with_name("data.jsonl.clip_index.part")
     part.write_bytes(part.read_bytes() + b"half a record")
     looked += [-1] * 10
-    found = survey(clips)
+    found = open_clip_index(clips)
     assert looked[-4:] == [6, 7, 8, 9] and looked[-5] == -1
     assert (found["state"] == USABLE).all() and len(set(found["id"].tolist())) == 10
     assert not part.exists()
 
 
-def test_a_survey_that_cannot_be_kept_is_made_each_time(
+def test_a_clip_index_that_cannot_be_kept_is_made_each_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
@@ -459,31 +467,34 @@ def test_a_survey_that_cannot_be_kept_is_made_each_time(
     def refused(path: Path, mark: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(survey_module, "_continued", refused)
-    assert (survey(clips)["state"] == USABLE).all()
-    assert "cannot be kept" in caplog.text and not survey_paths(clips)[0].exists()
+    monkeypatch.setattr(index_module, "_continued", refused)
+    assert (open_clip_index(clips)["state"] == USABLE).all()
+    assert "cannot be kept" in caplog.text and not clip_index_paths(clips)[0].exists()
 
 
-def test_a_survey_is_kept_elsewhere_if_the_set_cannot_be_written_to(
+def test_a_clip_index_is_kept_fallback_dir_if_the_set_cannot_be_written_to(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clips, original = clip_set(folder, *(row(f"{n}") for n in range(3))), survey_module._continued
+    clips, original = clip_set(folder, *(row(f"{n}") for n in range(3))), index_module._continued
 
     def refused(path: Path, mark: bytes) -> object:
         if path.parent == folder:
             raise PermissionError(13, "Permission denied")
         return original(path, mark)
 
-    monkeypatch.setattr(survey_module, "_continued", refused)
-    elsewhere = tmp_path / "run" / "surveys"
-    first = survey(clips, elsewhere=elsewhere)
-    assert isinstance(first, np.memmap) and list(elsewhere.iterdir()) == survey_paths(clips, elsewhere)[1:]
-    monkeypatch.setattr(survey_module, "measure", lambda *_: pytest.fail("looked at again"))
-    assert survey(clips, elsewhere=elsewhere).tobytes() == first.tobytes()
+    monkeypatch.setattr(index_module, "_continued", refused)
+    fallback_dir = tmp_path / "run" / "clip_indexes"
+    first = open_clip_index(clips, fallback_dir=fallback_dir)
+    assert (
+        isinstance(first, np.memmap)
+        and list(fallback_dir.iterdir()) == clip_index_paths(clips, fallback_dir)[1:]
+    )
+    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("looked at again"))
+    assert open_clip_index(clips, fallback_dir=fallback_dir).tobytes() == first.tobytes()
     assert not caplog.messages
 
 
-def test_a_survey_needs_no_locks_but_does_not_share_a_file(
+def test_a_clip_index_needs_no_locks_but_does_not_share_a_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
@@ -491,12 +502,12 @@ def test_a_survey_needs_no_locks_but_does_not_share_a_file(
     def without_locks(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(survey_module.fcntl, "flock", without_locks)
-    assert isinstance(survey(clips), np.memmap)
-    survey_paths(clips)[0].unlink()
+    monkeypatch.setattr(index_module.fcntl, "flock", without_locks)
+    assert isinstance(open_clip_index(clips), np.memmap)
+    clip_index_paths(clips)[0].unlink()
     monkeypatch.undo()
-    with survey_module._continued(Path(f"{survey_paths(clips)[0]}.part"), b"busy"):
-        assert not isinstance(survey(clips), np.memmap)
+    with index_module._continued(Path(f"{clip_index_paths(clips)[0]}.part"), b"busy"):
+        assert not isinstance(open_clip_index(clips), np.memmap)
     assert "cannot be kept" in caplog.text
 
 
@@ -511,17 +522,17 @@ def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pyt
     assert make(clips).samples(0, range(1))[0].name in "0123"
 
 
-def test_damaged_surveys_are_made_anew(folder: Path) -> None:
+def test_damaged_clip_indexes_are_made_anew(folder: Path) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
-    good = survey(clips).tobytes()
-    for damage in (b"", b"RASURV1\n", survey_paths(clips)[0].read_bytes()[:-5], b"x" * 500):
-        survey_paths(clips)[0].write_bytes(damage)
-        assert survey(clips).tobytes() == good
+    good = open_clip_index(clips).tobytes()
+    for damage in (b"", b"RASURV1\n", clip_index_paths(clips)[0].read_bytes()[:-5], b"x" * 500):
+        clip_index_paths(clips)[0].write_bytes(damage)
+        assert open_clip_index(clips).tobytes() == good
 
 
 def test_looking_at_clips_can_be_passed_to_other_processes(folder: Path) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(5)), row("bad", "text.mp4"))
-    look = pickle.loads(pickle.dumps(partial(survey_module._look, clips)))
+    look = pickle.loads(pickle.dumps(partial(index_module._index_rows, clips, ())))
     records, reasons = pickle.loads(pickle.dumps(look(range(2, 6))))
     assert records["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO]
     assert reasons[0][0] == "bad" and "cannot be decoded" in reasons[0][1]

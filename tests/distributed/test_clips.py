@@ -27,7 +27,8 @@ from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.sampling.choice import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.data.work import Share
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training import sources as training_data
 from refalign_ext.training.precompute import FrozenParts, fill_cache
 from tests.helpers.clips import RATE, render

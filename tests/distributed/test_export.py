@@ -19,8 +19,9 @@ from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.export import export, export_checkpoint
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.projectors import ReferenceProjectors
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_checkpoint import tiny_config

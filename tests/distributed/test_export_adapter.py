@@ -34,8 +34,9 @@ from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.cli import main
 from refalign_ext.config import TrainConfig
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
 from refalign_ext.training.trainer import Trainer
 from tests.helpers import tiny_training

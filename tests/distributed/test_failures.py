@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import gather_full_tensors
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training import run as launch
 from tests.helpers.agents import agent
 from tests.helpers.ranks import run_ranks

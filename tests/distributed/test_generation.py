@@ -20,9 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.distributed.inference import VideoRanks
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes, generation_sizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import can_shard_on_cpu
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
+from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.distributed.xfuser_backend import XfuserCore, attach_xfuser
 from refalign_ext.guidance import BRANCHES
 from refalign_ext.pipeline import R2VPipeline, SingleProcess

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from refalign_ext.distributed import collectives
-from refalign_ext.distributed.mesh import DATA, Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import DATA, Parallel
 from refalign_ext.distributed.parallelize import gather_full_tensors
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.training.trainer import Trainer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_training import CPU, Source, build, change

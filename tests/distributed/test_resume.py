@@ -13,8 +13,9 @@ import tests.helpers.tiny_training as tiny
 from refalign_ext.backbone import WanModel
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import gather_full_tensors, parallelize
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.lora import add_lora, split_state_dict
 from refalign_ext.training.trainer import Trainer
 from tests.helpers.ranks import run_ranks

@@ -23,8 +23,9 @@ from refalign_ext.checkpoint.checkpointer import Checkpointer, checkpoints_in, r
 from refalign_ext.checkpoint.reading import read_dit, read_projectors
 from refalign_ext.checkpoint.state import build_state, restore_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.muon import Muon
 from tests.helpers.ranks import run_ranks

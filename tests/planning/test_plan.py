@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_arguments
 from refalign_ext.config import TrainConfig, recipe
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import recompute_activations
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.losses import reference_alignment_over_blocks
 from refalign_ext.planning.flops import AlignmentShape, ModelShape
 from refalign_ext.planning.memory import (

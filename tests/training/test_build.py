@@ -15,8 +15,9 @@ from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arg
 from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.config import TrainConfig, recipe
-from refalign_ext.distributed.mesh import Parallel, ParallelSizes
+from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules
+from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.encoders import text_encoder
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.build import build_trained_modules, build_trainer

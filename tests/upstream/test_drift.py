@@ -143,7 +143,7 @@ def test_patch_follows_what_has_moved(root: Path, drifted: Drift | None) -> None
     arguments = (latents, torch.tensor([900.0, 3.5]), context, references)
     with torch.no_grad():
         expected = ReferenceBackbone(ours)(*arguments, tap_depth=2)
-        ours_again = WanTree(root, f"drifted_{root.parent.name}").rehouse(ours)
+        ours_again = WanTree(root, f"drifted_{root.parent.name}").adopt_parameters(ours)
         actual = ReferenceBackbone(ours_again)(*arguments, tap_depth=2)
     for mine, wanted in zip(actual.prediction, expected.prediction, strict=True):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)

@@ -90,15 +90,15 @@ def test_tasks_join_the_trees_own_tables(tree: WanTree) -> None:
     assert supported["r2v-1.3B"] == ("832*480", "480*832")
 
 
-def test_rehousing_shares_the_weights(tree: WanTree) -> None:
+def test_adopting_parameters_shares_the_weights(tree: WanTree) -> None:
     ours = WanModel(**SIZES).requires_grad_(False)
-    housed = tree.rehouse(ours)
-    theirs = dict(housed.named_parameters())
+    adopted = tree.adopt_parameters(ours)
+    theirs = dict(adopted.named_parameters())
     for name, mine in ours.named_parameters():
         assert mine.data_ptr() == theirs[name].data_ptr(), name
     assert not any(parameter.requires_grad for parameter in theirs.values())
-    assert housed.training
-    assert not tree.rehouse(ours.eval()).training
+    assert adopted.training
+    assert not tree.adopt_parameters(ours.eval()).training
 
 
 def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> None:
@@ -122,17 +122,16 @@ def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> 
 def test_other_weights_are_named(tree: WanTree, pair: tuple[str, str], message: str) -> None:
     change(tree.root, MODEL, pair)
     with pytest.raises(ValueError, match=message):
-        tree.rehouse(WanModel(**SIZES))
+        tree.adopt_parameters(WanModel(**SIZES))
 
 
 def test_what_takes_whose_place(tree: WanTree) -> None:
-    assert tree.substitute("WanModel", WanModel) is tree.get("modules.model", "WanModel")
-    housed = tree.substitute("build_dit", lambda: WanModel(**SIZES))()
-    assert type(housed) is tree.get("modules.model", "WanModel")
-    assert tree.substitute("make_solver", len) is len
-    versions = tree.substitute("describe_versions", lambda: {"torch": "2"})()
+    assert tree.replacement_for("WanModel", WanModel) is tree.get("modules.model", "WanModel")
+    adopted = tree.replacement_for("build_dit", lambda: WanModel(**SIZES))()
+    assert type(adopted) is tree.get("modules.model", "WanModel")
+    versions = tree.replacement_for("describe_versions", lambda: {"torch": "2"})()
     assert versions == {"torch": "2", "wan": str(tree.root)}
-    encode = tree.substitute("T5EncoderModel", lambda **options: "ours")
+    encode = tree.replacement_for("T5EncoderModel", lambda **options: "ours")
     assert encode(text_len=4, config=EasyDict(dim=64)) == "ours"
     theirs = encode(text_len=4, device="cpu", config=EasyDict(dim=4096))
     assert type(theirs) is tree.get("modules.t5", "T5EncoderModel")
@@ -142,7 +141,7 @@ def test_the_trees_autoencoder_is_taken_in_its_released_size(
     tree: WanTree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save(torch.nn.Conv3d(3, 16, (1, 8, 8), (1, 8, 8)).state_dict(), tmp_path / "vae.pth")
-    make = tree.substitute("WanVAE", lambda **options: "ours")
+    make = tree.replacement_for("WanVAE", lambda **options: "ours")
     assert make(vae_pth="x", device="cpu", config=EasyDict(dim=16, z_dim=16)) == "ours"
     vae = make(vae_pth=tmp_path / "vae.pth", device=torch.device("cpu"), config=EasyDict(dim=96, z_dim=16))
     assert isinstance(vae, TreeVAE)
@@ -160,7 +159,7 @@ def test_the_trees_autoencoder_is_taken_in_its_released_size(
 def test_a_missing_autoencoder_is_named(tree: WanTree) -> None:
     (tree.root / "wan/modules/vae.py").unlink()
     with pytest.raises(ValueError, match="no autoencoder of Wan2.1 under a known name"):
-        tree.substitute("WanVAE", None)(vae_pth="x", device="cpu")
+        tree.replacement_for("WanVAE", None)(vae_pth="x", device="cpu")
 
 
 def test_two_experts_and_another_autoencoder_are_refused() -> None:

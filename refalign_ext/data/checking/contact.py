@@ -25,8 +25,9 @@ from refalign_ext.data.checking.contact_layout import (
     text_line,
 )
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.materialise.reference import FrameMemory, mask_in_frame, read_reference, span_arguments
+from refalign_ext.data.materialise.reference import FrameMemory, mask_in_frame, read_reference
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+from refalign_ext.data.spans import span_arguments
 
 FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
 MAX_TARGETS = 3  # frames of targets shown per sample

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
+from refalign_ext.data.clip_index import probe_media
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.length import Length
 from refalign_ext.data.materialise.reference import (
@@ -14,10 +15,9 @@ from refalign_ext.data.materialise.reference import (
     FrameMemory,
     mask_in_frame,
     read_reference,
-    span_arguments,
 )
 from refalign_ext.data.schema import Clip, Reference, Target, VideoSpan
-from refalign_ext.data.statistics.stats import frames_of
+from refalign_ext.data.spans import span_arguments, steady_range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -162,10 +162,8 @@ class _Row:
             return None
         if not self.decodes:
             return None
-        from refalign_ext.data.decoding import probe
-
         try:
-            self.probed[name] = probe(media)
+            self.probed[name] = probe_media(media)
         except ValueError as error:
             self.error("unreadable", where, str(error))
             return None
@@ -189,20 +187,22 @@ class _Row:
 
     def _span(self, where: str, span: VideoSpan, info: VideoInfo) -> range | None:
         """The frames of the file that a span means; None, noted, if the file does not have them."""
-        start, end = frames_of(span, info)
         if span.start_s is None and span.end_s is None:
             key = "start_frame" if span.end_frame is None else "end_frame"
-            asked = f"frames [{start}, {end})"
+            end = info.frames if span.end_frame is None else span.end_frame
+            asked = f"frames [{span.start_frame or 0}, {end})"
         else:
             key = "start_s" if span.end_s is None else "end_s"
             asked = f"seconds [{span.start_s or 0:g}, {'end' if span.end_s is None else f'{span.end_s:g}'})"
         message = f"{asked} are asked for, {span.path} has {info.frames} frames ({info.duration_s:.2f} s)"
-        if start >= min(end, info.frames) or end > info.frames + 1:
+        try:
+            frames = range(*steady_range(span, info.fps, info.frames))
+        except ValueError:
             self.error("span_beyond_file", f"{where}.{key}", message)
             return None
-        if end > info.frames and key == "end_frame":
+        if span.end_frame is not None and span.end_frame > info.frames:
             self.warn("span_beyond_file", f"{where}.{key}", message)
-        return range(start, min(end, info.frames))
+        return frames
 
     def _decode(self, frames: range) -> None:
         """Decodes what the settings ask for; `frames` of the file are those of the clip."""

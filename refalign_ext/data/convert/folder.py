@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
+from refalign_ext.atomic_io import locked
+from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
+from refalign_ext.data.clip_set import ManifestRows
 from refalign_ext.data.conversion_report import Report, report_path
-from refalign_ext.data.convert.folder_files import Found, clips_in_folder
-from refalign_ext.data.convert.folder_probe import Probed, ProbedVideos
-from refalign_ext.data.convert.folder_table import TableOptions, clips_in_table
+from refalign_ext.data.convert.folder_files import DraftOptions, clips_in_folder, what_is_missing
+from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
 from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
-from refalign_ext.data.manifest_file import ManifestReader, write_manifest
-from refalign_ext.data.schema import Clip, VideoSpan
+from refalign_ext.data.manifest_file import index_path, write_manifest
+from refalign_ext.data.schema import Clip, Subject, VideoSpan
+from refalign_ext.data.spans import steady_frame
 
 GROUPS = ("folder", "none")
 FOLDER_PAIRS = ("cross", "regular")
-_TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
+_RATE_TOLERANCE = 0.01  # by which the rate that frames were counted at may differ from the file's
 
 
 def convert_folder(
@@ -39,7 +43,8 @@ def convert_folder(
     """Writes the manifest `out` and `<out>.report.json` of a folder's clips, or of those that a table lists.
 
     How files have to be called says `folder_files`, what columns a table has `folder_table`. Videos are probed, so
-    rows tell their size, rate and frames; the results lie in `<out>.probed`, and work that was killed goes on there.
+    rows tell their size, rate and frames; the results lie in `.<out>.draft.clip_index`: work that was killed goes on
+    there, and files that have not changed are not probed again.
 
     Args:
         source: the folder, or a .csv, .tsv or .jsonl file.
@@ -57,34 +62,34 @@ def convert_folder(
     Raises:
         ValueError: if there is no such source, an option cannot be, `out` lies elsewhere than the clips, or no clip can
             be used: with the reason and what to do.
+        FileLocked: (a ValueError) if another process writes the same manifest.
     """
     from tqdm import tqdm
 
     root = _checked_root(source, out, media_root, columns, prompt_suffix, group, pair)
-    report, found = Report(), Found()
-    if source.is_dir():
-        suffix = prompt_suffix.lower()
-        drafts = clips_in_folder(source.resolve(), root, suffix, pair, group == "folder", report, found)
-    else:
-        base = (media_root or source.parent).resolve()
-        drafts = clips_in_table(source, TableOptions(root, base, pair, group == "folder", columns), report)
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=root) as scratch:
-        # Millions of clips do not fit into memory while their videos are probed.
-        draft = Path(scratch, "draft.jsonl")
-        shown = tqdm(drafts, desc="looking for clips", unit="clip", dynamic_ncols=True, disable=None)
-        if not write_manifest(draft, shown):
-            raise ValueError(_nothing_fits(source, root, report, found, prompt_suffix))
-        videos = ProbedVideos(out.with_name(out.name + ".probed"), root)
+    base = source if source.is_dir() else media_root or source.parent
+    options = DraftOptions(
+        root, base.resolve(), pair, group == "folder", prompt_suffix.lower(), columns or {}
+    )
+    report = options.report
+    found = clips_in_folder(options) if source.is_dir() else clips_in_table(source, options)
+    shown = tqdm(found, desc="looking for clips", unit="clip", dynamic_ncols=True, disable=None)
+    # Millions of clips do not fit into memory while their videos are probed. Hidden, so that no walk finds it.
+    draft = out.with_name(f".{out.name}.draft")
+    with locked(draft):
         try:
-            with ManifestReader(draft) as rows:
-                videos.add((clip.video.path for clip in rows), workers)
-                clips = _finished(rows, videos, length, selection, report)
-                first = next(clips, None)
-                if first is None:
-                    raise ValueError(_nothing_fits(source, root, report, found, prompt_suffix))
-                write_manifest(out, chain([first], clips))
+            if not write_manifest(draft, shown):
+                raise ValueError(_nothing_fits(source, options))
+            rows = ManifestRows(draft)
+            records = open_clip_index(rows, workers=workers, logs_bad_clips=False)
+            clips = _finished(rows, records, length, selection, report)
+            first = next(clips, None)
+            if first is None:
+                raise ValueError(_nothing_fits(source, options))
+            write_manifest(out, chain([first], clips))
         finally:
-            videos.close()
+            for path in (draft, index_path(draft)):
+                path.unlink(missing_ok=True)
     report.write(report_path(out))
     return report
 
@@ -100,9 +105,9 @@ def _checked_root(
 ) -> Path:
     if not source.exists():
         raise ValueError(f"{source}: no such folder or table")
-    if source.is_file() and source.suffix.lower() not in _TABLES:
+    if source.is_file() and source.suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
-            f"{source}: expected a folder or a table ({', '.join(_TABLES)}): save it as CSV or JSON lines"
+            f"{source}: expected a folder or a table ({', '.join(TABLE_SUFFIXES)}): save it as CSV or JSON lines"
         )
     if group not in GROUPS:
         raise ValueError(f"--group {group}: choose one of {', '.join(GROUPS)}")
@@ -116,74 +121,82 @@ def _checked_root(
     root = manifest_root(out)
     if source.is_dir():
         inside(source, root, "SOURCE")
-    if source.is_file() and source.resolve() == out.resolve():
+    elif source.resolve() == out.resolve():
         raise ValueError(f"{out} is the table itself: choose another name for the manifest")
     return root
 
 
 def _finished(
-    drafts: ManifestReader, videos: ProbedVideos, length: Length | None, selection: Selection, report: Report
+    rows: ManifestRows, records: np.ndarray, length: Length | None, selection: Selection, report: Report
 ) -> Iterator[Clip]:
-    """The drafts whose videos can be used, with what was found in them."""
-    for clip in drafts:
-        video = videos.get(clip.video.path)
-        if isinstance(video, str):
-            report.drop("clips", "video_unreadable", f"{clip.id} ({video})")
-            continue
-        span = _span_in(clip.video, video, clip.meta.get("fps"))
-        if isinstance(span, str):
-            report.drop("clips", span, clip.id)
-            continue
-        frames = _frames(span, video)
-        is_short = length is not None and not length.fits(frames, video.fps)
-        if selection.clip_problem(frames, clip.scores) or is_short:
-            report.drop("clips", "too_short", f"{clip.id} ({frames} frames at {video.fps:.3g} fps)")
-            continue
-        kept = clip.subjects[: selection.max_references]
-        report.drop(
-            "references", "too_many", clip.id, sum(len(item.refs) for item in clip.subjects[len(kept) :])
+    """The clips of a draft whose videos can be used, with what its index says of them."""
+    for row, record in enumerate(records):
+        clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
+        counted_at = clip.meta.get("fps")
+        if record["state"] != USABLE or not fps > 0:
+            report.drop("clips", *_why_unusable(rows, row, clip))
+        elif counted_at is not None and abs(counted_at / fps - 1) > _RATE_TOLERANCE:
+            report.drop("clips", "span_counted_at_another_fps", clip.id)
+        elif selection.clip_problem(frames, clip.scores) or (length and not length.fits(frames, fps)):
+            report.drop("clips", "too_short", f"{clip.id} ({frames} frames at {fps:.3g} fps)")
+        else:
+            subjects = _selected(clip, selection, report)
+            report.keep("clips")
+            report.keep("references", sum(len(subject.refs) for subject in subjects))
+            yield replace(clip, video=_filled_in(clip.video, record), subjects=subjects, meta={})
+
+
+def _why_unusable(rows: ManifestRows, row: int, clip: Clip) -> tuple[str, str]:
+    """Under which reason a clip is dropped, and its name with the error."""
+    try:
+        media = rows.media(row, clip.video.path)
+        if probe_media(media).fps > 0:
+            return "span_outside_video", clip.id
+        problem = "it tells no frame rate"
+    except ValueError as error:
+        problem = (
+            str(error)
+            .removeprefix(f"{rows.place(row)}: ")
+            .removeprefix(f"{rows.path.parent / clip.video.path}: ")
         )
-        subjects = []
-        for subject in kept:
-            # A limit for cross pairs is one for a choice of equals, which must not take the last picture away.
-            most = len(subject.refs) if selection.max_cross is None else max(1, selection.max_cross)
-            report.drop("references", "too_many", clip.id, len(subject.refs[most:]))
-            subjects.append(replace(subject, refs=subject.refs[:most]))
-        report.keep("clips")
-        report.keep("references", sum(len(subject.refs) for subject in subjects))
-        yield replace(clip, video=span, subjects=tuple(subjects), meta={})
+    return "video_unreadable", f"{clip.id} ({problem})"
 
 
-def _span_in(span: VideoSpan, video: Probed, counted_at: float | None) -> VideoSpan | str:
-    """The part of the video with its properties, or why there is none."""
-    known = {"fps": video.fps, "width": video.width, "height": video.height}
-    if span.start_s is not None:
-        # Ends are often rounded: a frame's time beyond the last one is still this end.
-        end = video.duration_s if span.end_s is None else span.end_s
-        if span.start_s >= video.duration_s or end > video.duration_s + 1 / video.fps:
-            return "span_outside_video"
-        return replace(span, end_s=min(end, video.duration_s), **known)
-    if counted_at is not None and abs(counted_at / video.fps - 1) > 0.01:
-        return "span_counted_at_another_fps"
-    end = video.frames if span.end_frame is None else span.end_frame
-    if (span.start_frame or 0) >= end or end > video.frames:
-        return "span_outside_video"
-    return replace(span, start_frame=span.start_frame or 0, end_frame=end, **known)
+def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
+    """The span with its end, and the size and rate of its file."""
+    fps, frames = float(record["fps"]), int(record["frames"])
+    known = {"fps": fps, "width": int(record["width"]), "height": int(record["height"])}
+    if span.start_s is None:
+        start = span.start_frame or 0
+        return replace(span, start_frame=start, end_frame=start + frames, **known)
+    # Ends are often rounded: one beyond the last frame is still the end of the file.
+    end_s = (steady_frame(span.start_s, fps) + frames) / fps
+    return replace(span, end_s=end_s if span.end_s is None else min(span.end_s, end_s), **known)
 
 
-def _frames(span: VideoSpan, video: Probed) -> int:
-    if span.start_s is not None:
-        return round((span.end_s - span.start_s) * video.fps)
-    return span.end_frame - span.start_frame
+def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject, ...]:
+    """The first subjects and the first references of each, as many as are wanted."""
+    kept = clip.subjects[: selection.max_references]
+    left = sum(len(subject.refs) for subject in clip.subjects[len(kept) :])
+    subjects = []
+    for subject in kept:
+        # A limit for cross pairs is one for a choice of equals, which must not take the last picture away.
+        most = len(subject.refs) if selection.max_cross is None else max(1, selection.max_cross)
+        left += len(subject.refs[most:])
+        subjects.append(replace(subject, refs=subject.refs[:most]))
+    report.drop("references", "too_many", clip.id, left)
+    return tuple(subjects)
 
 
-def _nothing_fits(source: Path, root: Path, report: Report, found: Found, prompt_suffix: str) -> str:
-    hint = found.hint(prompt_suffix) if source.is_dir() else None
-    if hint:
+def _nothing_fits(source: Path, options: DraftOptions) -> str:
+    report = options.report
+    if source.is_dir() and (hint := what_is_missing(options.found, options.prompt_suffix)):
         return f"{source}: {hint}"
     lines = [nothing_left(source, report)]
     if "outside_folder" in report.dropped["clips"]:
-        lines.append(f"paths in a manifest are relative to its folder, {root}: write it above the clips")
+        lines.append(
+            f"paths in a manifest are relative to its folder, {options.root}: write it above the clips"
+        )
     elif report.dropped["references"]:
         name, number = max(report.dropped["references"].items(), key=lambda item: item[1])
         lines.append(f"references: {number} x {name}, such as {report.examples['references'][name][0]}")

@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from refalign_ext.data.conversion_report import Report
@@ -28,119 +29,117 @@ VIDEO_SUFFIXES = frozenset(
 )
 PICTURE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"])
 MAX_PROMPT_BYTES = 1 << 16
-_REFERENCE = re.compile(
-    r"(?P<clip>.+)\.ref(?P<subject>\d{0,4})(?P<picture>[a-z]?)(?P<suffix>\.\w+)", re.IGNORECASE
-)
+_REFERENCE = re.compile(r"(?P<clip>.+)\.ref(?P<subject>\d{0,4})(?P<picture>[a-z]?)\.\w+")
+_PROMPTS, _REFERENCES = (
+    "prompts",
+    "references",
+)  # counted beside suffixes, which are empty or start with a dot
 
 
-class Found:
-    """What a folder holds, counted by suffix in lower case, for the hint that is given when nothing fits."""
+@dataclass(frozen=True)
+class DraftOptions:
+    """How files and rows of a table become clips, and what became of them.
 
-    def __init__(self) -> None:
-        self.suffixes: Counter[str] = Counter()
-        self.prompts = 0
-        self.references = 0
-
-    @property
-    def videos(self) -> int:
-        return sum(count for suffix, count in self.suffixes.items() if suffix in VIDEO_SUFFIXES)
-
-    @property
-    def pictures(self) -> int:
-        return sum(count for suffix, count in self.suffixes.items() if suffix in PICTURE_SUFFIXES)
-
-    def hint(self, prompt_suffix: str) -> str | None:
-        """What files are missing altogether, and what to do."""
-        if not self.videos:
-            listed = ", ".join(f"{count} {suffix}" for suffix, count in self.suffixes.most_common(5))
-            return f"found no video ({listed or 'no files at all'}); known are {', '.join(sorted(VIDEO_SUFFIXES))}"
-        common = next(suffix for suffix, _ in self.suffixes.most_common() if suffix in VIDEO_SUFFIXES)
-        found = f"found {self.videos} videos ({common})"
-        if not self.prompts:
-            return (
-                f"{found} but no {prompt_suffix} beside them: write one prompt per clip, such as "
-                f"clip{prompt_suffix} for clip{common}"
-            )
-        if not self.references:
-            return (
-                f"{found} and {self.pictures} pictures, none of them named as a reference: call the pictures of "
-                f"clip{common} clip.ref1.png, clip.ref2.png"
-            )
-        return None
-
-
-def clips_in_folder(
-    source: Path, root: Path, prompt_suffix: str, pair: str, by_folder: bool, report: Report, found: Found
-) -> Iterator[Clip]:
-    """The clips of a folder in the order of their names, their videos not looked at.
-
-    Args:
-        source: the folder, somewhere in `root`; both resolved.
-        root: the folder of the manifest, which paths are relative to.
-        prompt_suffix: of the files that hold prompts, such as ".txt".
+    Attributes:
+        root: the folder of the manifest, resolved, which paths in it are relative to.
+        base: the folder that is walked, or that the table's file names are relative to; resolved.
         pair: of all references, see `Reference`.
-        by_folder: whether clips of one folder form a group; clips at the top of `source` have none.
-        report, found: what could not be used, and what there is, are added to these.
+        by_folder: whether clips of one folder form a group; those at the top have none.
+        prompt_suffix: of the files that hold prompts, in lower case.
+        columns: names of a table's columns by what they hold, where they are not found by themselves.
+        report: what could not be used is counted here.
+        found: what a folder holds, by suffix in lower case.
     """
-    for folder, folders, names in os.walk(source):
-        for name in folders:
-            if os.path.islink(os.path.join(folder, name)):
-                report.drop("clips", "folder_is_a_link", os.path.relpath(os.path.join(folder, name), root))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+    root: Path
+    base: Path
+    pair: str
+    by_folder: bool
+    prompt_suffix: str
+    columns: Mapping[str, str]
+    report: Report = field(default_factory=Report)
+    found: Counter[str] = field(default_factory=Counter)
+
+
+def what_is_missing(found: Counter[str], prompt_suffix: str) -> str | None:
+    """Which kind of files a folder has none of, and what to do; None: there is some of each."""
+    videos = sum(found[suffix] for suffix in VIDEO_SUFFIXES)
+    if not videos:
+        listed = ", ".join(
+            f"{count} {suffix}" for suffix, count in found.most_common(5) if suffix.startswith(".")
+        )
+        return (
+            f"found no video ({listed or 'no files at all'}); known are {', '.join(sorted(VIDEO_SUFFIXES))}"
+        )
+    common = next(suffix for suffix, _ in found.most_common() if suffix in VIDEO_SUFFIXES)
+    if not found[_PROMPTS]:
+        return (
+            f"found {videos} videos ({common}) but no {prompt_suffix} beside them: write one prompt per clip, such as "
+            f"clip{prompt_suffix} for clip{common}"
+        )
+    if not found[_REFERENCES]:
+        pictures = sum(found[suffix] for suffix in PICTURE_SUFFIXES)
+        return (
+            f"found {videos} videos ({common}) and {pictures} pictures, none of them named as a reference: call the "
+            f"pictures of clip{common} clip.ref1.png, clip.ref2.png"
+        )
+    return None
+
+
+def clips_in_folder(options: DraftOptions) -> Iterator[Clip]:
+    """The clips of a folder in the order of their names, their videos not looked at."""
+    for folder, folders, names in os.walk(options.base):
         here = Path(folder)
-        group = here.relative_to(source).as_posix() if by_folder and here != source else None
-        shown = sorted(name for name in names if not name.startswith("."))
-        yield from _clips_beside(here, shown, root, prompt_suffix, pair, group, report, found)
+        for name in folders:
+            if (here / name).is_symlink():
+                options.report.drop("clips", "folder_is_a_link", os.path.relpath(here / name, options.root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from _clips_beside(here, sorted(name for name in names if not name.startswith(".")), options)
 
 
-def _clips_beside(
-    folder: Path,
-    names: Sequence[str],
-    root: Path,
-    prompt_suffix: str,
-    pair: str,
-    group: str | None,
-    report: Report,
-    found: Found,
-) -> Iterator[Clip]:
+def _clips_beside(folder: Path, names: Sequence[str], options: DraftOptions) -> Iterator[Clip]:
     """The clips whose files lie in this one folder."""
+    report, found = options.report, options.found
+    is_grouped = options.by_folder and folder != options.base
+    group = folder.relative_to(options.base).as_posix() if is_grouped else None
     by_lower = {name.lower(): name for name in names}
     beside: dict[str, list[tuple[int, str, str, str]]] = defaultdict(list)  # subject, picture, suffix, name
     videos: dict[str, str] = {}
+
+    def shown(name: str) -> str:
+        return os.path.relpath(folder / name, options.root)
+
     for name in names:
-        stem, suffix = os.path.splitext(name.lower())
-        found.suffixes[suffix] += 1
-        if suffix in VIDEO_SUFFIXES:
-            if stem in videos:
-                report.drop("clips", "name_used_twice", _shown(folder / name, root))
-            else:
-                videos[stem] = name
-        match = _REFERENCE.fullmatch(name)
+        lower = name.lower()
+        stem, suffix = os.path.splitext(lower)
+        found[suffix] += 1
+        if suffix in VIDEO_SUFFIXES and videos.setdefault(stem, name) != name:
+            report.drop("clips", "name_used_twice", shown(name))
+        match = _REFERENCE.fullmatch(lower)
         if match and suffix in PICTURE_SUFFIXES | {".txt"}:
-            number = int(match["subject"] or 1)
-            beside[match["clip"].lower()].append((number, match["picture"].lower(), suffix, name))
-            found.references += suffix in PICTURE_SUFFIXES
-        elif name.lower().endswith(prompt_suffix):
-            found.prompts += 1
+            beside[match["clip"]].append((int(match["subject"] or 1), match["picture"], suffix, name))
+            found[_REFERENCES] += suffix in PICTURE_SUFFIXES
+        elif lower.endswith(options.prompt_suffix):
+            found[_PROMPTS] += 1
     for stem in sorted(beside.keys() - videos.keys()):
         for *_, suffix, name in beside[stem]:
             if suffix in PICTURE_SUFFIXES:
-                report.drop("references", "no_video_beside", _shown(folder / name, root))
-    for stem, name in videos.items():
-        prompt_name = by_lower.get(stem + prompt_suffix)
+                report.drop("references", "no_video_beside", shown(name))
+    for stem, name in sorted(videos.items()):
+        prompt_name = by_lower.get(stem + options.prompt_suffix)
         if prompt_name is None:
-            report.drop("clips", "no_prompt_file", _shown(folder / name, root))
+            report.drop("clips", "no_prompt_file", shown(name))
             continue
-        path = inside(folder / name, root)
+        path = path_inside(folder / name, options.root)
         if path is None:
-            report.drop("clips", "outside_folder", _shown(folder / name, root))
+            report.drop("clips", "outside_folder", shown(name))
             continue
         identity = os.path.splitext(path)[0]
-        prompt, problem = _read_prompt(folder / prompt_name, root)
+        prompt, problem = _read_prompt(folder / prompt_name, options.root)
         if problem:
             report.drop("clips", problem, identity)
             continue
-        subjects = _subjects(folder, sorted(beside.get(stem, [])), root, pair, report)
+        subjects = _subjects(folder, sorted(beside.get(stem, [])), options)
         if not subjects:
             report.drop("clips", "no_reference", identity)
             continue
@@ -150,41 +149,48 @@ def _clips_beside(
 
 
 def _subjects(
-    folder: Path, files: Sequence[tuple[int, str, str, str]], root: Path, pair: str, report: Report
+    folder: Path, files: Sequence[tuple[int, str, str, str]], options: DraftOptions
 ) -> tuple[Subject, ...]:
     phrases: dict[int, str] = {}
     pictures: dict[int, list[Reference]] = defaultdict(list)
     for number, _, suffix, name in files:
         if suffix == ".txt":
             # A phrase that cannot be read costs nothing but itself.
-            phrase, problem = _read_prompt(folder / name, root)
+            phrase, problem = _read_prompt(folder / name, options.root)
             if not problem:
                 phrases[number] = phrase
-        elif reference := picture(folder / name, root, pair, report):
+        elif reference := picture_reference(folder / name, options):
             pictures[number].append(reference)
+    return numbered_subjects(pictures, phrases)
+
+
+def numbered_subjects(
+    pictures: Mapping[int, Sequence[Reference]], phrases: Mapping[int, str]
+) -> tuple[Subject, ...]:
+    """Subjects by their numbers; those without a picture are left out."""
     return tuple(
-        Subject(str(number), phrase=phrases.get(number), refs=tuple(pictures[number]))
+        Subject(str(number), phrase=phrases.get(number) or None, refs=tuple(pictures[number]))
         for number in sorted(pictures)
     )
 
 
-def picture(path: Path, root: Path, pair: str, report: Report) -> Reference | None:
+def picture_reference(path: Path, options: DraftOptions) -> Reference | None:
     """A picture file as a reference; None, and counted, if it cannot be one."""
-    name = inside(path, root)
+    name = path_inside(path, options.root)
     if name is None:
-        report.drop("references", "outside_folder", _shown(path, root))
+        options.report.drop("references", "outside_folder", os.path.relpath(path, options.root))
         return None
     try:
         size = path.stat().st_size if path.is_file() else None
     except OSError:
         size = None
     if not size:
-        report.drop("references", "file_missing" if size is None else "file_empty", name)
+        options.report.drop("references", "file_missing" if size is None else "file_empty", name)
         return None
-    return Reference(pair=pair, image=name, bg="raw")
+    return Reference(pair=options.pair, image=name, bg="raw")
 
 
-def inside(path: Path, root: Path) -> str | None:
+def path_inside(path: Path, root: Path) -> str | None:
     """The name of a file relative to `root` (resolved), or None if it lies elsewhere, also by a link."""
     name = Path(os.path.relpath(path, root)).as_posix()
     try:
@@ -204,27 +210,18 @@ def is_valid(clip: Clip, report: Report) -> bool:
     return True
 
 
-def text_of(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 if it starts with that mark, as some editors save it; without the mark.
-
-    Raises:
-        UnicodeDecodeError: if it is neither.
-    """
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig")
-
-
 def _read_prompt(path: Path, root: Path) -> tuple[str, str | None]:
     """The text of a file on one line, and under which reason it cannot be used."""
-    if inside(path, root) is None:
+    if path_inside(path, root) is None:
         return "", "prompt_outside_folder"
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             return "", "prompt_unreadable"
         with path.open("rb") as file:
             data = file.read(MAX_PROMPT_BYTES + 1)
-        text = " ".join(text_of(data).split())
+        # Some editors save UTF-16, which starts with a mark.
+        is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        text = " ".join(data.decode("utf-16" if is_utf16 else "utf-8-sig").split())
     except OSError:
         return "", "prompt_unreadable"
     except UnicodeDecodeError:
@@ -232,7 +229,3 @@ def _read_prompt(path: Path, root: Path) -> tuple[str, str | None]:
     if len(data) > MAX_PROMPT_BYTES:
         return "", "prompt_too_long"
     return text, None if text else "prompt_empty"
-
-
-def _shown(path: Path, root: Path) -> str:
-    return os.path.relpath(path, root)

@@ -3,9 +3,9 @@
 Columns, of which `video`, a prompt and at least one reference are needed, whatever their order or case:
 
     id            unique; else the name of the video, and where in it the clip starts
-    video         the file (also: video_path, path, file, filename, file_name, clip)
-    prompt        (also: caption, text, description, video_caption)
-    references    file names, separated by ";" or as a JSON list; an inner list holds pictures of one subject
+    video         the file (also: video_path, path, file_name)
+    prompt        (also: caption, text)
+    references    file names, separated by ";" or as a JSON list; an inner list holds pictures of one subject (also: refs)
     ref1 ref2 ..  one picture each; ref1a and ref1b are two pictures of the first subject
     ref1_phrase   what the first subject is called
     group_id      clips that must not be split between training and validation (also: group)
@@ -24,22 +24,27 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO
 
 from refalign_ext.data.conversion_report import Report
-from refalign_ext.data.convert.folder_files import inside, is_valid, picture
+from refalign_ext.data.convert.folder_files import (
+    DraftOptions,
+    is_valid,
+    numbered_subjects,
+    path_inside,
+    picture_reference,
+)
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
-T = TypeVar("T")
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "id": ("id", "clip_id", "video_id"),
-    "video": ("video", "video_path", "path", "file", "filename", "file_name", "clip"),
-    "prompt": ("prompt", "caption", "text", "description", "video_caption"),
-    "references": ("references", "refs", "reference", "ref", "images", "reference_images"),
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "id": ("id",),
+    "video": ("video", "video_path", "path", "file_name"),
+    "prompt": ("prompt", "caption", "text"),
+    "references": ("references", "refs"),
     "group_id": ("group_id", "group"),
     "start_s": ("start_s",),
     "end_s": ("end_s",),
@@ -47,125 +52,95 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "end_frame": ("end_frame",),
     "fps": ("fps",),
 }
-_NUMBERED = re.compile(
-    r"(?:ref|reference|image)_?(?P<subject>\d{1,4})(?P<picture>[a-z]?)(?P<phrase>_phrase)?"
-)
-_DELIMITERS = {".tsv": "\t", ".tab": "\t"}
+_NUMBERED = re.compile(r"ref_?(?P<subject>\d{1,4})(?P<picture>[a-z]?)(?P<phrase>_phrase)?")
 _MAX_FIELD = 1 << 20  # characters of one cell or line
 
 
-@dataclass(frozen=True)
-class TableOptions:
-    """How the rows of a table become clips.
-
-    Attributes:
-        root: the folder of the manifest, resolved; base: the folder that the table's file names are relative to.
-        pair: of all references, see `Reference`.
-        by_folder: whether rows without a group take the folder of their video as one.
-        columns: names of columns by what they hold, where they are not found by themselves: {"video": "movie"}.
-    """
-
-    root: Path
-    base: Path
-    pair: str = "cross"
-    by_folder: bool = False
-    columns: Mapping[str, str] | None = None
-
-
-def clips_in_table(path: Path, options: TableOptions, report: Report) -> Iterator[Clip]:
-    """The clips of a table in its order, their videos not looked at; what cannot be used is counted in `report`.
+def clips_in_table(path: Path, options: DraftOptions) -> Iterator[Clip]:
+    """The clips of a table in its order, their videos not looked at; what cannot be used is counted.
 
     Raises:
         ValueError: if the file is no table or lacks a column; what is wrong with one row is counted instead.
     """
-    rows = (
-        _json_rows(path, report) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path, report)
-    )
+    report = options.report
+    read = _json_rows if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows
     seen: set[int] = set()  # hashes of ids: eight bytes each tell as much
-    fields: dict[str, str] = {}
-    for number, row in rows:
-        place = f"row {number}"
-        # The columns of JSON lines are those of their first row and whatever the others add.
-        if row.keys() - fields.keys():
-            fields |= _known_columns(path, row.keys(), options.columns or {}, fields)
-        clip = _clip(row, fields, place, options, report)
+    columns: dict[str, tuple[str, ...]] = {}
+    for number, row in read(path, report):
+        columns = columns or _checked_columns(path, row, options.columns)
+        values = _values(row, columns)
+        clip = _clip(values, f"row {number}", options)
         if clip is None:
             continue
-        if hash(clip.id) in seen and not any(fields[name] == "id" and row[name] for name in row):
+        if hash(clip.id) in seen and "id" not in values:
             clip = replace(clip, id=f"{clip.id}#{number}")
         if hash(clip.id) in seen:
-            report.drop("clips", "id_used_twice", f"{place} ({clip.id})")
+            report.drop("clips", "id_used_twice", f"row {number} ({clip.id})")
         elif is_valid(clip, report):
             seen.add(hash(clip.id))
             yield clip
 
 
-def _known_columns(
-    path: Path, names: Any, chosen: Mapping[str, str], before: Mapping[str, str]
-) -> dict[str, str]:
-    """Column name -> what it holds, a key of `ALIASES`, "ref1a" or "ref1_phrase"; "" for those that are not used.
-
-    `before`: what is known from other rows, whose columns this one need not have.
-    """
-    plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) for name in names}
-    result = dict.fromkeys(names, "")
-    for name, simple in plain.items():
-        if match := _NUMBERED.fullmatch(simple):
-            result[name] = f"ref{int(match['subject'])}{match['picture']}{match['phrase'] or ''}"
-    for field, aliases in ALIASES.items():
-        ranked = sorted((aliases.index(simple), name) for name, simple in plain.items() if simple in aliases)
-        if ranked:
-            result[ranked[0][1]] = field
+def _checked_columns(
+    path: Path, names: Iterable[str], chosen: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """By what names each thing is found, given the first row's columns and those that the user names."""
+    plain = {_plain(name): name for name in names}
+    columns = dict(COLUMNS)
     for field, name in chosen.items():
-        if field not in ALIASES and not _NUMBERED.fullmatch(field):
+        if field not in COLUMNS and not _NUMBERED.fullmatch(field):
             raise ValueError(
-                f"--column {field}={name}: unknown {field!r}; known are {', '.join(ALIASES)} and ref1, ..."
+                f"--column {field}={name}: unknown {field!r}; known are {', '.join(COLUMNS)} and ref1, ..."
             )
-        if name in before and name not in result:
-            continue
-        if name not in result:
+        if _plain(name) not in plain:
             close = difflib.get_close_matches(name, list(names), 1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
             raise ValueError(f"--column {field}={name}: {path} has no such column; {hint}")
-        for other, held in result.items():
-            if held == field:
-                result[other] = ""
-        result[name] = field
-    held = {*result.values(), *before.values()}
+        columns[field] = (_plain(name),)
     for field in ("video", "prompt"):
-        if field not in held:
+        if not plain.keys() & {*columns[field]}:
             raise ValueError(
                 f"{path}: no column of {', '.join(names)} holds the {field}: name it with --column {field}=..."
             )
-    if "references" not in held and not any(_NUMBERED.fullmatch(item) for item in held):
+    named = {
+        *columns["references"],
+        *(name for field in chosen for name in columns[field] if _NUMBERED.fullmatch(field)),
+    }
+    if not plain.keys() & named and not any(map(_NUMBERED.fullmatch, plain)):
         raise ValueError(
             f"{path}: no column of {', '.join(names)} holds references: call them ref1, ref2, ... or name one with "
             "--column references=..."
         )
-    return result
+    return columns
 
 
-def _clip(
-    row: Mapping[str, Any], fields: Mapping[str, str], place: str, options: TableOptions, report: Report
-) -> Clip | None:
-    values = {
-        fields[name]: value for name, value in row.items() if fields.get(name) and value not in (None, "")
-    }
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
+
+def _values(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What a row says, by key of `columns` or "ref1a" and "ref1_phrase"; empty cells are left out."""
+    cells = {_plain(name): value for name, value in row.items() if value not in (None, "")}
+    values = {name: value for name, value in cells.items() if _NUMBERED.fullmatch(name)}
+    for field, names in columns.items():
+        if (name := next((name for name in names if name in cells), None)) is not None:
+            values[field] = cells[name]
+    return values
+
+
+def _clip(values: Mapping[str, Any], place: str, options: DraftOptions) -> Clip | None:
     def dropped(reason: str, detail: object = "") -> None:
-        report.drop("clips", reason, f"{place} {detail}".strip())
+        options.report.drop("clips", reason, f"{place} {detail}".strip())
 
     def text(key: str) -> str:
         value = values.get(key, "")
         return " ".join(str(value).split()) if isinstance(value, (str, int, float)) else ""
 
-    if any(
-        isinstance(value, str) and not value.isprintable() and _is_broken(value) for value in values.values()
-    ):
+    if any(isinstance(value, str) and _is_broken(value) for value in values.values()):
         return dropped("not_utf8")
     if not text("video"):
         return dropped("no_video")
-    video = inside(options.base / str(values["video"]).strip(), options.root)
+    video = path_inside(options.base / str(values["video"]).strip(), options.root)
     if video is None:
         return dropped("outside_folder", values["video"])
     if not text("prompt"):
@@ -174,20 +149,13 @@ def _clip(
         span = _span(video, values)
     except ValueError as error:
         return dropped("span_not_valid", f"({error})")
-    subjects = _subjects(values, place, options, report)
+    subjects = _subjects(values, place, options)
     if not subjects:
         return dropped("no_reference")
-    group = text("group_id") or None
-    folder = os.path.dirname(video)
-    if group is None and options.by_folder and folder:
-        group = folder
+    group = text("group_id") or (os.path.dirname(video) if options.by_folder else "") or None
     meta = {"fps": float(values["fps"])} if span.start_frame is not None and "fps" in values else {}
-    part = (
-        ""
-        if (span.start_frame, span.start_s) == (None, None)
-        else f"@{span.start_frame or span.start_s or 0:g}"
-    )
-    identity = text("id") or os.path.splitext(video)[0] + part
+    start = span.start_s if span.start_frame is None else span.start_frame
+    identity = text("id") or os.path.splitext(video)[0] + ("" if start is None else f"@{start:g}")
     return Clip(identity, "custom", span, text("prompt"), subjects, group_id=group, meta=meta)
 
 
@@ -210,46 +178,38 @@ def _span(video: str, values: Mapping[str, Any]) -> VideoSpan:
     by_seconds = [key for key in ("start_s", "end_s") if key in numbers]
     if by_frames and by_seconds:
         raise ValueError(f"{by_frames[0]} and {by_seconds[0]}: give frames or seconds")
+    if not by_frames and not by_seconds:
+        return VideoSpan(video)
     if any(numbers[key] != int(numbers[key]) for key in by_frames):
         raise ValueError(f"{by_frames[0]} is no whole number of frames")
-    start, end = ("start_frame", "end_frame") if by_frames else ("start_s", "end_s")
-    if end in numbers and numbers[end] <= numbers.get(start, 0):
-        raise ValueError(f"{end} is not after {start}")
+    start_key, end_key = ("start_frame", "end_frame") if by_frames else ("start_s", "end_s")
+    start, end = numbers.get(start_key, 0.0), numbers.get(end_key)
+    if end is not None and end <= start:
+        raise ValueError(f"{end_key} is not after {start_key}")
     if by_frames:
-        return VideoSpan(
-            video,
-            start_frame=int(numbers.get(start, 0)),
-            end_frame=int(numbers[end]) if end in numbers else None,
-        )
-    if by_seconds:
-        return VideoSpan(video, start_s=numbers.get(start, 0.0), end_s=numbers.get(end))
-    return VideoSpan(video)
+        return VideoSpan(video, start_frame=int(start), end_frame=None if end is None else int(end))
+    return VideoSpan(video, start_s=start, end_s=end)
 
 
-def _subjects(
-    values: Mapping[str, Any], place: str, options: TableOptions, report: Report
-) -> tuple[Subject, ...]:
+def _subjects(values: Mapping[str, Any], place: str, options: DraftOptions) -> tuple[Subject, ...]:
     pictures: dict[int, list[Reference]] = defaultdict(list)
     phrases: dict[int, str] = {}
     named: list[tuple[int, str, Any]] = []
-    for field, value in values.items():
-        match = _NUMBERED.fullmatch(field)
+    for key, value in values.items():
+        match = _NUMBERED.fullmatch(key)
         if match and match["phrase"]:
             phrases[int(match["subject"])] = " ".join(str(value).split())
         elif match:
             named.append((int(match["subject"]), match["picture"], value))
     following = max((number for number, *_ in named), default=0) + 1
-    for offset, item in enumerate(_listed(values.get("references"))):
-        named += [(following + offset, "", one) for one in (item if isinstance(item, list) else [item])]
+    for number, item in enumerate(_listed(values.get("references")), following):
+        named += [(number, "", one) for one in (item if isinstance(item, list) else [item])]
     for number, _, value in sorted(named, key=lambda item: item[:2]):
         if not isinstance(value, str) or not value.strip():
-            report.drop("references", "not_a_file_name", place)
-        elif reference := picture(options.base / value.strip(), options.root, options.pair, report):
+            options.report.drop("references", "not_a_file_name", place)
+        elif reference := picture_reference(options.base / value.strip(), options):
             pictures[number].append(reference)
-    return tuple(
-        Subject(str(number), phrase=phrases.get(number) or None, refs=tuple(refs))
-        for number, refs in sorted(pictures.items())
-    )
+    return numbered_subjects(pictures, phrases)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -267,56 +227,53 @@ def _listed(value: Any) -> list[Any]:
 def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, cells by column); rows with too many or too few cells are counted and left out."""
     with path.open("rb") as file:
-        start = file.read(4)
-    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+        start = file.read(2)
+    encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     csv.field_size_limit(_MAX_FIELD)
     # One byte that is not text must cost its row alone: it becomes a lone surrogate, which no text holds.
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-        first = _decoded(path, lambda: file.readline(_MAX_FIELD))
-        counts = [(first.count(mark), mark) for mark in (",", "\t", ";")]
-        delimiter = _DELIMITERS.get(path.suffix.lower()) or max(counts, key=lambda item: item[0])[1]
-        file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter)
-        names: list[str] | None = None
-        number = 0
-        while True:
-            try:
-                cells = _decoded(path, lambda: next(reader))
-            except StopIteration:
-                break
-            except csv.Error as error:
-                number += 1
-                report.drop("clips", "row_not_readable", f"row {number} ({error})")
-                continue
-            if not any(cell.strip() for cell in cells):
-                continue
-            if names is None:
-                names = [cell.strip() for cell in cells]
-                _check_names(path, names)
-                continue
+        try:
+            yield from _csv_cells(path, file, report)
+        except UnicodeError as error:  # of UTF-16, where nothing tells where the next character begins
+            raise ValueError(
+                f"{path}: the text is damaged ({error}): save the table as CSV in UTF-8"
+            ) from None
+
+
+def _csv_cells(path: Path, file: TextIO, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+    first = file.readline(_MAX_FIELD)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=max(",\t;", key=first.count))
+    names: list[str] | None = None
+    number = 0
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
             number += 1
-            if len(cells) != len(names):
-                report.drop(
-                    "clips", "row_not_readable", f"row {number} ({len(cells)} cells, not {len(names)})"
-                )
-            else:
-                yield number, dict(zip(names, cells))
-
-
-def _decoded(path: Path, read: Callable[[], T]) -> T:
-    """What `read` gives. UTF-16 that is damaged cannot be read any further: where characters begin is not known."""
-    try:
-        return read()
-    except UnicodeError as error:
-        raise ValueError(f"{path}: the text is damaged ({error}): save the table as CSV in UTF-8") from None
+            report.drop("clips", "row_not_readable", f"row {number} ({error})")
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = [cell.strip() for cell in cells]
+            _check_names(path, names)
+            continue
+        number += 1
+        if len(cells) == len(names):
+            yield number, dict(zip(names, cells, strict=True))
+        else:
+            report.drop("clips", "row_not_readable", f"row {number} ({len(cells)} cells, not {len(names)})")
 
 
 def _check_names(path: Path, names: list[str]) -> None:
     if any(_is_broken(name) for name in names):
         raise ValueError(f"{path}: the column names are not UTF-8 text: save the table as CSV in UTF-8")
-    twice = {name for name in names if name and names.count(name) > 1}
+    twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise ValueError(f"{path}: two columns are called {sorted(twice)[0]!r}: rename one")
+        raise ValueError(f"{path}: two columns are called {twice[0]!r}: rename one")
 
 
 def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -329,14 +286,19 @@ def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]
             number += 1
             try:
                 row = json.loads(line)
+                problem = "" if isinstance(row, dict) else "not an object"
             except (ValueError, RecursionError) as error:
-                report.drop("clips", "row_not_readable", f"row {number} ({error})")
-                continue
-            if isinstance(row, dict):
-                yield number, row
+                problem = str(error)
+            if problem:
+                report.drop("clips", "row_not_readable", f"row {number} ({problem})")
             else:
-                report.drop("clips", "row_not_readable", f"row {number} (not an object)")
+                yield number, row
 
 
 def _is_broken(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    """Whether a text holds half of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False

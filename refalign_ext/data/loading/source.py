@@ -1,4 +1,4 @@
-"""Training samples from clip sets: surveyed, split, ordered, loaded ahead, and encoded where training runs."""
+"""Training samples from clip sets: indexed, split, ordered, loaded ahead, and encoded where training runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.data.clip_index import MOST_SOURCES, USABLE, forget_survey, survey
+from refalign_ext.data.clip_index import MAX_SOURCES, USABLE, delete_clip_index, open_clip_index
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.loading.dataset import ClipDataset, Failure, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader
@@ -81,7 +81,7 @@ class ClipSource:
         batch_size, data_rank, data_size: as the trainer asks for samples.
         caches: what `data cache` made, for each set; None where there is none.
         settings: how samples are fetched.
-        surveys: folder for what is found out about the clips where it cannot be written beside them.
+        fallback_dir: folder for the indexes of sets beside which they cannot be written.
 
     Raises:
         ValueError: for a mix that does not fit the sets.
@@ -104,7 +104,7 @@ class ClipSource:
         data_size: int = 1,
         caches: Sequence[LatentCache | None] = (),
         settings: LoaderSettings = LoaderSettings(),
-        surveys: Path | None = None,
+        fallback_dir: Path | None = None,
     ) -> None:
         check_mix(len(clip_sets), [1.0] * len(clip_sets) if mix is None else mix, schedule)
         self.clip_sets, self.sampling, self.settings = list(clip_sets), sampling, settings
@@ -112,7 +112,7 @@ class ClipSource:
         self.encode, self.features, self.device = encode, features, torch.device(device)
         self.mix, self.schedule, self.total = mix, schedule, total
         self.batch_size, self.data_rank, self.data_size = batch_size, data_rank, data_size
-        self.caches, self.surveys = list(caches), surveys
+        self.caches, self.fallback_dir = list(caches), fallback_dir
         self._sets: list[SetOrder] = []
         self._dataset: ClipDataset | None = None
         self._loader: ClipLoader | None = None
@@ -129,7 +129,7 @@ class ClipSource:
         if self._dataset is not None:
             return
         records = [
-            survey(clip_set, workers=self.settings.workers, elsewhere=self.surveys)
+            open_clip_index(clip_set, workers=self.settings.workers, fallback_dir=self.fallback_dir)
             for clip_set in self.clip_sets
         ]
         allowed = self._allowed(records)
@@ -146,7 +146,7 @@ class ClipSource:
 
     @property
     def bad_clips(self) -> int:
-        """Different clips that could not be used so far, besides those that the survey left out."""
+        """Different clips that could not be used so far, besides those that the index left out."""
         return sum(int(bad.sum()) for bad in self._bad)
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
@@ -210,7 +210,7 @@ class ClipSource:
         path, is_usable = self.clip_sets[number].path, found["state"] == USABLE
         broken = int((~is_usable).sum())
         if len(found) >= LEAST_TRIED and broken > self.settings.max_bad_share * len(found):
-            forget_survey(self.clip_sets[number], self.surveys)
+            delete_clip_index(self.clip_sets[number], self.fallback_dir)
             raise ValueError(
                 f"{path}: {broken} of {len(found)} clips cannot be used, more than max_bad_share "
                 f"{self.settings.max_bad_share:g}: `data check` lists them"
@@ -230,7 +230,7 @@ class ClipSource:
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         if not supplied.any():
             if broken:
-                forget_survey(self.clip_sets[number], self.surveys)
+                delete_clip_index(self.clip_sets[number], self.fallback_dir)
             where = "" if self.split.part == "all" else f" for {self.split.part}"
             raise ValueError(
                 f"{path}: no clip can be used{where}: of {len(found)} clips {told} (`data check` says why)"
@@ -312,7 +312,7 @@ class ClipSource:
 def _has_source(found: np.ndarray, allowed: Allowed) -> np.ndarray:
     """Which clips [n] have a reference on this side of the split."""
     usable = found["is_free"] > 0
-    for number in range(MOST_SOURCES):
+    for number in range(MAX_SOURCES):
         sources = np.array(found["sources"][:, number])
         is_group = (found["source_is_group"] >> number) & 1 > 0
         groups = np.where(is_group, sources, allowed.table.groups_of(sources))

@@ -12,10 +12,9 @@ from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.masks import cut_reference, decode
 from refalign_ext.data.media_source import Media
-from refalign_ext.data.schema import Reference, Target, VideoSpan
+from refalign_ext.data.schema import Reference, Target
+from refalign_ext.data.spans import span_arguments
 from refalign_ext.references import load_image
-
-_ROUNDING = 1  # frames that a data set's end of a span may lie beyond the end of the file
 
 
 class CutError(ValueError):
@@ -31,21 +30,6 @@ class CutError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return CutError, (str(self), self.reason)
-
-
-def span_arguments(span: VideoSpan) -> dict[str, Any]:
-    """The part of a file that a span means, as keyword arguments of `video.read_clip` and `video.read_frame`.
-
-    Seconds count from the first frame and are turned into frames by the file's own times. An end that lies at most
-    one frame beyond the end of the file is rounding and means the end of the file.
-    """
-    return {
-        "start_frame": span.start_frame,
-        "end_frame": span.end_frame,
-        "start_s": span.start_s,
-        "end_s": span.end_s,
-        "end_tolerance": _ROUNDING,
-    }
 
 
 class FrameMemory:

@@ -20,10 +20,9 @@ from refalign_ext.data.decoding import (
     packets_from,
     read_frame,
 )
-from refalign_ext.data.materialise.reference import span_arguments
 from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.schema import VideoSpan
-from refalign_ext.data.spans import Part, frame_range
+from refalign_ext.data.spans import Part, frame_range, span_arguments
 
 if TYPE_CHECKING:
     import av

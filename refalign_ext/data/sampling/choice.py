@@ -6,13 +6,11 @@ with a finite number of them everything that training can ask for can be compute
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.schema import Clip, Reference, Subject
 from refalign_ext.request import MAX_REFERENCES
 
@@ -123,12 +121,6 @@ class Sampling:
         for name in ("clip_variants", "reference_variants", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
-
-
-def keyed_generator(seed: int, *keys: int | str) -> np.random.Generator:
-    """Random numbers that depend on the seed and the keys alone, on any machine and in any process."""
-    text = "/".join(f"{type(key).__name__[0]}{len(str(key))}:{key}" for key in (seed, *keys))
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big"))
 
 
 def choose(

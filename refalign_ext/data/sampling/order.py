@@ -17,7 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from refalign_ext.config import DATA_SCHEDULES
-from refalign_ext.data.sampling.choice import Bucket, keyed_generator
+from refalign_ext.data.hashing import keyed_generator
+from refalign_ext.data.sampling.choice import Bucket
 
 T = TypeVar("T")
 

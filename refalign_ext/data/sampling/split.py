@@ -1,15 +1,15 @@
 """Which clips train and which validate: decided by a clip's group, so that no source ends up on both sides.
 
-Groups and ids are handled as 64-bit digests, which makes millions of them an array.
+Groups and ids are handled as 64-bit hashes, which makes millions of them an array.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from refalign_ext.data.hashing import hash64
 from refalign_ext.data.schema import Clip, Reference
 
 PARTS = ("all", "train", "validation")
@@ -43,10 +43,10 @@ class Split:
         return self.part != "all" and (self.share > 0 or self.part == "validation")
 
     def holds(self, groups: np.ndarray) -> np.ndarray:
-        """Which groups [n], uint64 digests, are on this side: [n] booleans."""
+        """Which groups [n], uint64 hashes, are on this side: [n] booleans."""
         if not self.divides:
             return np.ones(len(groups), bool)
-        lots = _mix(groups ^ np.uint64(digest(f"split {self.seed}")))
+        lots = _mix(groups ^ np.uint64(hash64(f"split {self.seed}")))
         # Compared as floats of 53 bits: 2**64 * share does not fit into 64 bits for every share.
         validates = (lots >> np.uint64(11)).astype(np.float64) / 2.0**53 < self.share
         return validates if self.part == "validation" else ~validates
@@ -54,7 +54,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class GroupTable:
-    """The groups of clips by their ids: two arrays [n] uint64 of digests, ids ascending."""
+    """The groups of clips by their ids: two arrays [n] uint64 of hashes, ids ascending."""
 
     ids: np.ndarray
     groups: np.ndarray
@@ -85,25 +85,20 @@ class Allowed:
 
     def of(self, clip: Clip, reference: Reference) -> bool:
         """Whether what the reference shows is on this side."""
-        known, is_group = source_digest(clip, reference)
+        known, is_group = source_hash(clip, reference)
         if known is None:
             return True
         source = np.array([known], np.uint64)
         return bool(self.split.holds(source if is_group else self.table.groups_of(source))[0])
 
 
-def source_digest(clip: Clip, reference: Reference) -> tuple[int | None, bool]:
-    """Where a reference comes from: (digest, whether of a group or of a clip's id); None: from the clip's own group."""
+def source_hash(clip: Clip, reference: Reference) -> tuple[int | None, bool]:
+    """Where a reference comes from: (64 bits, whether of a group or of a clip's id); None: from the clip's own group."""
     if reference.source_group is not None:
-        return (None if reference.source_group == clip.group else digest(reference.source_group)), True
+        return (None if reference.source_group == clip.group else hash64(reference.source_group)), True
     if reference.source_id is not None and reference.source_id != clip.id:
-        return digest(reference.source_id), False
+        return hash64(reference.source_id), False
     return None, True
-
-
-def digest(text: str) -> int:
-    """64 bits of a name, the same everywhere."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -15,18 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from refalign_ext.data.clip_index import ClipFacts, measure
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.length import Length
-from refalign_ext.data.schema import Clip, VideoSpan
+from refalign_ext.data.schema import Clip
 from refalign_ext.data.statistics.tally import Distribution, Tally
 from refalign_ext.data.work import chunks, run_each
-
-if TYPE_CHECKING:
-    from refalign_ext.data.decoding import VideoInfo
 
 ASPECTS = {"21:9": 21 / 9, "16:9": 16 / 9, "3:2": 3 / 2, "4:3": 4 / 3, "1:1": 1.0}
 ASPECTS |= {":".join(reversed(name.split(":"))): 1 / ratio for name, ratio in ASPECTS.items()}
@@ -149,7 +147,7 @@ def opened_once(path: Path, stamp: str) -> ClipSet:
 
 
 def _count_rows(
-    path: Path, stamp: str, lengths: tuple[Length, ...], measure: bool, rows: range
+    path: Path, stamp: str, lengths: tuple[Length, ...], opens_files: bool, rows: range
 ) -> tuple[Stats, array[int]]:
     clip_set = opened_once(path, stamp)
     stats, groups = Stats(str(path)), array("Q")
@@ -162,13 +160,13 @@ def _count_rows(
             continue
         _count_clip(stats, clip)
         try:
-            used = used_video(clip_set, row, clip, measure)
+            facts = measure(clip_set, row, clip.video, opens_files=opens_files)
         except (ValueError, OSError):
-            used = None
-        if used is None:
+            facts = None
+        if facts is None or not facts.fps:
             stats.unmeasured += 1
         else:
-            _count_video(stats, used, lengths)
+            _count_video(stats, facts, lengths)
         # Groups may be as many as rows: eight bytes each, and two that share them are not worth more.
         groups.append(int.from_bytes(hashlib.blake2b(clip.group.encode(), digest_size=8).digest(), "little"))
     return stats, groups
@@ -198,61 +196,14 @@ def _count_scores(stats: Stats, prefix: str, names: Sequence[str], scores: Seque
                 stats.scores.setdefault(f"{prefix}.{name}", Distribution()).add(value)
 
 
-@dataclass(frozen=True)
-class UsedVideo:
-    """The part of a video that a clip uses: frames, their rate, and the size in pixels after cropping."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-
-
-def used_video(clip_set: ClipSet, row: int, clip: Clip, measure: bool) -> UsedVideo | None:
-    """From the row alone if it says enough, else from the file if `measure` is set, else None.
-
-    Raises:
-        ValueError: if the file is needed and cannot be read.
-    """
-    span = clip.video
-    frames, fps, width, height = None, span.fps, span.width, span.height
-    if span.end_frame is not None:
-        frames = span.end_frame - (span.start_frame or 0)
-    elif span.end_s is not None and fps:
-        frames = round((span.end_s - (span.start_s or 0)) * fps)
-    if span.crop_xyxy is not None:
-        left, top, right, bottom = span.crop_xyxy
-        width, height = right - left, bottom - top
-    if None in (frames, fps, width, height):
-        if not measure:
-            return None
-        from refalign_ext.data.decoding import probe
-
-        info = probe(clip_set.media(row, span.path))
-        fps, width, height = fps or info.fps, width or info.width, height or info.height
-        if frames is None:
-            start, end = frames_of(span, info)
-            frames = min(end, info.frames) - start
-    return UsedVideo(frames, fps, width, height) if frames > 0 and fps else None
-
-
-def frames_of(span: VideoSpan, info: VideoInfo) -> tuple[int, int]:
-    """First frame and end of a span, whether the file has them or not; of seconds as far as an even rate tells."""
-    if span.start_s is None and span.end_s is None:
-        return span.start_frame or 0, info.frames if span.end_frame is None else span.end_frame
-    # A hundredth of a frame absorbs rounded seconds: 1.0001 s at 24 fps means frame 24, not 25.
-    start, end = (math.ceil((second or 0) * info.fps - 0.01) for second in (span.start_s, span.end_s))
-    return start, info.frames if span.end_s is None else end
-
-
-def _count_video(stats: Stats, used: UsedVideo, lengths: Sequence[Length]) -> None:
-    stats.seconds.add(used.frames / used.fps)
-    stats.frames.add(used.frames)
-    stats.fps.add(used.fps)
-    stats.sizes.add(f"{used.width}x{used.height}")
-    stats.aspects.add(nearest_aspect(used.width, used.height))
+def _count_video(stats: Stats, facts: ClipFacts, lengths: Sequence[Length]) -> None:
+    stats.seconds.add(facts.frames / facts.fps)
+    stats.frames.add(facts.frames)
+    stats.fps.add(facts.fps)
+    stats.sizes.add(f"{facts.width}x{facts.height}")
+    stats.aspects.add(nearest_aspect(facts.width, facts.height))
     for length in lengths:
-        enough = length.possible(used.frames, used.fps) >= length.frames
+        enough = length.possible(facts.frames, facts.fps) >= length.frames
         stats.long_enough[str(length)] = stats.long_enough.get(str(length), 0) + enough
 
 

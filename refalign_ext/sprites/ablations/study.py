@@ -20,7 +20,7 @@ from refalign_ext.backbone import file_sha256
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.config import TrainConfig, configure
-from refalign_ext.distributed.mesh import environment_world_size
+from refalign_ext.distributed.process_group import environment_world_size
 from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
 from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics

@@ -1,4 +1,4 @@
-"""Places in a Wan tree that several patches share."""
+"""Parts of the model's source that several patches edit: forward, the loop over the blocks, a block's parameters."""
 
 from __future__ import annotations
 
