@@ -8,9 +8,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from refalign_ext.media import save_image, save_video, video_to_frames
+from refalign_ext.media import save_video, video_to_frames
 
 
 def make_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -84,14 +83,6 @@ def test_one_frame_and_values_out_of_range(tmp_path: Path) -> None:
     frames = read_video(save_video(torch.full((3, 1, 16, 16), 7.0), tmp_path / "clip.mp4", 16)).frames
     assert frames.shape == (1, 16, 16, 3)
     assert frames.min() > 252
-
-
-def test_image_round_trip(tmp_path: Path) -> None:
-    image = make_video()[:, 0]
-    path = save_image(image, tmp_path / "picture.png", magnify=2)
-    pixels = np.asarray(Image.open(path))
-    assert np.array_equal(pixels, video_to_frames(image[:, None], magnify=2)[0])
-    assert save_image(image[:, None], tmp_path / "same.png").exists()
 
 
 @pytest.mark.parametrize(

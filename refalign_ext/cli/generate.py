@@ -31,6 +31,11 @@ _PATH = click.Path(path_type=Path)
 _ROLES = tuple(role.value for role in Role)
 # Inputs of upstream's tasks; a task that takes one names it in `Task.needs` or `Task.takes`.
 _INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+_SCALES = ("ref_guide_scale", "text_guide_scale", "sample_guide_scale")
+_RUNTIME_OPTIONS = (
+    *("dit_ckpt", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
+    *("cfg_size", "ulysses_size", "ring_size", "sp_backend"),
+)
 
 _ranks_have_met = False
 
@@ -203,63 +208,47 @@ command = WordsCommand(
 )
 
 
-def read_request(flags: dict[str, Any]) -> GenerationRequest:
-    """What to generate, from the flags.
+def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions]:
+    """What to generate and where to run it, from the flags and torchrun's environment.
 
     Raises:
         ValueError: naming the flag and the remedy.
     """
     if flags["use_prompt_extend"]:
-        raise ValueError(
-            "--use_prompt_extend: prompt extension is not available yet: write the full prompt yourself"
-        )
+        raise ValueError("--use_prompt_extend: not available yet: write the full prompt yourself")
     refused = None
     if flags["task"] not in TASKS and os.environ.get("WAN_ROOT"):
         from refalign_ext.backbone import REFUSED_TASKS as refused
-    task = find_task(flags["task"], refused=refused)
-    names = (
-        *("size", "frame_num", "sample_solver", "sample_steps", "sample_shift", "magnify", "matte"),
-        *("ref_guide_scale", "text_guide_scale", "sample_guide_scale"),
+    task, is_dry_run, world_size = (
+        find_task(flags["task"], refused=refused),
+        flags["dry_run"],
+        flags["world_size"],
     )
+    settings = (*task.SETTINGS, *_SCALES, "matte")
     request = task.request(
         flags["prompt"] or task.example_prompt or "",
         flags["ref"],
         roles=flags["ref_role"],
         seed=flags["base_seed"],
         inputs=tuple((name, flags[name]) for name in _INPUTS if flags[name] is not None),
-        **{name: flags[name] for name in names},
+        **{name: flags[name] for name in settings},
     )
-    if not flags["dry_run"]:
-        task.require_inputs(request)
-        for picture in flags["ref"]:
-            if not picture.exists():
-                raise ValueError(f"reference image {picture} does not exist: check the path given to --ref")
-    return request
-
-
-def read_options(flags: dict[str, Any]) -> RuntimeOptions:
-    """Where to run it, from the flags and torchrun's environment.
-
-    Raises:
-        ValueError: naming the flag and the remedy.
-    """
-    world_size, dit_ckpt = flags["world_size"], flags["dit_ckpt"]
-    if world_size is not None and (world_size < 1 or not flags["dry_run"]):
+    if world_size is not None and (world_size < 1 or not is_dry_run):
         raise ValueError(
             f"--world_size {world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
         )
-    if dit_ckpt is not None and not dit_ckpt.exists():
-        raise ValueError(f"--dit_ckpt {dit_ckpt} does not exist: download it or correct the path")
-    task = TASKS[flags["task"]]
-    names = (
-        *("dit_ckpt", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
-        *("cfg_size", "ulysses_size", "ring_size", "sp_backend"),
-    )
-    return RuntimeOptions(
-        Path() if flags["dry_run"] else task.checkpoint_folder(flags["ckpt_dir"]),
+    options = RuntimeOptions(
+        Path() if is_dry_run else task.checkpoint_folder(flags["ckpt_dir"]),
         world_size=world_size or _environment("WORLD_SIZE", 1),
-        **{name: flags[name] for name in names},
+        **{name: flags[name] for name in _RUNTIME_OPTIONS},
     )
+    if not is_dry_run:
+        task.require_inputs(request)
+    for flag, files in (("--ref", flags["ref"]), ("--dit_ckpt", filter(None, [flags["dit_ckpt"]]))):
+        for path in files:
+            if not path.exists():
+                raise ValueError(f"{flag} {path} does not exist: correct the path")
+    return request, options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -297,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_alone(flags: dict[str, Any]) -> None:
     options = None
     try:
-        request, options = read_request(flags), read_options(flags)
+        request, options = read_flags(flags)
         paths = None if flags["dry_run"] else _output_paths(request, options, flags)
         # Importing this takes seconds, which the mistakes found above are spared.
         from refalign_ext.serving.generation import describe_plan, generate, resolve_parallel_sizes
@@ -328,8 +317,8 @@ def _run_distributed(flags: dict[str, Any], rank: int) -> None:
     try:
         flags["device"] = init_distributed(flags["device"])
         _ranks_have_met = True
-        request = read_request(flags)
-        options = resolve_parallel_sizes(request, read_options(flags))
+        request, options = read_flags(flags)
+        options = resolve_parallel_sizes(request, options)
         paths = _output_paths(request, options, flags) if rank == 0 else None
         generate(request, options, paths, flags)
         shutdown_distributed()

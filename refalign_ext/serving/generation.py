@@ -138,7 +138,7 @@ def generate(
             dtype=options.dtype,
             dit_ckpt=options.dit_ckpt,
             t5_cpu=options.t5_cpu,
-            offload_model=_offloads(options, device),
+            offload_model=_offloads(options),
             ranks=ranks,
             read_dit=read_any_dit,
         )
@@ -226,10 +226,11 @@ def _plan(request: GenerationRequest, options: RuntimeOptions, device_memory: in
     )
 
 
-def _offloads(options: RuntimeOptions, device: torch.device) -> bool:
-    if options.offload_model is None:
-        return device.type == "cuda" and options.world_size == 1
-    return options.offload_model
+def _offloads(options: RuntimeOptions) -> bool:
+    if options.offload_model is not None:
+        return options.offload_model
+    is_cuda = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    return is_cuda and options.world_size == 1
 
 
 def _branches(request: GenerationRequest) -> int:
@@ -285,7 +286,7 @@ def _out_of_memory_advice(options: RuntimeOptions) -> str:
     if options.world_size > 1:
         flags += [f"--{name}" for name in ("dit_fsdp", "t5_fsdp") if not getattr(options, name)]
         flags.append("more ranks with a larger --ulysses_size or --ring_size")
-    if not (_offloads(options, resolve_device(options.device)) or options.dit_fsdp or options.t5_fsdp):
+    if not (_offloads(options) or options.dit_fsdp or options.t5_fsdp):
         flags.append("--offload_model True")
     if not (options.t5_cpu or options.t5_fsdp):
         flags.append("--t5_cpu")

@@ -229,7 +229,7 @@ def test_large_tasks_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"subjects": 1}, "--subjects 1"),
         ({"references": (Path("one.png"),)}, "--ref"),
         ({"task": "r2v-1.3B"}, "--task r2v-1.3B needs pictures"),
-        ({"task": "t2v-1.3B"}, "not a reference-to-video task"),
+        ({"task": "t2v-1.3B"}, "--task t2v-1.3B: a task of the family r2v"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused_before_anything_is_written(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     "errors atomic_io config request",
     "layout",
-    "references tasks",
+    "references tasks media",
     "losses timesteps",
     "projectors",
     "teachers",
