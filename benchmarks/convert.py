@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.work import Share
+from refalign_ext.data.pieces import Share
 folder, workers = Path(sys.argv[1]), int(sys.argv[2])
 report = convert_opens2v(sorted(folder.glob("total_part*.json")), folder / "out.jsonl", video_root=folder,
     cross_pairs=folder / sys.argv[3] if sys.argv[3:] else None, selection=Selection(), share=Share(), workers=workers,

@@ -27,7 +27,7 @@ from refalign_ext.backbone import (
 )
 from refalign_ext.checkpoint.checkpointer import is_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
-from refalign_ext.data.result_sheet import make_sheet
+from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
@@ -41,7 +41,8 @@ from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.parallelism import SingleProcess
 from refalign_ext.pipeline import R2VPipeline, Result
-from refalign_ext.planning.plan import Plan, make_generation_plan
+from refalign_ext.planning.generation_plan import make_generation_plan
+from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import describe
 from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions
 from refalign_ext.serving.outputs import OutputPaths, write_outputs
@@ -212,8 +213,7 @@ def _plan(request: GenerationRequest, options: RuntimeOptions, device_memory: in
         is_half = options.dtype == "bf16"
     return make_generation_plan(
         request.task,
-        options.world_size,
-        sizes=ParallelSizes(options.cfg_size, ring=options.ring_size, ulysses=options.ulysses_size),
+        ParallelSizes(options.cfg_size, ring=options.ring_size, ulysses=options.ulysses_size),
         branches=_branches(request),
         dit_fsdp=options.dit_fsdp,
         t5_fsdp=options.t5_fsdp,

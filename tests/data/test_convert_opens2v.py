@@ -26,11 +26,11 @@ from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.opens2v_record import read_entry
 from refalign_ext.data.convert.selection import Selection, frames_needed, kind_of_class
 from refalign_ext.data.convert.staging import locked, staging
+from refalign_ext.data.crop import read_reference
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.masks import decode, iou, parse_mask
-from refalign_ext.data.materialise.reference import read_reference
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import Clip
-from refalign_ext.data.work import Share
 from tests.helpers.opens2v_fixture import (
     BLUE,
     CROP,

@@ -22,8 +22,8 @@ from refalign_ext.data.convert.phantom_pairs import Sighting, phrases_of, sighti
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import Clip, Target
-from refalign_ext.data.work import Share
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 A, B, C = "-0_aB-c_d_3.5_13.5", "zz-9_100_110", "q__1_0_10"

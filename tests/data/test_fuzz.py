@@ -32,8 +32,7 @@ from refalign_ext.data.cache.names import (
 )
 from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows, file_sizes
-from refalign_ext.data.checking.check import check
-from refalign_ext.data.checking.contact import contact_sheet
+from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.conversion_report import Report
@@ -41,16 +40,18 @@ from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.decoding import probe, read_clip, read_frame
+from refalign_ext.data.decoding import read_clip, read_frame
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.sampling.choice import Bucket, Sampling, possible_references
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
+from refalign_ext.data.sheets.contact import contact_sheet
 from refalign_ext.data.statistics.stats import collect_stats
 from refalign_ext.data.statistics.table import stats_table
-from refalign_ext.data.work import Share
+from refalign_ext.data.video_file import probe
 from refalign_ext.references import load_image
 from tests.helpers.clips import entry, render
 from tests.helpers.mutations import CASES_FACTOR, STRANGE, cases, damage, distort, json_text

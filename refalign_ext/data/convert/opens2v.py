@@ -36,7 +36,8 @@ from refalign_ext.data.convert.staging import (
     staging,
 )
 from refalign_ext.data.manifest_file import write_manifest
-from refalign_ext.data.work import Share, run_each
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.worker_pool import run_each
 
 _VERSION = 1
 _TABLES = "CREATE TABLE entry (position INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, record BLOB NOT NULL)"

@@ -266,7 +266,7 @@ def _profile(mask: RunLengthMask) -> np.ndarray:
     """Pixels inside of the mask in each of `_BANDS` equal pieces of its column-by-column order [_BANDS] float64."""
     inside = np.cumsum(np.where(np.arange(mask.runs.size) % 2, mask.runs, 0))
     borders = np.linspace(0, mask.size[0] * mask.size[1], _BANDS + 1)
-    counts = np.interp(borders, np.concatenate([[0], mask.ends]), np.concatenate([[0], inside]))
+    counts = np.interp(borders, np.concatenate([[0], np.cumsum(mask.runs)]), np.concatenate([[0], inside]))
     return np.diff(counts)
 
 

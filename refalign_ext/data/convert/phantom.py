@@ -28,7 +28,8 @@ from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader, checked_line, index_path
-from refalign_ext.data.work import Share, run_each
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.worker_pool import run_each
 
 if TYPE_CHECKING:
     import pyarrow.parquet

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from refalign_ext.data.schema import ClipScores, ReferenceScores
+if TYPE_CHECKING:
+    from refalign_ext.data.schema import ClipScores, ReferenceScores
 
 OVERFLOW = ("drop", "clamp")
 
