@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from refalign_ext.data.conversion_report import Report
+    from refalign_ext.data.conversion_report import ConversionReport
     from refalign_ext.data.pieces import Share
 
 EXISTING = click.Path(path_type=Path, exists=True)
@@ -106,7 +106,7 @@ def start_together() -> Callable[[], None]:
     return lambda: stop_process_group(together=True)
 
 
-def tell(report: Report, out: Path) -> None:
+def tell(report: ConversionReport, out: Path) -> None:
     """Shows what was kept and dropped, and where the result lies.
 
     Raises:

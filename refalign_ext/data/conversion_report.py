@@ -14,7 +14,7 @@ EXAMPLES = 5  # names kept for each reason: the counts say how many there are
 LONGEST_NAME = 200
 
 
-class Report:
+class ConversionReport:
     """Counts for clips and for references apart; memory grows with the number of reasons, not of rows.
 
     Attributes:
@@ -51,7 +51,7 @@ class Report:
         """All that were seen: kept and dropped."""
         return self.kept[kind] + sum(self.dropped[kind].values())
 
-    def merge(self, other: Report) -> None:
+    def merge(self, other: ConversionReport) -> None:
         """Adds another report; examples of this one come first."""
         for kind in KINDS:
             self.kept[kind] += other.kept[kind]
@@ -73,7 +73,7 @@ class Report:
         return entry | {"incomplete": dict(sorted(self.incomplete.items()))}
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> Report:
+    def from_dict(cls, entry: Mapping[str, Any]) -> ConversionReport:
         """The report that `to_dict` described."""
         report = cls()
         for kind in KINDS:
@@ -107,3 +107,12 @@ class Report:
 def report_path(manifest: Path) -> Path:
     """Where the report of a manifest is stored."""
     return manifest.with_name(manifest.name + ".report.json")
+
+
+def no_clips_message(source: object, report: ConversionReport) -> str:
+    """The error of a conversion that kept no clip: the most frequent reason with an example."""
+    if not report.dropped["clips"]:
+        return f"{source}: it has no rows"
+    reason, count = max(report.dropped["clips"].items(), key=lambda item: item[1])
+    example = report.examples["clips"][reason][0]
+    return f"{source}: no clip can be used: {count} x {reason}, such as {example}"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from refalign_ext.atomic_io import FileLocked, locked
 from refalign_ext.data import clip_index, video_file
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.decoding import read_clip
@@ -64,7 +64,7 @@ class Place:
             writer.writerows(rows)
         return self.root / name
 
-    def convert(self, source: Path | None = None, **options: Any) -> tuple[list[Clip], Report]:
+    def convert(self, source: Path | None = None, **options: Any) -> tuple[list[Clip], ConversionReport]:
         out = options.pop("out", self.root / "data.jsonl")
         report = convert_folder(source or self.root, out, length=options.pop("length", SHORT), **options)
         with ManifestReader(out) as rows:
@@ -90,7 +90,7 @@ def pictures(clip: Clip) -> dict[str, list[str]]:
     return {item.subject_id: [str(reference.image) for reference in item.refs] for item in clip.subjects}
 
 
-def reasons(report: Report, kind: str = "clips") -> dict[str, int]:
+def reasons(report: ConversionReport, kind: str = "clips") -> dict[str, int]:
     return report.dropped[kind]
 
 

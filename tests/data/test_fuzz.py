@@ -35,7 +35,7 @@ from refalign_ext.data.cache.rows import check_rows, file_sizes
 from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
@@ -217,7 +217,7 @@ def test_damaged_pictures(tmp_path: Path, name: str, mode: str) -> None:
 # --- Conversions: a damaged file or entry costs nothing but itself
 
 
-def listed(out: Path, report: Report) -> set[str]:
+def listed(out: Path, report: ConversionReport) -> set[str]:
     """The ids of a manifest whose rows are all as they should be and as many as its report says."""
     with ManifestReader(out) as reader:
         clips = list(reader)
@@ -240,7 +240,7 @@ class OpenS2V:
         self.places: NativeSet = write_native_set(root)
         self.out = root / "data.jsonl"
 
-    def convert(self) -> tuple[set[str], Report]:
+    def convert(self) -> tuple[set[str], ConversionReport]:
         shutil.rmtree(self.out.with_name(self.out.name + ".staging"), ignore_errors=True)
         report = convert_opens2v(
             self.places.parts,
@@ -328,7 +328,7 @@ class Phantom:
             rows.append((vid, "A man.", json_text(change(vid, cell))))
         return write_pairs(self.root / "pairs.parquet", rows)
 
-    def convert(self) -> tuple[set[str], Report]:
+    def convert(self) -> tuple[set[str], ConversionReport]:
         shutil.rmtree(self.out.with_name(self.out.name + ".parts"), ignore_errors=True)
         report = convert_phantom(
             self.pairs, self.info, self.out, video_root=self.root / "videos", both_ways=True

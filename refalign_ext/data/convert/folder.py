@@ -12,10 +12,10 @@ import numpy as np
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
 from refalign_ext.data.clip_set import ManifestRows
-from refalign_ext.data.conversion_report import Report, report_path
+from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
 from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, DraftOptions, clips_in_folder
 from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
-from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
+from refalign_ext.data.convert.paths import folder_inside, manifest_root
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import index_path, write_manifest
@@ -35,7 +35,7 @@ def convert_folder(
     length: Length | None = None,
     selection: Selection = FOLDER_SELECTION,
     workers: int = 0,
-) -> Report:
+) -> ConversionReport:
     """Writes the manifest `out` and `<out>.report.json` of a folder's clips, or of those that a table lists.
 
     How files have to be called says `folder_files`, what columns a table has `folder_table`. Videos are probed, so
@@ -101,7 +101,7 @@ def _checked_root(
         if media_root or columns:
             flag = "--column" if columns else "--media_root"
             raise ValueError(f"{flag} is for tables, and {source} is a folder")
-        inside(source, root, "SOURCE")
+        folder_inside(source, root, "SOURCE")
     elif source.suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
             f"{source}: expected a folder or a table ({', '.join(TABLE_SUFFIXES)}): save it as CSV or JSON lines"
@@ -112,7 +112,11 @@ def _checked_root(
 
 
 def _finished(
-    rows: ManifestRows, records: np.ndarray, length: Length | None, selection: Selection, report: Report
+    rows: ManifestRows,
+    records: np.ndarray,
+    length: Length | None,
+    selection: Selection,
+    report: ConversionReport,
 ) -> Iterator[Clip]:
     """The clips of a draft whose videos can be used, with what its index says of them."""
     for row, record in enumerate(records):
@@ -157,7 +161,7 @@ def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
     return replace(span, start_s=start_s, end_s=min(end_s, span.end_s or end_s), **known)
 
 
-def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject, ...]:
+def _selected(clip: Clip, selection: Selection, report: ConversionReport) -> tuple[Subject, ...]:
     """The first subjects and the first references of each, as many as are wanted."""
     kept = clip.subjects[: selection.max_references]
     left = sum(len(subject.refs) for subject in clip.subjects[len(kept) :])
@@ -176,7 +180,7 @@ def _nothing_fits(source: Path, options: DraftOptions) -> str:
     report = options.report
     if source.is_dir() and not report.dropped["clips"]:
         return f"{source}: found no video; known are {', '.join(sorted(VIDEO_SUFFIXES))}"
-    lines = [nothing_left(source, report)]
+    lines = [no_clips_message(source, report)]
     remedies = {
         "no_prompt_file": f"write the prompt of clip.mp4 into clip{options.prompt_suffix} beside it",
         "no_reference": "call the pictures of clip.mp4 clip.ref1.png, clip.ref2.png",

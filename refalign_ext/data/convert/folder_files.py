@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse, resolve_inside, to_dict
 
 VIDEO_SUFFIXES = frozenset(
@@ -56,7 +56,7 @@ class DraftOptions:
     by_folder: bool
     prompt_suffix: str
     columns: Mapping[str, str]
-    report: Report = field(default_factory=Report)
+    report: ConversionReport = field(default_factory=ConversionReport)
 
 
 def clips_in_folder(options: DraftOptions) -> Iterator[Clip]:
@@ -169,7 +169,7 @@ def path_inside(path: Path, root: Path) -> str | None:
     return name
 
 
-def is_valid(clip: Clip, report: Report) -> bool:
+def is_valid(clip: Clip, report: ConversionReport) -> bool:
     """Whether a manifest can hold this clip; counted if not."""
     try:
         parse(to_dict(clip), clip.id)

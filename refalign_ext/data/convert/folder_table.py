@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder_files import (
     DraftOptions,
     is_valid,
@@ -197,7 +197,7 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, cells by column); rows with too many or too few cells are counted and left out."""
     with path.open("rb") as file:
         encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -212,7 +212,7 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
             ) from None
 
 
-def _csv_cells(path: Path, file: TextIO, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_cells(path: Path, file: TextIO, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     first = file.readline(_MAX_FIELD)
     file.seek(0)
     reader = csv.DictReader(file, delimiter=max(",\t;", key=first.count), restkey=_REST)
@@ -242,7 +242,7 @@ def _csv_cells(path: Path, file: TextIO, report: Report) -> Iterator[tuple[int, 
             yield number, cells
 
 
-def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, values by key); rows that are no JSON object are counted and left out."""
     number = 0
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:

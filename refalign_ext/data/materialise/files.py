@@ -14,7 +14,7 @@ from typing import Any
 
 from refalign_ext.atomic_io import atomic_open, atomic_path
 from refalign_ext.data.clip_set import MANIFEST
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.materialise.row import CroppedRow, MaterialiseJob, suffix
 from refalign_ext.data.media_source import Media, MediaBytes
@@ -45,7 +45,7 @@ class FilesJob(MaterialiseJob):
             raise OSError(
                 f"{folder / foreign[0]} is in the way and not from an earlier run: move it elsewhere"
             )
-        report, lines, pictures = Report(), [], set[str]()
+        report, lines, pictures = ConversionReport(), [], set[str]()
         for cropped in self.crop_rows(rows, report):
             images = {}
             for (i, j), picture in cropped.pictures.items():

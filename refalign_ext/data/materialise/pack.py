@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from refalign_ext.atomic_io import atomic_open
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.materialise.row import CroppedRow, MaterialiseJob, drop_row, suffix
 from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.shards import (
@@ -42,7 +42,7 @@ class PackJob(MaterialiseJob):
         """
         # The listing of an earlier run would not be that of the shards any more.
         (self.out / LISTING).unlink(missing_ok=True)
-        report, name = Report(), shard_name(self.number(rows))
+        report, name = ConversionReport(), shard_name(self.number(rows))
         path = self.out / name
         with atomic_open(path, self.parts) as file:
             writer = ShardWriter(file)
@@ -63,7 +63,7 @@ class PackJob(MaterialiseJob):
             if re.fullmatch(r"[0-9]{5,9}\.tar", path.name) and int(path.stem) >= len(pieces):
                 path.unlink()
 
-    def _pack(self, cropped: CroppedRow, writer: ShardWriter, report: Report) -> None:
+    def _pack(self, cropped: CroppedRow, writer: ShardWriter, report: ConversionReport) -> None:
         from refalign_ext.data.materialise.trimming import trim
 
         key, span, before = f"{cropped.row:09d}", cropped.clip.video, 0

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import ClassVar
 
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.crop import CropError, FrameMemory, read_reference
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES
 from refalign_ext.data.media_source import Media
@@ -84,7 +84,7 @@ class MaterialiseJob(PieceJob):
             digest.update(hashlib.sha256(line).digest())
         return digest.hexdigest()
 
-    def crop_rows(self, rows: range, report: Report) -> Iterator[CroppedRow]:
+    def crop_rows(self, rows: range, report: ConversionReport) -> Iterator[CroppedRow]:
         """Row after row with its references cropped; what cannot be used is counted in the report."""
         for row in rows:
             place = self.clip_set.place(row)
@@ -108,7 +108,7 @@ class MaterialiseJob(PieceJob):
             else:
                 report.drop("clips", "no_references", f"{place} (clip {clip.id})")
 
-    def _pictures(self, row: int, clip: Clip, report: Report) -> dict[Position, bytes | Media]:
+    def _pictures(self, row: int, clip: Clip, report: ConversionReport) -> dict[Position, bytes | Media]:
         pictures: dict[Position, bytes | Media] = {}
         frames = FrameMemory()
         for i, subject in enumerate(clip.subjects):
@@ -131,7 +131,7 @@ class MaterialiseJob(PieceJob):
         cropped: CroppedRow,
         video: VideoSpan,
         images: Mapping[Position, str],
-        report: Report,
+        report: ConversionReport,
         frames_before: int = 0,
     ) -> bytes | None:
         """The line of a row's new clip, counted as kept; None, counted as dropped, if it is too long to be read again.
@@ -153,7 +153,9 @@ class MaterialiseJob(PieceJob):
         return line
 
 
-def drop_row(report: Report, clip: Clip, reason: str, message: str, references: int | None = None) -> None:
+def drop_row(
+    report: ConversionReport, clip: Clip, reason: str, message: str, references: int | None = None
+) -> None:
     """Counts a row that cannot be used, with its references (all, unless some are counted already)."""
     if references is None:
         references = sum(len(subject.refs) for subject in clip.subjects)

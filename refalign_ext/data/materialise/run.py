@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from refalign_ext.data.clip_set import MANIFEST, ClipSet, open_clip_set
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.materialise.files import FilesJob
 from refalign_ext.data.materialise.pack import PackJob
 from refalign_ext.data.pieces import Share
@@ -32,7 +32,7 @@ def materialise(
     copy: bool = False,
     share: Share | None = None,
     workers: int = 0,
-) -> Report:
+) -> ConversionReport:
     """Crops the references of a clip set and writes one in which nothing is left to be cropped.
 
     Without `pack` it is `<out>/manifest.jsonl`, with pictures below `<out>/references`. Videos and pictures that
@@ -70,9 +70,9 @@ def materialise(
         job = PackJob(whole / _WORK, rows, shard_size, clip_set, whole)
     else:
         job = FilesJob(whole / _WORK, rows, PIECE_ROWS, clip_set, whole, copy)
-    report, mine = Report(), set()
+    report, mine = ConversionReport(), set()
     for piece, header in job.run(share or Share(), workers, "packing" if pack else "cropping"):
-        report.merge(Report.from_dict(header["report"]))
+        report.merge(ConversionReport.from_dict(header["report"]))
         mine.add(piece)
     pieces = job.pieces()
     left = sum(piece not in mine and job.finished(piece) is None for piece in pieces)
@@ -83,9 +83,9 @@ def materialise(
         )
         return report
     job.join()
-    report = Report()
+    report = ConversionReport()
     for piece in pieces:
-        report.merge(Report.from_dict(job.read_header(piece)["report"]))
+        report.merge(ConversionReport.from_dict(job.read_header(piece)["report"]))
     report.write(whole / REPORT)
     shutil.rmtree(job.parts, ignore_errors=True)
     return report

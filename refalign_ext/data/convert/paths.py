@@ -1,10 +1,8 @@
-"""Where a converter may write its manifest, and what has to lie beside it."""
+"""Where a converter may write its manifest, and which folders the manifest may name files of."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from refalign_ext.data.conversion_report import Report
 
 
 def manifest_root(out: Path) -> Path:
@@ -20,7 +18,7 @@ def manifest_root(out: Path) -> Path:
     return out.parent.resolve()
 
 
-def inside(folder: Path, root: Path, flag: str) -> Path:
+def folder_inside(folder: Path, root: Path, flag: str) -> Path:
     """The folder that `flag` names, resolved: one that a manifest in `root` may name files of.
 
     Raises:
@@ -35,13 +33,3 @@ def inside(folder: Path, root: Path, flag: str) -> Path:
             f"--out such as {resolved / 'manifest.jsonl'}, or above"
         )
     return resolved
-
-
-def nothing_left(source: object, report: Report) -> str:
-    """The error of a conversion that kept no clip: the most frequent reason with an example."""
-    reasons = sorted(report.dropped["clips"].items(), key=lambda item: -item[1])
-    if not reasons:
-        return f"{source}: it has no rows"
-    reason, count = reasons[0]
-    example = report.examples["clips"][reason][0]
-    return f"{source}: no clip can be used: {count} x {reason}, such as {example}"
