@@ -8,7 +8,7 @@ as they are and `detach` leaves the model as it was found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from wan.sampling import (
     check_frame_num,
     check_size,
     choose_seed,
+    denoise,
     encode_prompts,
     initial_noise,
     latent_shape,
@@ -51,10 +52,9 @@ from wan.utils.dit_checkpoint import (
     load_dit,
     read_dit_checkpoint,
 )
-from wan.utils.media import save_video
-from wan.utils.outputs import OutputPaths, describe_versions, write_outputs
 from wan.utils.runtime import (
     PeakMemory,
+    describe_versions,
     placed,
     release_cached_memory,
     resolve_device,
@@ -179,6 +179,7 @@ class ReferenceBackbone(nn.Module):
         *,
         tap_depth: int = 0,
         tap: str = "block",
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> BackboneOutput:
         """One pass of the model over video and references.
 
@@ -190,6 +191,7 @@ class ReferenceBackbone(nn.Module):
                 reference (a dropped one, eq. 5) is zeros: its tokens stay.
             tap_depth: how many blocks, from the first, to take reference tokens from.
             tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
+            model_inputs: further keyword arguments of the model (`y`, `clip_fea`), as it takes them.
 
         Raises:
             ValueError: for inputs that do not fit together, a tap_depth beyond the model, an unknown tap, taps from
@@ -214,7 +216,9 @@ class ReferenceBackbone(nn.Module):
         self._pass = current
         try:
             with self._precision(latents[0].device):
-                outputs = self.model(extended, t=timestep, context=texts, seq_len=layout.seq_len)
+                outputs = self.model(
+                    extended, t=timestep, context=texts, seq_len=layout.seq_len, **(model_inputs or {})
+                )
             taps = [current.taps[index] for index in range(tap_depth)]
         finally:
             self._pass, self._active = None, None

@@ -14,11 +14,11 @@ from wan.sampling import (
     check_frame_num,
     check_size,
     choose_seed,
+    denoise,
     encode_prompts,
     initial_noise,
     latent_shape,
     required_files,
-    sample_latents,
     token_count,
 )
 from wan.utils.runtime import placed, release_cached_memory, resolve_device, resolve_dtype
@@ -164,7 +164,7 @@ class WanT2V:
         )
         with placed(self.model, self.device, offload=offload_model):
             predict = self._guided_model(context, null_context, guide_scale, token_count(shape, self.config))
-            latents = sample_latents(predict, noise, solver, progress=progress)
+            latents = denoise(predict, noise, solver, progress=progress)
         if self.rank != 0:
             return None
         with placed(self.vae.model, self.device, offload=offload_model), torch.no_grad():

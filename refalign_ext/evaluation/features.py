@@ -22,8 +22,9 @@ from refalign_ext.backbone import ReferenceBackbone, initial_noise, placed
 from refalign_ext.encoders import token_stride
 from refalign_ext.evaluation.separability import Place, SampleTokens
 from refalign_ext.layout import TokenLayout
-from refalign_ext.pipeline import Conditions, R2VPipeline
+from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import reference_to_tensor
+from refalign_ext.tasks import Conditions
 
 if TYPE_CHECKING:
     pass
@@ -104,12 +105,11 @@ def encode(
             count["total"] += sum(len(row) for row in rows)
             count["white"] += sum(int((~row).sum()) for row in rows)
             count["kept"] += sum(int(row.sum()) for row in thin)
-            conditions = pipeline.prepare(sample.prompt, images, size=images[0].size)
-            views.append(EncodedView(conditions, torch.stack(thin)))
+            request = pipeline.task.request(sample.prompt, images, size=images[0].size)
+            views.append(EncodedView(pipeline.prepare(request), torch.stack(thin)))
         latents = None
         if sample.video is not None:
-            with placed(pipeline.vae.model, pipeline.device, offload=pipeline.offload_model):
-                latents = pipeline.vae.encode([sample.video.to(pipeline.device)])[0].float()
+            latents = pipeline.encode_videos([sample.video])[0].float()
         encoded.append(EncodedViews(latents, views))
     count["thinned"] = count["total"] - count["white"] - count["kept"]
     return encoded, count

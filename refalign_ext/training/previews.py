@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from refalign_ext.backbone import make_solver, save_video
+from refalign_ext.backbone import make_solver
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.encoders import Encoders, task_config
 from refalign_ext.guidance import NULL, branch_inputs, combine_branches, required_branches
+from refalign_ext.media import save_video
 from refalign_ext.sampler import denoise
 from refalign_ext.training.data_source import Preview
 from refalign_ext.training.randomness import sample_randomness

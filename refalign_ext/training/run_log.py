@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from refalign_ext.backbone import save_video
 from refalign_ext.data.pixels import to_uint8
+from refalign_ext.media import save_video
 from refalign_ext.training.log_files import METRICS_FILE, json_values, named_disk_errors, write_whole
 from refalign_ext.training.wandb_log import WandbRun
 

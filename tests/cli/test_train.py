@@ -26,9 +26,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from refalign_ext.backbone import WAN_CONFIGS, build_dit, save_video
+from refalign_ext.backbone import WAN_CONFIGS, build_dit
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
+from refalign_ext.media import save_video
 from tests.helpers.checkpoints import read_dit, read_projectors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,7 +26,8 @@ from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.distributed.xfuser_backend import XfuserCore, attach_xfuser
 from refalign_ext.guidance import BRANCHES
-from refalign_ext.pipeline import R2VPipeline, SingleProcess
+from refalign_ext.parallelism import SingleProcess
+from refalign_ext.pipeline import R2VPipeline
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_checkpoint import build, tiny_config
 
@@ -96,9 +97,9 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def load(division: Division, folder: Path) -> R2VPipeline:
-    return R2VPipeline.load(
-        CONFIG,
+    return R2VPipeline.from_pretrained(
         folder,
+        config=CONFIG,
         device="cpu",
         dtype=division.dtype,
         offload_model=division.offload_model,
@@ -279,9 +280,9 @@ def test_offloading_and_sharding_exclude_each_other(checkpoint: Path) -> None:
         shards_text_encoder = True
 
     with pytest.raises(ValueError, match="--offload_model True does not go with --dit_fsdp or --t5_fsdp"):
-        R2VPipeline.load(CONFIG, checkpoint, offload_model=True, ranks=Sharding())
+        R2VPipeline.from_pretrained(checkpoint, offload_model=True, ranks=Sharding())
     with pytest.raises(ValueError, match="--t5_cpu does not go with --t5_fsdp"):
-        R2VPipeline.load(CONFIG, checkpoint, t5_cpu=True, ranks=Sharding())
+        R2VPipeline.from_pretrained(checkpoint, t5_cpu=True, ranks=Sharding())
 
 
 class FakeXfuser:
@@ -415,7 +416,7 @@ def test_xfuser_gives_way_with_one_reason() -> None:
 
 def keys_with_xfuser(rank: int, folder: Path) -> tuple[bool, list[str], list[str]]:
     FakeXfuser().install()
-    model = R2VPipeline.load(CONFIG, folder, device="cpu").backbone.model
+    model = R2VPipeline.from_pretrained(folder, config=CONFIG, device="cpu").backbone.model
     before = list(model.state_dict())
     backbone = ReferenceBackbone(model)
     parallel = Parallel.create(ParallelSizes(1, 1, 2), CPU)

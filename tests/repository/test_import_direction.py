@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = [
     "errors atomic_io",
     "config request",
-    "layout references tasks",
+    "layout references tasks media",
     "losses timesteps projectors teachers",
     "upstream backbone",
-    "guidance sampler pipeline lora encoders",
+    "guidance parallelism sampler pipeline lora encoders",
     "data",
     "distributed",
     "planning",

@@ -8,9 +8,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from wan.utils.media import atomic_open, check_writable, save_image, save_video, video_to_frames
+from refalign_ext.media import save_video, video_to_frames
 
 
 def make_video(frames: int = 5, height: int = 48, width: int = 64) -> torch.Tensor:
@@ -86,14 +85,6 @@ def test_one_frame_and_values_out_of_range(tmp_path: Path) -> None:
     assert frames.min() > 252
 
 
-def test_image_round_trip(tmp_path: Path) -> None:
-    image = make_video()[:, 0]
-    path = save_image(image, tmp_path / "picture.png", magnify=2)
-    pixels = np.asarray(Image.open(path))
-    assert np.array_equal(pixels, video_to_frames(image[:, None], magnify=2)[0])
-    assert save_image(image[:, None], tmp_path / "same.png").exists()
-
-
 @pytest.mark.parametrize(
     ("video", "name", "fps", "message"),
     [
@@ -110,25 +101,3 @@ def test_unusable_videos_are_refused(
     with pytest.raises(ValueError, match=message):
         save_video(video, tmp_path / name, fps)
     assert not list(tmp_path.iterdir())
-
-
-def test_places_that_take_no_file_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "a.mp4", tmp_path / "folder", Path("/proc/nothing/a.mp4")):
-        with pytest.raises(ValueError, match=r"cannot write .*a\.mp4|it is a folder"):
-            check_writable(path)
-    assert check_writable(tmp_path / "new" / "deep" / "a.mp4") == tmp_path / "new" / "deep" / "a.mp4"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
-
-
-def test_an_error_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
-    target = tmp_path / "a.txt"
-    target.write_text("old")
-    with pytest.raises(KeyError), atomic_open(target) as aside:
-        aside.write_text("new")
-        raise KeyError("stop")
-    assert target.read_text() == "old"
-    with pytest.raises(KeyError), atomic_open(tmp_path / "new" / "b.txt"):
-        raise KeyError("stop")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
