@@ -1,10 +1,4 @@
-"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs.
-
-An entry is `{"metadata", "word_tags", "annotation"}` (PKU-YuanGroup/OpenS2V-Nexus). Its traps: `crop` is [x0, x1, y0, y1];
-`face_cut` is half-open and may exceed `num_frames`; subjects are numbered from 1 in `mask_map` and `mask_annotation` and
-lie at that number less one in `annotations`; boxes and masks are in pixels of the cropped frame; scores are absent where a
-mask is empty; one subject may occur under several names.
-"""
+"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs."""
 
 from __future__ import annotations
 
@@ -12,75 +6,18 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 
 from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
 from refalign_ext.data.conversion_report import ConversionReport
+from refalign_ext.data.convert.opens2v_format import AnnotatedBox, Annotation, Entry, Metadata
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.masks import RunLengthMask, area, bounding_box, iou, parse_mask
 from refalign_ext.data.schema import ClipScores, ReferenceScores, relative_path_problem
 
 LONGEST_KEY = 240
-_Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]  # more is damage; not NaN either
-_Integer = Annotated[int, msgspec.Meta(gt=-(10**9), lt=10**9)]
-_Texts = str | list[str] | None
-
-
-class _Resolution(msgspec.Struct):
-    width: _Integer
-    height: _Integer
-
-
-class _Metadata(msgspec.Struct):
-    path: str
-    num_frames: _Integer
-    resolution: _Resolution
-    fps: Annotated[float, msgspec.Meta(gt=0, lt=1e9)] | None = None
-    crop: tuple[_Integer, _Integer, _Integer, _Integer] | None = None
-    face_cut: tuple[_Integer, _Integer] | None = None
-    cut: tuple[_Integer, _Integer] | None = None
-    face_cap_qwen: _Texts = None
-    cap: _Texts = None
-    aesthetic: _Number | None = None
-    motion: _Number | None = None
-    tech: _Number | None = None
-
-    @property
-    def captions(self) -> list[str]:
-        """All captions without empty ones, the better ones first."""
-        groups = (
-            [value] if isinstance(value, str) else value or [] for value in (self.face_cap_qwen, self.cap)
-        )
-        return [text.strip() for group in groups for text in group if text.strip()]
-
-
-class _AnnotatedBox(msgspec.Struct):
-    class_name: str
-    bbox: tuple[_Number, _Number, _Number, _Number]
-    gme_score: _Number | None = None
-    aes_score: _Number | None = None
-
-
-class _AnnotatedFrame(msgspec.Struct):
-    ann_frame_idx: _Integer
-    annotations: Annotated[list[Any], msgspec.Meta(max_length=256)]  # a broken one costs itself only
-    box_format: Literal["xyxy"] = "xyxy"
-    img_width: _Integer | None = None
-    img_height: _Integer | None = None
-
-
-class _Annotation(msgspec.Struct):
-    ann_frame_data: _AnnotatedFrame
-    mask_map: dict[str, Any]
-    mask_annotation: dict[str, Any]
-
-
-class _Entry(msgspec.Struct):
-    metadata: _Metadata
-    annotation: _Annotation
-    word_tags: Any = None
 
 
 class EntryError(ValueError):
@@ -98,6 +35,8 @@ class _AnnotatedSubject:
     number: int
     name: str
     mask: RunLengthMask
+    mask_box: tuple[int, int, int, int]
+    pixels: int  # of the mask
     gme: float | None
     unfit: str | None  # why it is no good as a reference
     line: dict[str, Any]
@@ -123,7 +62,7 @@ def read_entry(
     """
     if relative_path_problem(key) or len(key) > LONGEST_KEY or not key.isprintable():
         raise EntryError("bad_entry", "its key cannot be part of a file name")
-    native = _converted(entry, _Entry, "bad_entry")
+    native = _converted(entry, Entry, "bad_entry")
     metadata, frame = native.metadata, native.annotation.ann_frame_data.ann_frame_idx
     video = _video(metadata)
     start, end = video["start_frame"], video["end_frame"]
@@ -174,7 +113,7 @@ def _converted(value: object, kind: type, reason: str) -> Any:
         raise EntryError(reason, str(error)) from None
 
 
-def _video(metadata: _Metadata) -> dict[str, Any]:
+def _video(metadata: Metadata) -> dict[str, Any]:
     if relative_path_problem(metadata.path):
         raise EntryError("bad_entry", "metadata.path is not a path relative to the part's videos")
     width, height, frames = metadata.resolution.width, metadata.resolution.height, metadata.num_frames
@@ -204,7 +143,7 @@ def _background_phrase(word_tags: Any) -> str | None:
 
 
 def _subjects(
-    annotation: _Annotation,
+    annotation: Annotation,
     video: dict[str, Any],
     selection: Selection,
     identity: str,
@@ -222,7 +161,7 @@ def _subjects(
     subjects = []
     for number, item in enumerate(frame.annotations, 1):
         try:
-            annotated = _converted(item, _AnnotatedBox, "bad_annotation")
+            annotated = _converted(item, AnnotatedBox, "bad_annotation")
             mask = _mask(
                 annotated.class_name, annotation.mask_map.get(str(number)), masks.get(str(number)), size
             )
@@ -252,7 +191,7 @@ def _mask(name: str, named: object, entry: object, size: tuple[int, int]) -> Run
 
 def _subject(
     number: int,
-    annotated: _AnnotatedBox,
+    annotated: AnnotatedBox,
     mask: RunLengthMask,
     video: dict[str, Any],
     frame: int,
@@ -293,7 +232,7 @@ def _subject(
         },
         "refs": [reference],
     }
-    return _AnnotatedSubject(number, name, mask, gme, unfit, line)
+    return _AnnotatedSubject(number, name, mask, mask_box, area(mask), gme, unfit, line)
 
 
 def _box(box: Box, size: tuple[int, int], overflow: str) -> Box:
@@ -335,6 +274,10 @@ def _distinct(
 
 
 def _overlaps(first: _AnnotatedSubject, second: _AnnotatedSubject, least: float) -> bool:
-    # Masks of very different areas need not be compared run by run.
-    smaller, larger = sorted((area(first.mask), area(second.mask)))
-    return smaller >= least * larger and iou(first.mask, second.mask) >= least
+    """Whether the masks' IoU reaches `least`; they are compared only if their boxes and areas allow it."""
+    (a0, b0, a1, b1), (c0, d0, c1, d1) = first.mask_box, second.mask_box
+    shared = max(0, min(a1, c1) - max(a0, c0)) * max(0, min(b1, d1) - max(b0, d0))
+    most = min(first.pixels, second.pixels, shared)
+    if most < least * (first.pixels + second.pixels - most):
+        return False
+    return iou(first.mask, second.mask) >= least
