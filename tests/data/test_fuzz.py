@@ -280,7 +280,7 @@ def test_opens2v_entries_that_are_distorted(opens2v: OpenS2V) -> None:
         entries = {key: distort(value, rng) if key.endswith("_0") else value for key, value in whole.items()}
         path.write_text(json_text(entries))
         ids, report = opens2v.convert()
-        # The parser of streams goes no further than an integer of more than 64 bits, or a hundred thousand lists.
+        # The decoder goes no further than an integer of thousands of digits, or a hundred thousand lists.
         assert ids >= set(opens2v.ids[2 if report.incomplete else 1 :])
         reasons |= report.dropped["clips"].keys() | report.dropped["references"].keys()
     assert len(reasons) >= 6, reasons
