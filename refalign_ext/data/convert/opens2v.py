@@ -1,11 +1,7 @@
 """OpenS2V-5M's native files to a manifest: parts are staged one by one, then joined with the pairs between their clips.
 
-The first pass reads every part JSON once, as a stream, into a sqlite file next to the manifest; this is the long one, it
-may be shared by processes and machines, and what is staged is not read again. The second joins and writes. Memory stays
-that of one entry and sqlite's page caches.
-
-A reference is not cut here: it names the video, the annotated frame, the box around its mask in the cropped frame, the
-mask, and a white background.
+The first pass reads every part JSON once, as a stream, into a sqlite file next to the manifest; this is the long one, and
+processes and machines may share it. The second joins and writes. Memory stays that of one entry and sqlite's caches.
 """
 
 from __future__ import annotations
@@ -66,9 +62,9 @@ def convert_opens2v(
 ) -> ConversionReport:
     """Converts OpenS2V-5M to the manifest `out`, with its index and `<out>.report.json`.
 
-    Started again after it was stopped, or with other rules of the second pass, it reads only parts that are not staged
-    yet in `<out>.staging`; a part counts as staged if its size, its time of change and the first pass's rules are the
-    same. With shares every process stages its parts, and the one that finds all of them staged joins.
+    Parts that are staged in `<out>.staging` are not read again unless they, or the first pass's rules, have changed.
+    With shares every process stages its parts, and the one that finds all of them staged joins. A reference is not cut
+    here: it names the video, the annotated frame, the mask and the box around it, and a white background.
 
     Args:
         parts: the part JSONs; a part's name without .json, such as "total_part1", is that of its folders.
@@ -83,8 +79,7 @@ def convert_opens2v(
         What was kept and dropped. Its `next_step` says what is missing if no manifest was written.
 
     Raises:
-        ValueError: naming the flag that is not as it should be.
-        OSError: if a file cannot be read or written.
+        ValueError: naming the flag that is not as it should be; OSError: if a file cannot be read or written.
     """
     root = manifest_root(out)
     videos = folder_inside(video_root, root, "--video_root")
@@ -170,42 +165,23 @@ def _stage_part(part: _Part, *, selection: Selection, bar_lines: int) -> None:
 
     report, name = ConversionReport(), part.path.name
     # Parts have tens of gigabytes: each has a bar of its own below that of all of them.
-    bar = tqdm(
-        total=part.path.stat().st_size,
-        desc=name,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        position=1 + part.number % bar_lines,
-        disable=None,
-    )
+    size, line = part.path.stat().st_size, 1 + part.number % bar_lines
+    bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, leave=False, position=line, disable=None)
     with bar, staging(part.target, part.mark, _TABLES, report) as staged:
         try:
             for position, (key, entry) in enumerate(read_entries(part.path, bar.update), 1):
-                _stage_entry(staged, part.path.stem, position, key, entry, selection, report)
+                identity, dropped = f"{part.path.stem}/{key}", ConversionReport()
+                try:
+                    record = read_entry(key, entry, selection, identity, dropped)
+                except EntryError as error:
+                    report.drop("clips", error.reason, f"{identity}: {error}")
+                    continue
+                row = (position, key, pack_record(record))
+                if not staged.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?)", row).rowcount:
+                    report.drop("clips", "duplicate_key", f"{identity}: entry {position}")
+                    continue
+                report.merge(dropped)
+                if record["reason"]:
+                    report.drop("clips", record["reason"], identity)
         except IncompleteFile as error:
             report.incomplete[name] = str(error)
-
-
-def _stage_entry(
-    staged: sqlite3.Connection,
-    part: str,
-    position: int,
-    key: str,
-    entry: object,
-    selection: Selection,
-    report: ConversionReport,
-) -> None:
-    identity, dropped = f"{part}/{key}", ConversionReport()
-    try:
-        record = read_entry(key, entry, selection, identity, dropped)
-    except EntryError as error:
-        report.drop("clips", error.reason, f"{identity}: {error}")
-        return
-    row = (position, key, pack_record(record))
-    if not staged.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?)", row).rowcount:
-        report.drop("clips", "duplicate_key", f"{identity}: entry {position}")
-        return
-    report.merge(dropped)
-    if record["reason"]:
-        report.drop("clips", record["reason"], identity)

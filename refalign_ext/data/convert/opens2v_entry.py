@@ -1,86 +1,23 @@
-"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs.
-
-An entry is `{"metadata", "word_tags", "annotation"}` (PKU-YuanGroup/OpenS2V-Nexus). Its traps: `crop` is [x0, x1, y0, y1];
-`face_cut` is half-open and may exceed `num_frames`; subjects are numbered from 1 in `mask_map` and `mask_annotation` and
-lie at that number less one in `annotations`; boxes and masks are in pixels of the cropped frame; scores are absent where a
-mask is empty; one subject may occur under several names.
-"""
+"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs."""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import msgspec
 
 from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
 from refalign_ext.data.conversion_report import ConversionReport
+from refalign_ext.data.convert.opens2v_format import AnnotatedBox, Annotation, Entry, Metadata
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.masks import RunLengthMask, area, bounding_box, iou, parse_mask
 from refalign_ext.data.schema import ClipScores, ReferenceScores, relative_path_problem
 
 LONGEST_KEY = 240
-_Number = Annotated[float, msgspec.Meta(gt=-1e9, lt=1e9)]  # more is damage; not NaN either
-_Integer = Annotated[int, msgspec.Meta(gt=-(10**9), lt=10**9)]
-_Texts = str | list[str] | None
-
-
-class _Resolution(msgspec.Struct):
-    width: _Integer
-    height: _Integer
-
-
-class _Metadata(msgspec.Struct):
-    path: str
-    num_frames: _Integer
-    resolution: _Resolution
-    fps: Annotated[float, msgspec.Meta(gt=0, lt=1e9)] | None = None
-    crop: tuple[_Integer, _Integer, _Integer, _Integer] | None = None
-    face_cut: tuple[_Integer, _Integer] | None = None
-    cut: tuple[_Integer, _Integer] | None = None
-    face_cap_qwen: _Texts = None
-    cap: _Texts = None
-    aesthetic: _Number | None = None
-    motion: _Number | None = None
-    tech: _Number | None = None
-
-    @property
-    def captions(self) -> list[str]:
-        """All captions without empty ones, the better ones first."""
-        groups = (
-            [value] if isinstance(value, str) else value or [] for value in (self.face_cap_qwen, self.cap)
-        )
-        return [text.strip() for group in groups for text in group if text.strip()]
-
-
-class _AnnotatedBox(msgspec.Struct):
-    class_name: str
-    bbox: tuple[_Number, _Number, _Number, _Number]
-    gme_score: _Number | None = None
-    aes_score: _Number | None = None
-
-
-class _AnnotatedFrame(msgspec.Struct):
-    ann_frame_idx: _Integer
-    annotations: Annotated[list[Any], msgspec.Meta(max_length=256)]  # a broken one costs itself only
-    box_format: Literal["xyxy"] = "xyxy"
-    img_width: _Integer | None = None
-    img_height: _Integer | None = None
-
-
-class _Annotation(msgspec.Struct):
-    ann_frame_data: _AnnotatedFrame
-    mask_map: dict[str, Any]
-    mask_annotation: dict[str, Any]
-
-
-class _Entry(msgspec.Struct):
-    metadata: _Metadata
-    annotation: _Annotation
-    word_tags: Any = None
 
 
 class EntryError(ValueError):
@@ -93,16 +30,16 @@ class EntryError(ValueError):
 
 @dataclass(frozen=True)
 class _AnnotatedSubject:
-    """One annotated subject with a mask that is not empty."""
+    """One annotated subject with a mask that is not empty, and what the manifest says of it."""
 
     number: int
     name: str
-    box: Box
     mask: RunLengthMask
     mask_box: tuple[int, int, int, int]
     pixels: int  # of the mask
-    scores: ReferenceScores
+    gme: float | None
     unfit: str | None  # why it is no good as a reference
+    line: dict[str, Any]
 
 
 def read_entry(
@@ -125,7 +62,7 @@ def read_entry(
     """
     if relative_path_problem(key) or len(key) > LONGEST_KEY or not key.isprintable():
         raise EntryError("bad_entry", "its key cannot be part of a file name")
-    native = _converted(entry, _Entry, "bad_entry")
+    native = _converted(entry, Entry, "bad_entry")
     metadata, frame = native.metadata, native.annotation.ann_frame_data.ann_frame_idx
     video = _video(metadata)
     start, end = video["start_frame"], video["end_frame"]
@@ -136,7 +73,7 @@ def read_entry(
     captions = metadata.captions
     if not captions:
         raise EntryError("no_prompt", "neither face_cap_qwen nor cap says anything")
-    annotated = _subjects(native.annotation, video["crop_xyxy"], selection, identity, report)
+    annotated = _subjects(native.annotation, video, selection, identity, report)
     distinct, aliases = _distinct(annotated, selection.max_mask_iou, identity, report)
     scores = ClipScores(metadata.aesthetic, metadata.motion, metadata.tech)
     reason = selection.clip_problem(end - start, scores)
@@ -149,8 +86,8 @@ def read_entry(
             "video": video,
             "prompt": captions[0],
             "prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]],
-            "scores": {"aesthetic": scores.aesthetic, "motion": scores.motion, "tech": scores.tech},
-            "subjects": [_manifest_subject(subject, video, frame) for subject in distinct],
+            "scores": asdict(scores),
+            "subjects": [subject.line for subject in distinct],
         },
         "unfit": {str(subject.number): subject.unfit for subject in distinct if subject.unfit},
         "names": {str(subject.number): subject.name for subject in annotated},
@@ -176,7 +113,7 @@ def _converted(value: object, kind: type, reason: str) -> Any:
         raise EntryError(reason, str(error)) from None
 
 
-def _video(metadata: _Metadata) -> dict[str, Any]:
+def _video(metadata: Metadata) -> dict[str, Any]:
     if relative_path_problem(metadata.path):
         raise EntryError("bad_entry", "metadata.path is not a path relative to the part's videos")
     width, height, frames = metadata.resolution.width, metadata.resolution.height, metadata.num_frames
@@ -206,13 +143,14 @@ def _background_phrase(word_tags: Any) -> str | None:
 
 
 def _subjects(
-    annotation: _Annotation,
-    crop: Sequence[int],
+    annotation: Annotation,
+    video: dict[str, Any],
     selection: Selection,
     identity: str,
     report: ConversionReport,
 ) -> list[_AnnotatedSubject]:
-    frame, size = annotation.ann_frame_data, (crop[2] - crop[0], crop[3] - crop[1])
+    frame, (x0, y0, x1, y1) = annotation.ann_frame_data, video["crop_xyxy"]
+    size = (x1 - x0, y1 - y0)
     declared = (frame.img_width or size[0], frame.img_height or size[1])
     if declared != size:
         raise EntryError(
@@ -221,21 +159,20 @@ def _subjects(
     masks = annotation.mask_annotation.get(str(frame.ann_frame_idx))
     masks = _converted({} if masks is None else masks, dict[str, Any], "bad_entry")
     subjects = []
-    for number, box in enumerate(frame.annotations, 1):
-        key = str(number)
+    for number, item in enumerate(frame.annotations, 1):
         try:
-            named = annotation.mask_map.get(key)
-            subjects.append(_subject(number, box, named, masks.get(key), size, selection))
+            annotated = _converted(item, AnnotatedBox, "bad_annotation")
+            mask = _mask(
+                annotated.class_name, annotation.mask_map.get(str(number)), masks.get(str(number)), size
+            )
+            subjects.append(_subject(number, annotated, mask, video, frame.ann_frame_idx, size, selection))
         except EntryError as error:
             report.drop("references", error.reason, f"{identity}, {number}: {error}")
     return subjects
 
 
-def _subject(
-    number: int, annotation: object, named: object, entry: object, size: tuple[int, int], selection: Selection
-) -> _AnnotatedSubject:
-    annotated = _converted(annotation, _AnnotatedBox, "bad_annotation")
-    name = annotated.class_name
+def _mask(name: str, named: object, entry: object, size: tuple[int, int]) -> RunLengthMask:
+    """The mask of an annotation, whose name has to be the one that the masks are listed under."""
     if not name.strip():
         raise EntryError("bad_annotation", "class_name is empty")
     if not isinstance(named, dict) or entry is None:
@@ -249,17 +186,53 @@ def _subject(
     if mask.size != (size[1], size[0]):
         what = f"the mask has {mask.size[1]}x{mask.size[0]} pixels, the cropped frame {size[0]}x{size[1]}"
         raise EntryError("mask_size_differs", what)
+    return mask
+
+
+def _subject(
+    number: int,
+    annotated: AnnotatedBox,
+    mask: RunLengthMask,
+    video: dict[str, Any],
+    frame: int,
+    size: tuple[int, int],
+    selection: Selection,
+) -> _AnnotatedSubject:
+    """A subject of the manifest with one reference, which is a part of the annotated frame."""
+    name, gme, aes = annotated.class_name.strip(), annotated.gme_score, annotated.aes_score
     mask_box = bounding_box(mask)
     if mask_box is None:
         raise EntryError("mask_empty", f"the mask of {name!r} is empty")
     share = (mask_box[2] - mask_box[0]) * (mask_box[3] - mask_box[1]) / (size[0] * size[1])
-    scores = ReferenceScores(gme=annotated.gme_score, aes=annotated.aes_score, area_ratio=round(share, 6))
+    scores = ReferenceScores(gme=gme, aes=aes, area_ratio=round(share, 6))
     unfit = selection.reference_problem(scores)
     is_judged = selection.min_gme is not None or selection.min_aesthetic is not None
-    if unfit is None and scores.gme is None and scores.aes is None and is_judged:
+    if unfit is None and gme is None and aes is None and is_judged:
         unfit = "score_missing"
-    box = _box(annotated.bbox, size, selection.overflow)
-    return _AnnotatedSubject(number, name.strip(), box, mask, mask_box, area(mask), scores, unfit)
+    reference = {
+        "pair": "regular",
+        "video": {key: value for key, value in video.items() if key != "fps"},
+        "frame": frame,
+        "bbox_xyxy": mask_box,
+        "box_space": "cropped_frame",
+        # With one that is unfit nothing will be cut, and masks are most of what is staged.
+        "mask_rle": None if unfit else {"size": mask.size, "counts": mask.counts},
+        "bg": "white",
+        "scores": asdict(scores),
+    }
+    line = {
+        "subject_id": str(number),
+        "phrase": name,
+        "cls": name,
+        "kind": kind_of_class(name),
+        "target": {
+            "frame": frame,
+            "bbox_xyxy": _box(annotated.bbox, size, selection.overflow),
+            "box_space": "cropped_frame",
+        },
+        "refs": [reference],
+    }
+    return _AnnotatedSubject(number, name, mask, mask_box, area(mask), gme, unfit, line)
 
 
 def _box(box: Box, size: tuple[int, int], overflow: str) -> Box:
@@ -285,7 +258,7 @@ def _distinct(
         return list(subjects), {}
 
     def rank(subject: _AnnotatedSubject) -> tuple[bool, float]:
-        return subject.unfit is not None, float("inf") if subject.scores.gme is None else -subject.scores.gme
+        return subject.unfit is not None, float("inf") if subject.gme is None else -subject.gme
 
     kept: list[_AnnotatedSubject] = []
     aliases: dict[str, str] = {}
@@ -301,31 +274,10 @@ def _distinct(
 
 
 def _overlaps(first: _AnnotatedSubject, second: _AnnotatedSubject, least: float) -> bool:
-    # Masks of very different areas need not be compared run by run.
-    smaller, larger = sorted((first.pixels, second.pixels))
-    return smaller >= least * larger and iou(first.mask, second.mask) >= least
-
-
-def _manifest_subject(subject: _AnnotatedSubject, video: dict[str, Any], frame: int) -> dict[str, Any]:
-    """A subject of the manifest with one reference, which is a part of the annotated frame."""
-    mask, scores = subject.mask, subject.scores
-    reference = {
-        "pair": "regular",
-        "video": {name: value for name, value in video.items() if name != "fps"},
-        "frame": frame,
-        "bbox_xyxy": subject.mask_box,
-        "box_space": "cropped_frame",
-        "mask_rle": {"size": mask.size, "counts": mask.counts},
-        "bg": "white",
-        "scores": {"gme": scores.gme, "aes": scores.aes, "area_ratio": scores.area_ratio},
-    }
-    if subject.unfit:
-        del reference["mask_rle"]  # nothing will be cut with it, and masks are most of what is staged
-    return {
-        "subject_id": str(subject.number),
-        "phrase": subject.name,
-        "cls": subject.name,
-        "kind": kind_of_class(subject.name),
-        "target": {"frame": frame, "bbox_xyxy": subject.box, "box_space": "cropped_frame"},
-        "refs": [reference],
-    }
+    """Whether the masks' IoU reaches `least`; they are compared only if their boxes and areas allow it."""
+    (a0, b0, a1, b1), (c0, d0, c1, d1) = first.mask_box, second.mask_box
+    shared = max(0, min(a1, c1) - max(a0, c0)) * max(0, min(b1, d1) - max(b0, d0))
+    most = min(first.pixels, second.pixels, shared)
+    if most < least * (first.pixels + second.pixels - most):
+        return False
+    return iou(first.mask, second.mask) >= least

@@ -48,7 +48,7 @@ class ClipJoiner:
         self.videos, self.backgrounds, self.check_videos = videos, backgrounds, check_videos
         self.selection, self.report = selection, report
         self._video_path = lru_cache(4096)(self._find_video)
-        self._record = lru_cache(_CACHED_RECORDS)(self._read_record)
+        self._record = lru_cache(_CACHED_RECORDS)(self._find_record)
 
     def clips(self) -> Iterator[Clip]:
         """All lines, one at a time."""
@@ -163,14 +163,13 @@ class ClipJoiner:
     ) -> tuple[str | None, tuple[str, str], _Reference]:
         """(why not, which subject of which clip, the reference) of a pair."""
         nothing = ("", ""), {}
-        where = self._locate(pair.source)
-        if where is None:
+        found = self._record(pair.source)
+        if found is None:
             return "cross_clip_missing", *nothing
-        part, key = where
+        part, key, record = found
         source = f"{part}/{key}"
         if source == identity:
             return "cross_self", *nothing
-        record = self._record(part, key)
         number = _subject_id(record, pair.source_number, pair.source_name)
         if number is None:
             return "cross_thing_missing", *nothing
@@ -211,18 +210,15 @@ class ClipJoiner:
         source = key.split("_segment")[0]
         return cluster or (source if source != key else key.split("_part")[0]) or key
 
-    def _locate(self, name: str) -> tuple[str, str] | None:
-        """(part, key) of a clip that a pair names with its part or without it."""
+    def _find_record(self, name: str) -> tuple[str, str, _Record] | None:
+        """(part, key, record) of a clip that a pair names with its part or without it."""
         part, _, key = name.partition("/")
         candidates = [(part, key)] if part in self.parts else [(other, name) for other in self.parts]
         for part, key in candidates:
-            if self.parts[part].execute("SELECT 1 FROM entry WHERE key = ?", (key,)).fetchone():
-                return part, key
+            row = self.parts[part].execute("SELECT record FROM entry WHERE key = ?", (key,)).fetchone()
+            if row is not None:
+                return part, key, unpack_record(row[0])
         return None
-
-    def _read_record(self, part: str, key: str) -> _Record:
-        query = "SELECT record FROM entry WHERE key = ?"
-        return unpack_record(self.parts[part].execute(query, (key,)).fetchone()[0])
 
     def _find_video(self, part: str, path: str) -> str | None:
         """A video's path relative to the manifest's folder; None if there is none and that matters."""
