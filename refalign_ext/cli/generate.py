@@ -6,15 +6,15 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from refalign_ext.cli.options import Device, FiniteFloat, Size, WordsCommand
-from refalign_ext.errors import EXPECTED_ERRORS, describe_error
+from refalign_ext.cli.program import Program, stops_on_request
 from refalign_ext.request import (
     DTYPES,
     MATTE_MODES,
@@ -36,8 +36,6 @@ _RUNTIME_OPTIONS = (
     *("dit_ckpt", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
     *("cfg_size", "ulysses_size", "ring_size", "sp_backend"),
 )
-
-_ranks_have_met = False
 
 
 def task_default(name: str) -> str:
@@ -195,17 +193,18 @@ _OPTIONS = (
 )
 
 
-def _flags(**flags: Any) -> dict[str, Any]:
-    return flags
+class Generation(WordsCommand, Program):
+    """The program.
 
+    Attributes:
+        options: of this run, once they are known.
+    """
 
-command = WordsCommand(
-    "generate.py",
-    callback=_flags,
-    params=list(_OPTIONS),
-    help="Generates a video or an image from a prompt; the r2v tasks also take reference images.\n\n"
-    "On several devices: torchrun --nproc_per_node=N generate.py ...; cfg x Ulysses x ring = N.",
-)
+    options: RuntimeOptions | None = None
+
+    @property
+    def memory_advice(self) -> str:
+        return "out of memory" if self.options is None else self.options.memory_advice()
 
 
 def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions]:
@@ -216,22 +215,17 @@ def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions
     """
     if flags["use_prompt_extend"]:
         raise ValueError("--use_prompt_extend: not available yet: write the full prompt yourself")
-    refused = None
+    refused, is_dry_run, world_size = None, flags["dry_run"], flags["world_size"]
     if flags["task"] not in TASKS and os.environ.get("WAN_ROOT"):
         from refalign_ext.backbone import REFUSED_TASKS as refused
-    task, is_dry_run, world_size = (
-        find_task(flags["task"], refused=refused),
-        flags["dry_run"],
-        flags["world_size"],
-    )
-    settings = (*task.SETTINGS, *_SCALES, "matte")
+    task = find_task(flags["task"], refused=refused)
     request = task.request(
         flags["prompt"] or task.example_prompt or "",
         flags["ref"],
         roles=flags["ref_role"],
         seed=flags["base_seed"],
         inputs=tuple((name, flags[name]) for name in _INPUTS if flags[name] is not None),
-        **{name: flags[name] for name in settings},
+        **{name: flags[name] for name in (*task.SETTINGS, *_SCALES, "matte")},
     )
     if world_size is not None and (world_size < 1 or not is_dry_run):
         raise ValueError(
@@ -251,14 +245,11 @@ def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions
     return request, options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; gives its exit code."""
-    try:
-        flags = command.main(arguments, prog_name="generate.py", standalone_mode=False)
-    except click.ClickException as error:
-        fail(describe_error(error, "") or "")
-    if not isinstance(flags, dict):  # --help
-        return 0
+def generate(**flags: Any) -> None:
+    """Generates a video or an image from a prompt; the r2v tasks also take reference images.
+
+    On several devices: torchrun --nproc_per_node=N generate.py ...; cfg x Ulysses x ring = N.
+    """
     if flags["wan_root"] is not None:
         os.environ["WAN_ROOT"] = flags["wan_root"]
     rank = _environment("RANK", 0)
@@ -269,108 +260,67 @@ def main(arguments: list[str] | None = None) -> int:
         stream=sys.stdout,
         force=True,
     )
-    try:
-        if _environment("WORLD_SIZE", 1) > 1 and not flags["dry_run"]:
-            _run_distributed(flags, rank)
-        else:
-            _run_alone(flags)
-    except KeyboardInterrupt:
-        if rank == 0:
-            click.echo("generate.py: interrupted, nothing written", err=True)
-        if _ranks_have_met:
-            leave(130)
-        return 130
-    return 0
+    with stops_on_request("generate.py: interrupted, nothing written"):
+        if _environment("WORLD_SIZE", 1) == 1 or flags["dry_run"]:
+            _generate(flags, rank)
+            return
+        from refalign_ext.serving.generation import distributed
+
+        # First of all, so that exactly one rank reports whatever fails on whichever.
+        with distributed(flags["device"]) as device:
+            _generate({**flags, "device": device}, rank)
 
 
-def _run_alone(flags: dict[str, Any]) -> None:
-    options = None
-    try:
-        request, options = read_flags(flags)
-        paths = None if flags["dry_run"] else _output_paths(request, options, flags)
-        # Importing this takes seconds, which the mistakes found above are spared.
-        from refalign_ext.serving.generation import describe_plan, generate, resolve_parallel_sizes
+def _generate(flags: dict[str, Any], rank: int) -> None:
+    request, options = read_flags(flags)
+    command.options = options
+    if options.world_size > 1 and not flags["dry_run"]:
+        from refalign_ext.serving.generation import resolve_parallel_sizes
 
-        if not flags["dry_run"]:
-            generate(request, resolve_parallel_sizes(request, options), paths, flags)
-        elif _environment("RANK", 0) == 0:
-            click.echo(describe_plan(request, options))
-    except EXPECTED_ERRORS as error:
-        message = _explain(error, options)
-        if message is None:
-            raise
-        fail(message)
-
-
-def _run_distributed(flags: dict[str, Any], rank: int) -> None:
-    """Meets the other ranks first: then, whatever fails on whichever rank, exactly one of them says so."""
-    global _ranks_have_met
-    from refalign_ext.distributed.process_group import is_first_to_fail, is_lost_contact
-    from refalign_ext.serving.generation import (
-        generate,
-        init_distributed,
-        resolve_parallel_sizes,
-        shutdown_distributed,
-    )
-
-    options = None
-    try:
-        flags["device"] = init_distributed(flags["device"])
-        _ranks_have_met = True
-        request, options = read_flags(flags)
         options = resolve_parallel_sizes(request, options)
-        paths = _output_paths(request, options, flags) if rank == 0 else None
-        generate(request, options, paths, flags)
-        shutdown_distributed()
-    except EXPECTED_ERRORS as error:
-        if (rank and is_lost_contact(error)) or not is_first_to_fail():
-            leave(2)
-        message = _explain(error, options)
-        if message is None:
-            traceback.print_exc()
-            leave(1)
-        fail(message)
-    _ranks_have_met = False
+    paths = None
+    if rank == 0 and not flags["dry_run"]:
+        from refalign_ext.serving.outputs import OutputPaths
 
+        paths = OutputPaths.choose(
+            request,
+            options,
+            flags["save_file"],
+            sheet=flags["save_sheet"],
+            references=flags["save_references"],
+        )
+    # Importing this takes seconds, which the mistakes found above are spared.
+    from refalign_ext.serving.generation import describe_plan, run_request
 
-def _output_paths(request: GenerationRequest, options: RuntimeOptions, flags: dict[str, Any]) -> Any:
-    from refalign_ext.serving.outputs import OutputPaths
-
-    return OutputPaths.choose(
-        request,
-        options,
-        flags["save_file"],
-        sheet=flags["save_sheet"],
-        references=flags["save_references"],
-    )
-
-
-def _explain(error: BaseException, options: RuntimeOptions | None) -> str | None:
-    if "torch" not in sys.modules:
-        return describe_error(error, "out of memory")
-    from refalign_ext.serving.generation import explain
-
-    return explain(error, options)
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with exit code 2 and one line on standard error, of rank 0 before the ranks have met."""
-    if _environment("RANK", 0) == 0 or _ranks_have_met:
-        click.echo(f"generate.py: error: {message}", err=True)
-    leave(2)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the program; of several ranks at once, because communication that others left could hold up a tidy exit."""
-    if _ranks_have_met:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if _environment("RANK", 0) == 0:
-            time.sleep(1)  # it may hold the store that tells the others that someone has spoken
-        os._exit(code)
-    raise SystemExit(code)
+    if not flags["dry_run"]:
+        run_request(request, options, paths, flags)
+    elif rank == 0:
+        click.echo(describe_plan(request, options))
 
 
 def _environment(name: str, default: int) -> int:
     """A number that torchrun sets."""
     return int(os.environ.get(name) or default)
+
+
+command = Generation(
+    "generate.py",
+    callback=generate,
+    params=list(_OPTIONS),
+    help=generate.__doc__,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
+    command.options = None
+    code = command.run(arguments)
+    if code and _environment("WORLD_SIZE", 1) > 1:
+        # At once, because communication that others left could hold up a tidy exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _environment("RANK", 0) == 0:
+            time.sleep(1)  # it may hold the store that tells the others that someone has reported
+        os._exit(code)
+    return code

@@ -17,7 +17,12 @@ class Training(Program):
     memory_advice = "out of memory: lower --batch_size (--global_batch_size accumulates), or use --activation_checkpointing full"
 
 
-@click.command("train_refalign.py", cls=Training, params=setting_options())
+@click.command(
+    "train_refalign.py",
+    cls=Training,
+    params=setting_options(),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto (default).")
 @click.option(
     "--resume", default="auto", help="auto (default: newest checkpoint in --out), off, or a folder."

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from refalign_ext.backbone import (
@@ -31,13 +32,13 @@ from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
+    environment_rank,
     is_lost_contact,
     rank_device,
     start_process_group,
     stop_process_group,
 )
 from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
-from refalign_ext.errors import describe_error
 from refalign_ext.guidance import required_branches
 from refalign_ext.parallelism import SingleProcess
 from refalign_ext.pipeline import R2VPipeline, Result
@@ -91,6 +92,27 @@ def shutdown_distributed() -> None:
     stop_process_group(together=True)
 
 
+@contextmanager
+def distributed(device: str) -> Iterator[str]:
+    """This rank's device, between `init_distributed` and `shutdown_distributed`.
+
+    Raises:
+        ConnectionError: on rank 0 if another rank is gone; other ranks leave the report to it.
+    """
+    own = init_distributed(device)
+    try:
+        yield own
+        shutdown_distributed()
+    except (OSError, RuntimeError) as error:
+        if not is_lost_contact(error):
+            raise
+        if environment_rank() > 0:
+            raise click.exceptions.Exit(2) from error
+        raise ConnectionError(
+            "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
+        ) from error
+
+
 def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
     """Who would hold what, for a dry run: needs no weights, no references and no GPU.
 
@@ -103,7 +125,7 @@ def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
     return describe(_plan(request, resolve_parallel_sizes(request, options), None))
 
 
-def generate(
+def run_request(
     request: GenerationRequest, options: RuntimeOptions, paths: OutputPaths | None, flags: Mapping[str, Any]
 ) -> Path | None:
     """Runs a request and writes its files; nothing is written when a check or the run fails.
@@ -139,7 +161,7 @@ def generate(
             dtype=options.dtype,
             dit_ckpt=options.dit_ckpt,
             t5_cpu=options.t5_cpu,
-            offload_model=_offloads(options),
+            offload_model=options.offloads(device.type),
             ranks=ranks,
             read_dit=read_any_dit,
         )
@@ -169,18 +191,6 @@ def generate(
     for path in paths.files(len(result.references)):
         logger.info("wrote %s", path)
     return paths.result
-
-
-def explain(error: BaseException, options: RuntimeOptions | None) -> str | None:
-    """One line for the user, or None for an error that is not the user's to mend; see `describe_error`.
-
-    Args:
-        options: None where they could not be made.
-    """
-    line = describe_error(error, "out of memory" if options is None else _out_of_memory_advice(options))
-    if line is None and is_lost_contact(error):
-        return "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
-    return line
 
 
 def _join(request: GenerationRequest, options: RuntimeOptions, device: torch.device) -> SingleProcess:
@@ -224,13 +234,6 @@ def _plan(request: GenerationRequest, options: RuntimeOptions, device_memory: in
         precision="bf16" if is_half else "fp32",
         device_memory=device_memory,
     )
-
-
-def _offloads(options: RuntimeOptions) -> bool:
-    if options.offload_model is not None:
-        return options.offload_model
-    is_cuda = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
-    return is_cuda and options.world_size == 1
 
 
 def _branches(request: GenerationRequest) -> int:
@@ -278,19 +281,3 @@ def _sheet(request: GenerationRequest, result: Result) -> Any:
         title=f"{task.title} {task.name}",
         footer="   |   ".join(footer),
     )
-
-
-def _out_of_memory_advice(options: RuntimeOptions) -> str:
-    """One line that names the flags which are still left to save memory."""
-    flags = []
-    if options.world_size > 1:
-        flags += [f"--{name}" for name in ("dit_fsdp", "t5_fsdp") if not getattr(options, name)]
-        flags.append("more ranks with a larger --ulysses_size or --ring_size")
-    if not (_offloads(options) or options.dit_fsdp or options.t5_fsdp):
-        flags.append("--offload_model True")
-    if not (options.t5_cpu or options.t5_fsdp):
-        flags.append("--t5_cpu")
-    if options.dtype != "bf16":
-        flags.append("--dtype bf16")
-    flags += ["a smaller --size", "fewer frames (--frame_num)"]
-    return f"out of memory on {options.device}: try {', '.join(flags)}"

@@ -42,22 +42,16 @@ class Conditions:
 
 
 class ConditionEncoders(Protocol):
-    """What `Task.prepare` encodes with; `R2VPipeline` is one."""
+    """What `Task.prepare` encodes with: the methods of `R2VPipeline` by these names."""
 
     config: EasyDict
     device: Any
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
-        """Embeddings [L, text_dim], one per text."""
-        ...
+    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
 
-    def encode_videos(self, videos: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [C, f, h, w] of videos [3, F, H, W] in [-1, 1], each encoded alone."""
-        ...
+    def encode_videos(self, videos: Sequence[Tensor]) -> list[Tensor]: ...
 
-    def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int, int]:
-        """[C, f, h, w] of the request's video."""
-        ...
+    def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
