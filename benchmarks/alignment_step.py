@@ -10,8 +10,6 @@ training: computing them is part of filling it.
 
 from __future__ import annotations
 
-import datetime
-import platform
 import statistics
 import sys
 import tempfile
@@ -24,10 +22,12 @@ import click
 import torch
 from tqdm import tqdm
 
-from benchmarks.machine import processor
+from benchmarks.machine import processor, section_head, show_section
 from refalign_ext.backbone import resolve_device
 from refalign_ext.config import configure
 from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.encoders import Encoders
+from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.trainer import Trainer
 
@@ -50,7 +50,8 @@ def build(depth: int, references: int, folder: Path, device: torch.device) -> Tr
         "out": str(folder / f"{references}-{depth}"),
         "cache": str(folder / "cache"),
     }
-    return build_trainer(configure("tiny", settings), Parallel.single(device))
+    config = configure("tiny", settings)
+    return build_trainer(config, Parallel.single(device), SPRITE_DATA, Encoders(config, device))
 
 
 def seconds_of_step(trainer: Trainer) -> tuple[float, float]:
@@ -94,11 +95,10 @@ def main(steps: int, threads: int, device: str, write: bool) -> None:
     name = processor() if place.type == "cpu" else torch.cuda.get_device_name(place)
     clock = 1 if place.type == "cuda" else 0
     lines = [
-        f"\n## Cost of reference alignment per training step, r2v-tiny, {place.type}",
-        "",
-        f"- Date: {datetime.date.today()}",
-        f"- Machine: {name}, {threads} thread(s)",
-        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}",
+        *section_head(
+            f"Cost of reference alignment per training step, r2v-tiny, {place.type}",
+            f"{name}, {threads} thread(s)",
+        ),
         f"- `python benchmarks/alignment_step.py --device {device} --threads {threads} --steps {steps}`: recipe `tiny`, batch 8, "
         f"eager, bf16 autocast, median of {steps} interleaved steps, {'wall' if clock else 'CPU'} time; in brackets the ratio to "
         "no alignment",
@@ -113,11 +113,7 @@ def main(steps: int, threads: int, device: str, write: bool) -> None:
             for depth in DEPTHS
         ]
         lines.append(f"| {references} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
-    click.echo(text)
-    if write:
-        with (Path(__file__).parent / "RESULTS.md").open("a", encoding="utf-8") as file:
-            file.write(text)
+    show_section(lines, write=write)
 
 
 if __name__ == "__main__":

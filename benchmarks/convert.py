@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ijson
 import numpy as np
 import psutil
 
@@ -43,7 +42,7 @@ import json, sys
 from pathlib import Path
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.work import Share
+from refalign_ext.data.pieces import Share
 folder, workers = Path(sys.argv[1]), int(sys.argv[2])
 report = convert_opens2v(sorted(folder.glob("total_part*.json")), folder / "out.jsonl", video_root=folder,
     cross_pairs=folder / sys.argv[3] if sys.argv[3:] else None, selection=Selection(), share=Share(), workers=workers,
@@ -243,7 +242,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
         "",
         f"- Date: {datetime.date.today().isoformat()}",
         f"- Machine: {processor()}, {os.cpu_count()} cores, load average {load}{note}",
-        f"- Versions: Python {platform.python_version()}, ijson {ijson.__version__} ({ijson.backend})",
+        f"- Versions: Python {platform.python_version()}",
         f"- Setting: `benchmarks/convert.py --gigabytes {arguments.gigabytes:g} --parts {arguments.parts} "
         f"--workers {arguments.workers}`: {size / 1e9:.2f} GB in {len(paths)} part(s), "
         f"{count:,} entries of {size / count / 1e3:.0f} kB with {arguments.things} masks of {SIZE[0]} x {SIZE[1]}, "

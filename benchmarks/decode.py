@@ -29,7 +29,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import processor
-from refalign_ext.data.decoding import _fitted, probe, read_clip
+from refalign_ext.data.decoding import read_clip, resize_and_crop
+from refalign_ext.data.video_file import probe
 
 TITLE = "Decoding the last frames of a clip"
 
@@ -69,7 +70,7 @@ def decode_all(path: Path, frame_num: int, size: tuple[int, int]) -> Tensor:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         last = deque(container.decode(stream), maxlen=frame_num)
-    return torch.stack([_fitted(frame.to_ndarray(format="rgb24"), size) for frame in last], 1)
+    return torch.stack([resize_and_crop(frame.to_ndarray(format="rgb24"), size) for frame in last], 1)
 
 
 def compare(sides: list[Callable[[], Tensor]], repeats: int) -> list[float]:

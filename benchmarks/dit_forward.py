@@ -11,9 +11,7 @@ attention.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import statistics
 import sys
 import time
@@ -31,26 +29,17 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import processor
+from benchmarks.machine import RESULTS, processor, section_head, show_section
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel, rope_multipliers
 from wan.utils.dit_checkpoint import dit_arguments
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
-TITLE = "DiT forward and training step"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # matmuls and attention; its softmax too, where attention is spelled out
 _NOT_COUNTED = {
-    "mm",
-    "addmm",
-    "bmm",
-    "baddbmm",
-    "mv",
-    "linear",
-    "convolution",
-    "_softmax",
-    "_softmax_backward_data",
+    *("mm", "addmm", "bmm", "baddbmm", "mv", "linear", "convolution"),
+    *("_softmax", "_softmax_backward_data"),
 }
 _NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "promote_types"}
 _OVERWRITING = {"copy_", "fill_", "zero_"}
@@ -169,12 +158,8 @@ def measure(arguments: argparse.Namespace) -> list[tuple[str, float, float, str]
         return torch.stack(ours(list(latents), timesteps, list(context), tokens))
 
     def their_forward() -> torch.Tensor:
-        return theirs(latents.to(theirs.patch_embedding.weight.dtype), timesteps, text(), return_dict=False)[
-            0
-        ]
-
-    def text() -> torch.Tensor:
-        return context.to(theirs.patch_embedding.weight.dtype)
+        dtype = theirs.patch_embedding.weight.dtype
+        return theirs(latents.to(dtype), timesteps, context.to(dtype), return_dict=False)[0]
 
     table = []
     if not arguments.forward_only:
@@ -206,19 +191,17 @@ def measure(arguments: argparse.Namespace) -> list[tuple[str, float, float, str]
     return table
 
 
-def report(arguments: argparse.Namespace, table: list[tuple[str, float, float, str]]) -> str:
-    """The results as a Markdown section."""
+def report(arguments: argparse.Namespace, table: list[tuple[str, float, float, str]]) -> list[str]:
+    """The lines of a section of RESULTS.md."""
     machine = f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     if arguments.device == "cuda":
         machine = f"{torch.cuda.get_device_name()}; {machine}"
     frames, rows, columns = arguments.grid
+    if arguments.note:
+        machine += f"; {arguments.note}"
+    title = f"DiT forward and training step, {arguments.dtype}, {arguments.device}"
     lines = [
-        f"## {TITLE}, {arguments.dtype}, {arguments.device}",
-        "",
-        f"- Date: {datetime.date.today().isoformat()}",
-        f"- Machine: {machine}" + (f"; {arguments.note}" if arguments.note else ""),
-        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, "
-        f"diffusers {version('diffusers')}",
+        *section_head(title, machine, f"diffusers {version('diffusers')}"),
         f"- Setting: width of Wan2.1-T2V-1.3B, {arguments.layers} block(s), batch {arguments.batch}, "
         f"{frames} x {rows} x {columns} = {frames * rows * columns} tokens, 512 text tokens, "
         f"median of {arguments.repeats} interleaved repeats (half as many for training)",
@@ -228,7 +211,7 @@ def report(arguments: argparse.Namespace, table: list[tuple[str, float, float, s
     ]
     for name, ours, theirs, unit in table:
         lines.append(f"| {name} | {ours:.3g} {unit} | {theirs:.3g} {unit} | {ours / theirs:.2f} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -247,11 +230,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"append the result to {RESULTS.name}")
     parser.add_argument("--note", default="", help="a remark on the machine for the record")
     arguments = parser.parse_args()
-    section = report(arguments, measure(arguments))
-    print(section)
-    if arguments.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n" + section)
+    show_section(report(arguments, measure(arguments)), write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Clips per second of the training loader: from files, from tar shards, and with a cache of latents, against the naive way.
+"""Clips per second of the training loader: from files, from tar shards, and with a cache of latents.
 
 Nothing is encoded: a sample is 81 frames of 832x480 and three references as pixels, or with a cache what it has instead of
-them. The naive way decodes a whole file, then picks and scales frames, and reads references with Pillow; it takes the same
-samples, through the same loader. Clips and references are rendered, and read from the system's memory, not from a disk.
-At the end follows what training would need, which is calculated.
+them. Clips and references are rendered, and read from the system's memory, not from a disk. At the end follows what
+training would need, which is calculated. What decoding costs without seeking is in benchmarks/decode.py.
 
     python benchmarks/loader.py                              # 300 frames of 1280x720 at 30 fps
     python benchmarks/loader.py --clips 4 --samples 2 --repeats 1 --workers 0 --frames 120 --frame-num 17   # a short one
@@ -23,13 +22,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import PIL
 import psutil
 import torch
-import torchdata
 from PIL import Image
 from torch import Tensor
 
@@ -39,27 +38,21 @@ from benchmarks.decode import pictures, render
 from benchmarks.machine import processor
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.config import AlignmentConfig
+from refalign_ext.data.cache.build import fill_cache
 from refalign_ext.data.cache.files import CacheHeader
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
 from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.decoding import _fitted
-from refalign_ext.data.hashing import keyed_generator
-from refalign_ext.data.loading.dataset import ClipDataset, LoadedReference, LoadedSample
+from refalign_ext.data.loading.dataset import ClipDataset
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.pixels import _AUGMENTATIONS, _CUTS, to_uint8
-from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, Sampling, choose
-from refalign_ext.data.sampling.order import Place
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.sampling.order import OrderEntry
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.spans import Part, choose_frames
-from refalign_ext.data.work import Share
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
-from refalign_ext.references import letterbox, reference_to_tensor
-from refalign_ext.training.precompute import FrozenParts, fill_cache
 
 TITLE = "Loading training samples"
 TASK = "r2v-1.3B"
@@ -111,50 +104,22 @@ def write_cache(folder: Path, clips: ClipSet, sampling: Sampling) -> LatentCache
     tokens = rows * columns // (task.patch_size[1] * task.patch_size[2])
     generator = torch.Generator().manual_seed(0)
 
-    def encode(video: Tensor) -> Tensor:
-        frames = (video.shape[1] - 1) // task.vae_stride[0] + 1
-        return torch.randn(task.in_dim, frames, rows, columns, generator=generator)
+    def encode(videos: list[Tensor]) -> list[Tensor]:
+        counts = [(video.shape[1] - 1) // task.vae_stride[0] + 1 for video in videos]
+        return [torch.randn(task.in_dim, count, rows, columns, generator=generator) for count in counts]
 
-    parts = FrozenParts(
-        encode,
-        lambda image: torch.randn(tokens, TEACHER_DIM, generator=generator),
-        lambda prompt: torch.zeros(task.text_len, 4096, dtype=torch.bfloat16),
+    encoders = SimpleNamespace(
+        task=task,
+        vae=SimpleNamespace(encode=encode),
+        features=lambda images: torch.randn(len(images), tokens, TEACHER_DIM, generator=generator),
+        encode_text=lambda prompts: [torch.zeros(task.text_len, 4096) for _ in prompts],
     )
     fingerprint = cache_fingerprint(
         sampling, {}, teacher="dinov3-l", token_stride=(16, 16), text_length=task.text_len, dtype="float32"
     )
     header = CacheHeader(fingerprint, len(clips), 32)
-    fill_cache(RowLoader(clips, sampling), folder, header, lambda: parts, share=Share())
+    fill_cache(RowLoader(clips, sampling), folder, header, encoders, share=Share())
     return LatentCache(folder)
-
-
-class NaiveDataset(ClipDataset):
-    """The same samples the naive way; what it hands over are floats."""
-
-    def __getitem__(self, place: Place) -> LoadedSample:
-        clips, sampling, bucket = self.clip_sets[place.part], self.sampling, place.bucket
-        clip = clips[place.row]
-        choice = choose(clip, place.row, bucket, sampling, place.position)
-        share = float(keyed_generator(sampling.seed, _CUTS, clip.id, choice.cut).random())
-        with av.open(str(clips.media(place.row, clip.video.path))) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            frames = list(container.decode(stream))
-        times = [frame.pts * frame.time_base for frame in frames]
-        part = Part(None, None, None, None, 0)
-        chosen = choose_frames(Path(), times, part, bucket.frames, share, sampling.fps, sampling.stride)
-        video = [_fitted(frames[number].to_ndarray(format="rgb24"), bucket.size) for number in chosen]
-        references = []
-        for one in choice.references:
-            reference = clip.subjects[one.subject].refs[one.reference]
-            with Image.open(clips.media(place.row, reference.image)) as file:
-                image = file.convert("RGB")
-            if one.augmentation is not None:
-                key = (clip.id, one.subject, one.reference, one.augmentation)
-                image = augment(image, keyed_generator(sampling.seed, _AUGMENTATIONS, *key))
-            pixels = reference_to_tensor(letterbox(image, bucket.size))
-            references.append(LoadedReference(pixels, None, None))
-        return LoadedSample(place, choice, clip.id, torch.stack(video, 1), None, tuple(references))
 
 
 @dataclass
@@ -213,12 +178,7 @@ class Side:
 
 
 def make_source(
-    clips: ClipSet,
-    sampling: Sampling,
-    workers: int,
-    *,
-    cache: LatentCache | None = None,
-    is_naive: bool = False,
+    clips: ClipSet, sampling: Sampling, workers: int, cache: LatentCache | None = None
 ) -> ClipSource:
     """A source that encodes nothing; it puts pixels nowhere, as what is done with them on a GPU is not the loader's."""
     source = ClipSource(
@@ -231,19 +191,7 @@ def make_source(
         settings=LoaderSettings(workers=workers, prefetch=1),
     )
     source.prepare()
-    if is_naive:
-        source._dataset = NaiveDataset([clips], sampling)
     return source
-
-
-def check_same(clips: ClipSet, sampling: Sampling) -> None:
-    """Makes sure that both ways give the same frames and the same pictures where these are not augmented."""
-    for row in range(len(clips)):
-        place = Place(row, 0, row, sampling.buckets[0], ())
-        ours, theirs = (kind([clips], sampling)[place] for kind in (ClipDataset, NaiveDataset))
-        assert ours.levels is not None and torch.equal(ours.levels, to_uint8(theirs.levels)), row
-        for choice, one, other in zip(ours.choice.references, ours.references, theirs.references):
-            assert choice.augmentation is not None or torch.equal(one.levels, to_uint8(other.levels)), row
 
 
 def stored_bytes(folder: Path, clips: ClipSet, references: int) -> float:
@@ -261,7 +209,7 @@ def stored_bytes(folder: Path, clips: ClipSet, references: int) -> float:
 def cached_bytes(cache: LatentCache, clips: ClipSet, sampling: Sampling) -> int:
     """Bytes of a sample's tensors in the cache."""
     source = ClipDataset([clips], sampling, caches=[cache])
-    sample = source[Place(0, 0, 0, sampling.buckets[0], ())]
+    sample = source[OrderEntry(0, 0, 0, sampling.buckets[0], ())]
     tensors = [sample.latents, *(part for one in sample.references for part in (one.latents, one.features))]
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -310,7 +258,7 @@ def report(arguments: argparse.Namespace, sides: Sequence[Side], stored: dict[st
         "",
         f"- Date: {datetime.date.today().isoformat()}",
         f"- Machine: {processor()}, {os.cpu_count()} cores, load average {load}{note}",
-        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, torchdata {torchdata.__version__}, "
+        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}, "
         f"PyAV {av.__version__}, Pillow {PIL.__version__}",
         f"- Setting: `benchmarks/loader.py`: H.264 with B-frames in mp4, {arguments.frames} frames of {source} at "
         f"{arguments.fps} fps, a key frame every {intervals}; {arguments.frame_num} frames of {size} at "
@@ -318,18 +266,16 @@ def report(arguments: argparse.Namespace, sides: Sequence[Side], stored: dict[st
         f"per sample, half of these augmented; median of {arguments.repeats} interleaved windows of {arguments.samples} "
         "samples; all files in the system's memory",
         "",
-        "| | workers | clips per second of CPU time | ratio | clips per second of wall time | ratio | read per clip |",
-        "|---|---|---|---|---|---|---|",
+        "| | workers | clips per second of CPU time | clips per second of wall time | read per clip |",
+        "|---|---|---|---|---|",
     ]
     medians = {
         (side.name, side.workers): (statistics.median(side.loading_s), statistics.median(side.wall_s))
         for side in sides
     }
     for (name, workers), (used, wall) in medians.items():
-        naive_used, naive_wall = medians["naive", workers]
         lines.append(
-            f"| {name} | {workers} | {1 / used:.3g} | {naive_used / used:.3g} | {1 / wall:.3g} | "
-            f"{naive_wall / wall:.3g} | {stored[name] / 1e6:.1f} MB |"
+            f"| {name} | {workers} | {1 / used:.3g} | {1 / wall:.3g} | {stored[name] / 1e6:.1f} MB |"
         )
     most = max(arguments.workers)
     received = {
@@ -338,10 +284,8 @@ def report(arguments: argparse.Namespace, sides: Sequence[Side], stored: dict[st
     told = ", ".join(f"{name} {value:.0f} ms" for name, value in received.items())
     lines += [
         "",
-        "CPU time is that of the workers, without workers that of the process itself. Ratios are to the naive way with as "
-        + f"many workers. Receiving a clip from {most} worker(s) takes of the training process: {told}."
-        if most
-        else "",
+        "CPU time is that of the workers, without workers that of the process itself. "
+        f"Of the training process receiving a clip from {most} worker(s) takes: {told}.",
         "",
         *needs(
             {name: medians[name, most][0] for name in received},
@@ -359,12 +303,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> str:
     sampling = Sampling((bucket,), fps=arguments.sample_fps, clip_variants=1, reference_variants=1)
     (folder / "files").mkdir()
     files = write_clips(folder / "files", arguments)
-    check_same(files, sampling)
     materialise(files.path, folder / "packed", pack=True, shard_size=4)
     packed = open_clip_set(folder / "packed")
     cache = write_cache(folder / "cache", files, sampling)
     kinds = {
-        "naive": {"clips": files, "is_naive": True},
         "files": {"clips": files},
         "tar shards": {"clips": packed},
         "cache": {"clips": files, "cache": cache},

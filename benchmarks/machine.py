@@ -1,9 +1,14 @@
-"""What results say about the machine they were measured on."""
+"""The machine that results were measured on, and the sections of RESULTS.md."""
 
 from __future__ import annotations
 
+import datetime
 import platform
 from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def processor() -> str:
@@ -14,3 +19,24 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def section_head(title: str, machine: str, *libraries: str) -> list[str]:
+    """First lines of a section of RESULTS.md: title, date, machine, versions."""
+    versions = ", ".join([f"Python {platform.python_version()}", f"torch {torch.__version__}", *libraries])
+    return [
+        f"## {title}",
+        "",
+        f"- Date: {datetime.date.today().isoformat()}",
+        f"- Machine: {machine}",
+        f"- Versions: {versions}",
+    ]
+
+
+def show_section(lines: list[str], *, write: bool) -> None:
+    """Print a section; with `write` append it to RESULTS.md."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if write:
+        with RESULTS.open("a", encoding="utf-8") as file:
+            file.write(f"\n{text}")

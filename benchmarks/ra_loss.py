@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import processor
+from benchmarks.machine import processor, show_section
 from refalign_ext.losses import reference_alignment_loss
 
 TIME_LIMIT, MEMORY_LIMIT = 0.55, 0.35
@@ -109,10 +109,9 @@ def extra_peak_bytes(variant: str, options: argparse.Namespace) -> int:
 
 
 def measure_memory(variant: str, options: argparse.Namespace) -> int:
-    sizes = ("references", "tokens", "dim", "threads", "device")
     command = [sys.executable, __file__, "--memory_of", variant]
-    for size in sizes:
-        command += [f"--{size}", str(getattr(options, size))]
+    for name in ("references", "tokens", "dim", "threads", "device"):
+        command += [f"--{name}", str(getattr(options, name))]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -122,8 +121,8 @@ def machine(device: str) -> str:
     return f"{processor()}, {os.cpu_count()} cores"
 
 
-def report(options: argparse.Namespace) -> tuple[str, bool]:
-    """The section for RESULTS.md, and whether both limits are kept."""
+def report(options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The lines of a section of RESULTS.md, and whether both limits are kept."""
     memory = {variant: measure_memory(variant, options) for variant in VARIANTS}
     student, teacher = make_inputs(options.references, options.tokens, options.dim, options.device)
     losses, gradients = {}, {}
@@ -165,9 +164,8 @@ def report(options: argparse.Namespace) -> tuple[str, bool]:
         f"| limit | {TIME_LIMIT if on_cpu else ''} | {'' if on_cpu else TIME_LIMIT} | {MEMORY_LIMIT} |",
         "",
         f"Loss {losses['blocked']:.7f} against {losses['dense']:.7f}; gradients differ by {difference.item():.1e} of their norm.",
-        "",
     ]
-    return "\n".join(lines), time_ratio <= TIME_LIMIT and memory_ratio <= MEMORY_LIMIT
+    return lines, time_ratio <= TIME_LIMIT and memory_ratio <= MEMORY_LIMIT
 
 
 def main() -> int:
@@ -187,13 +185,8 @@ def main() -> int:
     if options.memory_of:
         print(extra_peak_bytes(options.memory_of, options))
         return 0
-    section, kept = report(options)
-    print(section)
-    if options.write:
-        path = Path(__file__).parent / "RESULTS.md"
-        title = "" if path.exists() else "# Benchmark results\n"
-        with path.open("a", encoding="utf-8") as results:
-            results.write(f"{title}\n{section}")
+    lines, kept = report(options)
+    show_section(lines, write=options.write)
     return 0 if kept else 1
 
 

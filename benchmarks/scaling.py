@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,47 +36,33 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import processor
-from refalign_ext.backbone import WAN_CONFIGS, ReferenceBackbone, WanModel, dit_arguments
+from benchmarks.machine import RESULTS, processor, section_head, show_section
+from benchmarks.training_step import measure_device, training_step
+from refalign_ext.backbone import WAN_CONFIGS, WanModel
 from refalign_ext.config import AlignmentConfig, TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel
-from refalign_ext.distributed.parallelize import parallelize
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.losses import reference_alignment_over_blocks
 from refalign_ext.planning.flops import (
     AlignmentShape,
     ModelShape,
-    forward_flops,
-    model_flops_utilization,
-    peak_flops,
-    step_flops,
 )
 from refalign_ext.planning.memory import FULL, Load, gather_traffic, sequence_traffic
-from refalign_ext.planning.plan import Plan, make_training_plan
-from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.training.optimizers import build_optimizers
+from refalign_ext.planning.plan import Plan
+from refalign_ext.planning.training_plan import make_training_plan
 from tests.helpers.ranks import run_ranks
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 GPUS_PER_MACHINE = 8
 
-SMALL = dict(
-    dim=192,
-    ffn_dim=768,
-    num_layers=4,
-    num_heads=4,
-    text_len=64,
-    text_dim=64,
-    in_dim=16,
-    out_dim=16,
-    freq_dim=64,
-)
+SMALL = {
+    **{"dim": 192, "ffn_dim": 768, "num_layers": 4, "num_heads": 4, "text_len": 64, "text_dim": 64},
+    **{"in_dim": 16, "out_dim": 16, "freq_dim": 64},
+}
 SMALL_GRID, SMALL_REFERENCES, DEPTH, TEACHER_DIM = (8, 32, 32), 3, 2, 64
 RANKS = {"1": (1, 1), "2, Ulysses": (1, 2), "2, ring": (2, 1), "4, Ulysses": (1, 4), "4, 2 x 2": (2, 2)}
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """What this rank receives in collectives, by operation, as a ring moves it."""
+    """Bytes that this rank receives in collectives, by operation, as a ring moves them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,94 +73,38 @@ class CollectiveBytes(TorchDispatchMode):
     ) -> Any:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__
-            ranks = torch.distributed.get_world_size()
-            amount = _received(name, args, ranks)
-            self.received[name] = self.received.get(name, 0) + amount
+            self.received[name] = self.received.get(name, 0) + _received(name, args)
         return function(*args, **(kwargs or {}))
 
 
-def _received(name: str, args: tuple[Any, ...], ranks: int) -> int:
-    """Bytes that one of `ranks` receives; the group is recognised by the sizes of output and input."""
+def _received(name: str, args: tuple[Any, ...]) -> int:
+    """Bytes that a rank receives in a collective with these arguments."""
     sizes = [_bytes(argument) for argument in args[:2]]
     if name in ("alltoall_base_", "alltoall_"):
-        group = _group_size(args, ranks)
+        group = _group_size(args)
         return sizes[0] * (group - 1) // group
     if name in ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_"):
         return sizes[0] - sizes[1]
     if name in ("reduce_scatter_", "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"):
         return sizes[1] - sizes[0]
     if name == "allreduce_":
-        group = _group_size(args, ranks)
+        group = _group_size(args)
         return 2 * sizes[0] * (group - 1) // group
     if name in ("barrier", "broadcast_"):
         return 0
     raise NotImplementedError(f"collective {name} is not counted: say here what a rank receives in it")
 
 
-def _group_size(args: tuple[Any, ...], ranks: int) -> int:
+def _group_size(args: tuple[Any, ...]) -> int:
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
-            try:
+            with suppress(RuntimeError):  # another kind of object
                 return torch.distributed.ProcessGroup.unbox(argument).size()
-            except RuntimeError:
-                continue
-    return ranks
+    raise NotImplementedError("a collective without a process group is not counted")
 
 
 def _bytes(value: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-
-
-def training_step(
-    model: WanModel,
-    grid: tuple[int, int, int],
-    references: int,
-    config: TrainConfig,
-    parallel: Parallel,
-    teacher_dim: int,
-) -> Callable[[], float]:
-    """A step of a real training: prepared modules, fixed inputs; each call returns the loss.
-
-    Args:
-        grid: (frames, rows, columns) of the latents.
-    """
-    device = parallel.device
-    alignment = config.alignment if config.alignment.weight else None
-    projectors = None
-    if alignment is not None:
-        projectors = ReferenceProjectors(model.dim, teacher_dim, alignment.depth).to(device)
-    backbone = ReferenceBackbone(model.train())
-    trained = parallelize(backbone, projectors, parallel, config)
-    optimizers = build_optimizers(trained.dit, trained.projectors, config)
-    generator = torch.Generator().manual_seed(1)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    latents, target = random(model.in_dim, *grid), random(model.out_dim, *grid)
-    images = random(model.in_dim, references, *grid[1:])
-    text = random(model.text_len, model.text_dim)
-    per_reference = grid[1] * grid[2] // 4
-    teacher = random(1, references, per_reference, teacher_dim)
-    timestep = torch.tensor([500.0], device=device)
-
-    def step() -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            depth = alignment.depth if alignment is not None else 0
-            output = backbone([latents], timestep, [text], [images], tap_depth=depth)
-            students = trained.projectors(output.reference_tokens) if alignment is not None else []
-        loss = (output.prediction[0].float() - target).square().mean()
-        if alignment is not None:
-            # A rank has only its part of the alignment terms; the average over ranks makes it whole.
-            share = reference_alignment_over_blocks(students, teacher, spans=output.reference_spans)
-            loss = loss + alignment.weight * parallel.sizes.sequence * share.total
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
 
 
 class Measured(NamedTuple):
@@ -318,117 +246,6 @@ def cost_model(arguments: argparse.Namespace) -> list[str]:
     return lines
 
 
-def measure_device(
-    device: torch.device,
-    *,
-    train: str = "r2v-1.3B",
-    forward: str = "r2v-14B",
-    grid: tuple[int, int, int] = (21, 60, 104),
-    checkpointing: str = "full",
-    compiled: bool = False,
-    repeats: int = 5,
-) -> list[str]:
-    """Markdown tables of a training step and of a forward at full size on one device, with random weights.
-
-    Args:
-        train, forward: tasks whose shapes are trained and run forward.
-        grid: (frames, rows, columns) of the latents; the default is 832x480 and 81 frames.
-    """
-    per_frame = grid[1] * grid[2] // 4
-    video, peak = grid[0] * per_frame, peak_flops(device)
-    lines = [
-        f"Setting: {train} shape, random weights, {video} video tokens, batch 1, bf16, AdamW, activation checkpointing "
-        f"{checkpointing}, {'compiled, ' if compiled else ''}median of {repeats} steps after two.",
-        "",
-        "| references | alignment | s/step | MFU | peak memory | estimate of the plan |",
-        "|---|---|---|---|---|---|",
-    ]
-    task, parallel = WAN_CONFIGS[train], Parallel.single(device)
-    for references in (1, 3):
-        for weight in (1.0, 0.0):
-            depth = min(9, task.num_layers)
-            config = TrainConfig(
-                task=train,
-                activation_checkpointing=checkpointing,
-                compile=compiled,
-                alignment=AlignmentConfig(weight=weight, depth=depth),
-            )
-            torch.manual_seed(0)
-            with torch.device(device):
-                model = WanModel(**dit_arguments(task))
-            step = training_step(model, grid, references, config, parallel, 1024)
-            seconds, memory = timed(step, device, repeats)
-            aligned = AlignmentShape(depth, 1024) if weight else None
-            flops = step_flops(
-                ModelShape.of(task), video, references * per_frame, references=references, alignment=aligned
-            )
-            used = model_flops_utilization(flops.model, seconds, 1, peak)
-            lines.append(
-                f"| {references} | {'on' if weight else 'off'} | {seconds:.3f} | "
-                f"{'unknown' if used is None else f'{used:.1%}'} | {memory} | {_planned(config, references):.1f} GiB |"
-            )
-            del model, step
-            _release(device)
-    task = WAN_CONFIGS[forward]
-    torch.manual_seed(0)
-    with torch.device("meta"):
-        model = WanModel(**dit_arguments(task))
-    for name, parameter in model.named_parameters():
-        if set(WanModel.float32_modules).isdisjoint(name.split(".")):
-            parameter.data = parameter.data.bfloat16()
-    model.to_empty(device=device).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    backbone = ReferenceBackbone(model)
-    inputs = (
-        [torch.randn(task.in_dim, *grid, device=device)],
-        torch.tensor([500.0], device=device),
-        [torch.randn(task.text_len, task.text_dim, device=device)],
-        [torch.randn(task.in_dim, 3, *grid[1:], device=device)],
-    )
-
-    def run() -> float:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            return backbone(*inputs).prediction[0].float().mean().item()
-
-    seconds, memory = timed(run, device, repeats)
-    used = model_flops_utilization(forward_flops(ModelShape.of(task), video, 3 * per_frame), seconds, 1, peak)
-    share = "unknown" if used is None else f"{used:.1%}"
-    return [
-        *lines,
-        "",
-        f"One forward of the {forward} shape, 3 references: {seconds:.3f} s, MFU {share}, peak memory {memory}.",
-    ]
-
-
-def _planned(config: TrainConfig, references: int) -> float:
-    """GiB that the plan expects at the task's own size, without the frozen encoders, which this does not load."""
-    plan = make_training_plan(config, WAN_CONFIGS[config.task], 1, references=references)
-    frozen = ("text encoder", "video autoencoder", f"teacher {config.alignment.teacher}")
-    return sum(count for name, count in plan.device.items() if name not in frozen) / 2**30
-
-
-def timed(function: Callable[[], float], device: torch.device, repeats: int) -> tuple[float, str]:
-    """(median seconds after two calls, peak memory in words); the calls end with a synchronisation."""
-    function()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    function()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    if device.type != "cuda":
-        return statistics.median(seconds), "unknown"
-    return statistics.median(seconds), f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
-
-
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cuda", action="store_true", help="measure at full size on one GPU")
@@ -450,14 +267,9 @@ def main() -> None:
     machine = f"{processor()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores"
     if arguments.cuda:
         machine = f"{torch.cuda.get_device_name()}; {machine}"
-    lines = [
-        f"## Scaling, {'cuda' if arguments.cuda else 'cpu'}",
-        "",
-        f"- Date: {datetime.date.today().isoformat()}",
-        f"- Machine: {machine}" + (f"; {arguments.note}" if arguments.note else ""),
-        f"- Versions: Python {platform.python_version()}, torch {torch.__version__}",
-        "",
-    ]
+    if arguments.note:
+        machine += f"; {arguments.note}"
+    lines = [*section_head(f"Scaling, {'cuda' if arguments.cuda else 'cpu'}", machine), ""]
     if arguments.cuda:
         lines += measure_device(
             torch.device("cuda"),
@@ -469,11 +281,7 @@ def main() -> None:
         if not arguments.model_only:
             lines += ["### Measured: sequence ranks at fixed work", "", *measure_ranks(arguments.repeats), ""]
         lines += ["### Modelled: one optimizer step at full size", "", *cost_model(arguments)]
-    section = "\n".join(lines) + "\n"
-    print(section)
-    if arguments.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write("\n" + section)
+    show_section(lines, write=arguments.write)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextmanager
@@ -36,6 +41,39 @@ def atomic_open(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
     """A file under a temporary name that takes the place of `target` if nothing goes wrong; see `atomic_path`."""
     with atomic_path(target, folder) as aside, aside.open("x+b") as file:
         yield file
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes `target`, missing or empty until then, if nothing goes wrong."""
+    unfinished = target.with_name(f"{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if target.is_dir():
+            target.rmdir()
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def write_json(path: Path, entry: dict[str, Any], *, indent: int | None = 1) -> None:
+    """Write a JSON file whole or not at all; `indent` None puts all on one line, for many answers."""
+    with atomic_open(path) as file:
+        file.write((json.dumps(entry, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_open(path) as file:
+        file.write(text.encode())
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 100) -> None:
+    """Draws a matplotlib figure into the PNG `path`; a `Figure` made without pyplot needs no display."""
+    with atomic_open(path) as file:
+        figure.savefig(file, dpi=dpi, format="png")
 
 
 def sync(path: Path) -> None:

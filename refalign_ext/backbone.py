@@ -8,7 +8,7 @@ as they are and `detach` leaves the model as it was found.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from wan.sampling import (
     check_frame_num,
     check_size,
     choose_seed,
+    denoise,
     encode_prompts,
     initial_noise,
     latent_shape,
@@ -51,10 +52,9 @@ from wan.utils.dit_checkpoint import (
     load_dit,
     read_dit_checkpoint,
 )
-from wan.utils.media import save_video
-from wan.utils.outputs import OutputPaths, describe_versions, write_outputs
 from wan.utils.runtime import (
     PeakMemory,
+    describe_versions,
     placed,
     release_cached_memory,
     resolve_device,
@@ -100,7 +100,7 @@ class BackboneOutput:
     Attributes:
         prediction: velocity of the video frames, one [C, F, H, W] per sample.
         reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block; M is the largest number
-            of references in the batch and missing ones are zeros (`layout.reference_mask` tells which). Under sequence
+            of references in the batch and missing ones are zeros (`layout.samples` tells how many a sample has). Under sequence
             parallelism those that this rank holds, one [S, dim] per block, as `reference_spans` says.
         layout: where the tokens lay.
         reference_spans: None, or per sample the (first, count) of the held tokens among its M*N.
@@ -124,7 +124,6 @@ class _Pass:
     tap_depth: int
     tap: str
     with_gradients: bool
-    added: Tensor | None  # [B, seq_len, d] on top of the first block's tokens, zero but on references
     taps: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -154,7 +153,7 @@ class ReferenceBackbone(nn.Module):
         self._pass: _Pass | None = None  # while the model runs
         self._active: _Pass | None = None  # from a block's self-attention to the end of its cross-attention
         # A partial of a method, not a closure: a deep copy of this module then has hooks of its own.
-        self._handles = [model.blocks[0].register_forward_pre_hook(self._add_input, with_kwargs=True)]
+        self._handles = []
         for index, block in enumerate(model.blocks):
             self._handles += [
                 block.self_attn.register_forward_pre_hook(self._find_pass, with_kwargs=True),
@@ -180,7 +179,7 @@ class ReferenceBackbone(nn.Module):
         *,
         tap_depth: int = 0,
         tap: str = "block",
-        reference_input: Tensor | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> BackboneOutput:
         """One pass of the model over video and references.
 
@@ -192,13 +191,11 @@ class ReferenceBackbone(nn.Module):
                 reference (a dropped one, eq. 5) is zeros: its tokens stay.
             tap_depth: how many blocks, from the first, to take reference tokens from.
             tap: `"block"` (block output, as in the release) or `"self_attn"` (self-attention output, the paper's wording).
-            reference_input: [B, M, N, dim] to add to the embedded patches of the references, M being the largest number
-                of references in the batch.
+            model_inputs: further keyword arguments of the model (`y`, `clip_fea`), as it takes them.
 
         Raises:
             ValueError: for inputs that do not fit together, a tap_depth beyond the model, an unknown tap, taps from
-                samples of different sizes, reentrant activation checkpointing, or a reference input under sequence
-                parallelism.
+                samples of different sizes, or reentrant activation checkpointing.
         """
         if not self._handles:
             raise ValueError("this ReferenceBackbone was detached: attach a new one to the model")
@@ -207,20 +204,21 @@ class ReferenceBackbone(nn.Module):
         if not 0 <= tap_depth <= len(self.model.blocks):
             raise ValueError(f"tap depth {tap_depth} does not fit {len(self.model.blocks)} blocks")
         layout = TokenLayout.of(latents, references, tuple(self.model.patch_size), self.seq_len_multiple)
-        if tap_depth or reference_input is not None:
+        if tap_depth:
             layout.require_one_grid()
-        added = None if reference_input is None else self._placed(layout, reference_input)
         extended = [
             torch.cat([video, refs.to(video)], 1) for video, refs in zip(latents, references, strict=True)
         ]
         # The text encoder's bfloat16 would not fit a float32 model that leaves rounding to autocast.
         wide = torch.promote_types(self.model.patch_embedding.weight.dtype, torch.float32)
         texts = [text.to(wide) for text in context]
-        current = self._begin(layout, tap_depth, tap, latents[0].device, added)
+        current = self._begin(layout, tap_depth, tap, latents[0].device)
         self._pass = current
         try:
             with self._precision(latents[0].device):
-                outputs = self.model(extended, t=timestep, context=texts, seq_len=layout.seq_len)
+                outputs = self.model(
+                    extended, t=timestep, context=texts, seq_len=layout.seq_len, **(model_inputs or {})
+                )
             taps = [current.taps[index] for index in range(tap_depth)]
         finally:
             self._pass, self._active = None, None
@@ -242,23 +240,7 @@ class ReferenceBackbone(nn.Module):
             return nullcontext()
         return torch.autocast(device.type, dtype)
 
-    def _placed(self, layout: TokenLayout, tokens: Tensor) -> Tensor:
-        """Reference tokens [B, M, N, d] at their places among all: [B, seq_len, d], zeros elsewhere."""
-        if self.sequence_size > 1:
-            raise ValueError("a reference input cannot be cut among sequence-parallel ranks: run it on one")
-        first = layout.samples[0]
-        wanted = (len(layout.samples), layout.most_references, first.tokens_per_frame, self.model.dim)
-        if tuple(tokens.shape) != wanted:
-            raise ValueError(f"the reference input is {tuple(tokens.shape)}: the references need {wanted}")
-        rows = [
-            F.pad(row[: s.references].flatten(0, 1), (0, 0, s.video_tokens, layout.seq_len - s.tokens))
-            for row, s in zip(tokens, layout.samples, strict=True)
-        ]
-        return torch.stack(rows)
-
-    def _begin(
-        self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device, added: Tensor | None
-    ) -> _Pass:
+    def _begin(self, layout: TokenLayout, tap_depth: int, tap: str, device: torch.device) -> _Pass:
         held = layout.tokens_of_rank(self.sequence_rank, self.sequence_size)
         # Queries end at the longest video. One is kept where a rank holds none, because not all kernels take none.
         queries = max(1, min(layout.most_video_tokens - held.start, len(held)))
@@ -266,17 +248,7 @@ class ReferenceBackbone(nn.Module):
         if not layout.is_uniform or held.start + queries > layout.most_video_tokens:
             # Shorter samples' references before that end, and a query kept for its own sake, are silenced by this.
             mask = layout.video_token_mask(device)[:, held.start : held.start + queries, None]
-        return _Pass(self, layout, held, queries, mask, tap_depth, tap, torch.is_grad_enabled(), added)
-
-    def _add_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        """Add the reference input to what the first block sees, also where checkpointing repeats it (`_find_pass`)."""
-        grid_sizes = kwargs["grid_sizes"] if "grid_sizes" in kwargs else args[3]
-        current = self._pass or getattr(grid_sizes, "reference_pass", None)
-        if current is None or current.owner is not self or current.added is None:
-            return None
-        tokens = args[0] if args else kwargs["x"]
-        tokens = tokens + current.added.to(tokens.dtype)
-        return ((tokens, *args[1:]), kwargs) if args else (args, {**kwargs, "x": tokens})
+        return _Pass(self, layout, held, queries, mask, tap_depth, tap, torch.is_grad_enabled())
 
     def _find_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Recover the current pass, also where activation checkpointing repeats a block.

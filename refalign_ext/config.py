@@ -7,255 +7,329 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TIMESTEPS = (
-    "paper",
-    "release",
-    "release_ungated",
-    "logit_normal",
-    "logit_normal_shift4",
-)
+TIMESTEPS = ("paper", "release", "release_ungated", "logit_normal", "logit_normal_shift4")
 TAPS = ("block", "self_attn")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("fp32", "bf16")
 DATA_SCHEDULES = ("mixed", "stages")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
-_LEAST = {
-    1: ("batch_size", "steps", "save_every", "keep_last", "log_every", "cache_clips", "max_skipped_steps")
-    + ("cache_free_clips", "cache_views", "preview_clips", "validation_clips")
-    + ("sampling.stride", "sampling.max_references"),
-    0: ("learning_rate", "muon_learning_rate", "weight_decay", "warmup_steps", "clip_norm", "preview_every")
-    + (
-        "seed",
-        "alignment.weight",
-        "alignment.negative_weight",
-        "global_batch_size",
-        "ulysses_size",
-        "ring_size",
-    )
-    + ("lora_rank", "lora_alpha", "validate_every", "spike_factor", "preview_steps")
-    + ("data_workers", "sampling.fps", "sampling.clip_variants", "sampling.reference_variants"),
-}
-_SHARES = ("drop_text", "drop_references", "drop_both", "regular_pairs", "free_colors") + (
-    "max_bad_share",
-    "sampling.cross_pairs",
-    "sampling.reference_dropout",
-)
+
+
+def setting(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    is_share: bool = False,
+) -> Any:
+    """A field of a settings class.
+
+    Args:
+        text: what --help says about it.
+        choices: the values that it may have; empty: any.
+        least: the least value of a number.
+        is_share: whether a number has to lie between 0 and 1.
+    """
+    metadata = {"text": text, "choices": choices, "least": least, "is_share": is_share}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class AlignmentConfig:
     """Reference alignment (paper eq. 6 to 11)."""
 
-    weight: float = 1.0
-    """eta of eq. 11; 0 trains without reference alignment, teacher and projectors. Paper: 1.0."""
-    negative_weight: float = 1.0
-    """lambda of eq. 10. Paper: 1.0."""
-    margin: float = 1.0
-    """delta of eq. 9. Not in the paper; the release uses 1.0."""
-    depth: int = 9
-    """K: the first K blocks are aligned. Paper: 9 (table 4)."""
-    tap: str = "block"
-    """Where student features are taken: `block` (output of the block, the release) or `self_attn` (paper's wording)."""
-    teacher: str = "dinov3-l"
-    """Name in `refalign_ext.teachers`. Paper: DINOv3-L."""
-    teacher_path: str | None = None
-    """Local folder with the teacher's weights; None uses the hub's name (or the embedded teacher for r2v-tiny)."""
-    new_projectors: bool = False
-    """Start with new projectors even where the DiT's checkpoint has some (another teacher or depth)."""
+    weight: float = setting(
+        1.0,
+        "eta of eq. 11; 0 trains without reference alignment, teacher and projectors. Paper: 1.0.",
+        least=0,
+    )
+    negative_weight: float = setting(1.0, "lambda of eq. 10. Paper: 1.0.", least=0)
+    margin: float = setting(1.0, "delta of eq. 9. Not in the paper; the release uses 1.0.")
+    depth: int = setting(9, "K: the first K blocks are aligned. Paper: 9 (table 4).")
+    tap: str = setting(
+        "block",
+        "Where student features are taken: block (output of the block, the release) or self_attn (paper's "
+        "wording).",
+        choices=TAPS,
+    )
+    teacher: str = setting("dinov3-l", "Name in refalign_ext.teachers. Paper: DINOv3-L.")
+    teacher_path: str | None = setting(
+        None,
+        "Local folder with the teacher's weights; None uses the hub's name (or the embedded teacher for "
+        "r2v-tiny).",
+    )
+    new_projectors: bool = setting(
+        False,
+        "Start with new projectors even where the DiT's checkpoint has some (another teacher or depth).",
+    )
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """What a sample takes of a clip of `data`."""
 
-    fps: float = 0.0
-    """Frames per second to take; 0: the task's rate. See `stride`."""
-    stride: int = 1
-    """Take every n-th frame of the file instead; 1: by `fps`."""
-    bucket_frames: tuple[int, ...] = ()
-    """Numbers of frames, such as 81,49: a clip gives the most that it has. Empty: the task's number alone."""
-    bucket_ratios: tuple[float, ...] = ()
-    """Widths over heights besides the task's own, such as 1,0.5625: a clip goes to the nearest, all of about the same
-    area. Empty: every clip is cropped to the task's size."""
-    cross_pairs: float = 0.5
-    """Share of samples that prefer references from elsewhere to those cut out of the clip itself, where there are both."""
-    reference_dropout: float = 0.0
-    """Probability with which each reference of a sample beyond the first is left out."""
-    max_references: int = 8
-    """The most references of a sample."""
-    augment: bool = True
-    """Rotate, scale, flip, shear, blur and recolour references that were cut out of the clip itself, as the paper does."""
-    clip_variants: int = 0
-    """Stretches of a clip that samples show; 0: any, or those that the cache has."""
-    reference_variants: int = 0
-    """Augmented pictures of a reference that samples show; 0: any, which are not cached, or those that the cache has."""
-    prompt_alternatives: bool = False
-    """Draw from all captions of a clip instead of taking the first."""
+    fps: float = setting(0.0, "Frames per second to take; 0: the task's rate. See stride.", least=0)
+    stride: int = setting(1, "Take every n-th frame of the file instead; 1: by fps.", least=1)
+    bucket_frames: tuple[int, ...] = setting(
+        (),
+        "Numbers of frames, such as 81,49: a clip gives the most that it has. Empty: the task's number "
+        "alone.",
+    )
+    bucket_ratios: tuple[float, ...] = setting(
+        (),
+        "Widths over heights besides the task's own, such as 1,0.5625: a clip goes to the nearest, all of "
+        "about the same area. Empty: every clip is cropped to the task's size.",
+    )
+    cross_pairs: float = setting(
+        0.5,
+        "Share of samples that prefer references from elsewhere to those cut out of the clip itself, where "
+        "there are both.",
+        is_share=True,
+    )
+    reference_dropout: float = setting(
+        0.0, "Probability with which each reference of a sample beyond the first is left out.", is_share=True
+    )
+    max_references: int = setting(8, "The most references of a sample.", least=1)
+    augment: bool = setting(
+        True,
+        "Rotate, scale, flip, shear, blur and recolour references that were cut out of the clip itself, as "
+        "the paper does.",
+    )
+    clip_variants: int = setting(
+        0, "Stretches of a clip that samples show; 0: any, or those that the cache has.", least=0
+    )
+    reference_variants: int = setting(
+        0,
+        "Augmented pictures of a reference that samples show; 0: any, which are not cached, or those that "
+        "the cache has.",
+        least=0,
+    )
+    prompt_alternatives: bool = setting(
+        False, "Draw from all captions of a clip instead of taking the first."
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run, on one device or many."""
 
-    recipe: str = "paper_stage1"
-    """Name of the recipe that this configuration started from."""
-    task: str = "r2v-tiny"
-    """A reference-to-video task of WAN_CONFIGS."""
-    ckpt_dir: str | None = None
-    """Checkpoint folder in upstream's layout (VAE, text encoder, DiT); None: the embedded one, for r2v-tiny only."""
-    dit_ckpt: str | None = None
-    """DiT to start from (file, index or folder); None: the one in ckpt_dir, or a fresh one with `from_scratch`."""
-    from_scratch: bool = False
-    """Start the DiT from random weights."""
-    data: str | None = None
-    """Manifest of clips, or a folder of tar shards (docs/data.md); several with commas. None: the sprite world, for
-    r2v-tiny only."""
-    data_mix: tuple[float, ...] = ()
-    """Shares of several `data`, such as 6,4; empty: by their numbers of clips."""
-    data_schedule: str = "mixed"
-    """How several `data` follow each other: `mixed` draws each batch from one of them, `stages` takes them one after
-    another, each for its share of the run. Paper: regular pairs, then cross pairs, 6 to 4."""
+    recipe: str = setting(
+        "paper_stage1",
+        "Recipe to start from: tiny (default for r2v-tiny), paper_stage1 (else), paper_stage2 or release.",
+    )
+    task: str = setting("r2v-tiny", "A reference-to-video task of WAN_CONFIGS.")
+    ckpt_dir: str | None = setting(
+        None,
+        "Checkpoint folder in upstream's layout (VAE, text encoder, DiT); None: the embedded one, for "
+        "r2v-tiny only.",
+    )
+    dit_ckpt: str | None = setting(
+        None,
+        "DiT to start from (file, index or folder); None: the one in ckpt_dir, or a fresh one with "
+        "from_scratch.",
+    )
+    from_scratch: bool = setting(False, "Start the DiT from random weights.")
+    data: str | None = setting(
+        None,
+        "Manifest of clips, or a folder of tar shards (docs/data.md); several with commas. None: the sprite "
+        "world, for r2v-tiny only.",
+    )
+    data_mix: tuple[float, ...] = setting(
+        (), "Shares of several data, such as 6,4; empty: by their numbers of clips."
+    )
+    data_schedule: str = setting(
+        "mixed",
+        "How several data follow each other: mixed draws each batch from one of them, stages takes them one "
+        "after another, each for its share of the run. Paper: regular pairs, then cross pairs, 6 to 4.",
+        choices=DATA_SCHEDULES,
+    )
     sampling: SamplingConfig = SamplingConfig()
-    cache: str | None = None
-    """Folder that `python -m refalign_ext data cache` wrote for `data`, several with commas as there; None: where that
-    command puts it, if it is there; `off`: none. Sprite world: where its clips are kept, for any number of runs; None or
-    `off`: in `out`."""
-    data_workers: int = 2
-    """Processes of each rank that decode clips ahead of training; 0: none."""
-    max_bad_share: float = 0.1
-    """Clips that cannot be used are replaced and named in the log; training stops if they are more than this share."""
-    validation_data: str | None = None
-    """Clips for validation, as `data`; None: by `validation_share`, or clips of the sprite world that training does not
-    see."""
-    validation_share: float = 0.0
-    """Share of the groups of `data` that are kept from training for validation: clips of one source stay together."""
-    out: str = "outputs/train"
-    """Folder for logs, previews and checkpoints."""
+    cache: str | None = setting(
+        None,
+        "Folder that python -m refalign_ext data cache wrote for data, several with commas as there; None: "
+        "where that command puts it, if it is there; off: none. Sprite world: where its clips are kept, for "
+        "any number of runs; None or off: in out.",
+    )
+    data_workers: int = setting(
+        2, "Processes of each rank that decode clips ahead of training; 0: none.", least=0
+    )
+    max_bad_share: float = setting(
+        0.1,
+        "Clips that cannot be used are replaced and named in the log; training stops if they are more than "
+        "this share.",
+        is_share=True,
+    )
+    validation_data: str | None = setting(
+        None,
+        "Clips for validation, as data; None: by validation_share, or clips of the sprite world that "
+        "training does not see.",
+    )
+    validation_share: float = setting(
+        0.0,
+        "Share of the groups of data that are kept from training for validation: clips of one source stay "
+        "together.",
+    )
+    out: str = setting("outputs/train", "Folder for logs, previews and checkpoints.")
     alignment: AlignmentConfig = AlignmentConfig()
-    teacher_input: bool = False
-    """Feed the teacher's features of the references to the DiT as well, added to their patch embeddings, as a second
-    reference encoder. Paper: arm D of table 2, which has no alignment (`alignment.weight` 0)."""
-    timesteps: str = "paper"
-    """Timestep sampling and weighting by name (`refalign_ext.timesteps`)."""
-    drop_text: float = 0.1
-    """Share of samples whose prompt is dropped. Paper: 0.1."""
-    drop_references: float = 0.1
-    """Share of samples whose references become zero latents. Paper: 0.1."""
-    drop_both: float = 0.1
-    """Share of samples that lose both. Paper: 0.1."""
-    batch_size: int = 1
-    """Samples in one forward pass of one data-parallel group."""
-    global_batch_size: int = 0
-    """Samples in one optimizer step over all devices; what does not run at once is accumulated. 0: what runs at once.
-    Paper: 128."""
-    steps: int = 3000
-    """Optimizer steps. Paper: 3000 (1800 in ablations)."""
-    optimizer: str = "adamw"
-    """`adamw`, or `muon` (Muon on the blocks' matrices, AdamW elsewhere; learns fastest on the tiny model)."""
-    learning_rate: float = 5e-5
-    """Of AdamW. Paper: 5e-5."""
-    muon_learning_rate: float = 3e-3
-    """Of Muon, where it is used."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW. Paper: (0.9, 0.999)."""
-    weight_decay: float = 0.01
-    """AdamW. Paper: 0.01."""
-    warmup_steps: int = 0
-    """Linear warm-up of the learning rate."""
-    schedule: str = "constant"
-    """After the warm-up: `constant`; `linear` decay to zero over the last `decay_share` of the run; or `cosine` from the
-    warm-up to the end."""
-    decay_share: float = 0.4
-    """See `schedule`."""
-    clip_norm: float = 1.0
-    """Gradient norm is clipped to this; 0 turns clipping off."""
-    ema_decay: float = 0.0
-    """Decay of an exponential moving average of the DiT, kept in float32; 0: none."""
-    precision: str = "bf16"
-    """`bf16` (autocast over float32 weights) or `fp32`."""
-    activation_checkpointing: str = "none"
-    """What the backward pass computes again instead of keeping it: `none`, `full` (every block) or `selective` (all but
-    attention and every second matmul of a block)."""
-    compile: bool = False
-    """torch.compile every block."""
-    ulysses_size: int = 0
-    """Ranks among which a sample's attention heads are divided; 0: chosen from the ranks and their memory."""
-    ring_size: int = 0
-    """Ranks among which a sample's keys and values are gathered (for heads that Ulysses cannot divide further);
-    0: chosen."""
-    cpu_offload: bool = False
-    """Keep sharded weights, gradients and optimizer state in host memory (several ranks only)."""
-    t5_cpu: bool = False
-    """Keep the text encoder on the CPU."""
-    lora_rank: int = 0
-    """Train low-rank adapters of this rank instead of all weights; 0: all weights."""
-    lora_alpha: float = 0.0
-    """Adapters are scaled by this over the rank; 0: the rank itself."""
-    lora_targets: str = ""
-    """Which layers get adapters, as in `refalign_ext.lora`; empty: attention and feed-forward of every block."""
-    seed: int = 0
-    """All randomness of step n depends on this and n alone, so a resumed run equals an uninterrupted one."""
-    save_every: int = 500
-    """Optimizer steps between checkpoints."""
-    keep_last: int = 2
-    """Checkpoints kept."""
-    max_skipped_steps: int = 5
-    """A step whose loss or gradient is not finite is skipped and written down; this many in a row end the run."""
-    spike_factor: float = 6.0
-    """Log the samples of a step whose loss lies this many deviations above the mean of late ones; 0: never."""
-    validate_every: int = 500
-    """Optimizer steps between validation losses, where there are clips for it; 0: none."""
-    validation_clips: int = 32
-    """Clips of a validation loss: always the same, with the same noise and timesteps."""
-    wandb: str | None = None
-    """Also log to this Weights & Biases project."""
-    timeout_minutes: float = 30.0
-    """A rank that the others wait for longer than this ends the run."""
-    preview_every: int = 500
-    """Optimizer steps between previews (sprite world: a judged picture; else videos of validation clips); 0: none."""
-    preview_clips: int = 48
-    """Sprite world: clips that a preview generates and judges with one subject, and half as many with two. Else: at
-    most this many videos."""
-    preview_steps: int = 0
-    """Sampling steps of a preview in the sprite world; 0: the task's."""
-    log_every: int = 10
-    """Optimizer steps between log entries."""
-    cache_clips: int = 6000
-    """Sprite world: clips rendered and encoded once, before training."""
-    cache_views: int = 24
-    """Sprite world: reference views of each subject, rendered and encoded once."""
-    cache_free_clips: int = 6000
-    """Sprite world: the same for clips in free colours, each with two views of its own subjects."""
-    free_colors: float = 0.6
-    """Sprite world: share of samples whose subjects have free colours; palette colours alone are learned as a few
-    classes and not copied."""
-    subject_counts: tuple[float, float, float] = (0.5, 0.45, 0.05)
-    """Sprite world: shares of steps with one, two and three subjects."""
-    regular_pairs: float = 0.0
-    """Sprite world: share of clips whose references are cut out of them, so that both show the subject tilted alike; the
-    rest are cross pairs."""
+    teacher_input: bool = setting(
+        False,
+        "Feed the teacher's features of the references to the DiT as well, added to their patch embeddings, "
+        "as a second reference encoder. Paper: arm D of table 2, which has no alignment (alignment.weight "
+        "0).",
+    )
+    timesteps: str = setting(
+        "paper", "Timestep sampling and weighting by name (refalign_ext.timesteps).", choices=TIMESTEPS
+    )
+    drop_text: float = setting(0.1, "Share of samples whose prompt is dropped. Paper: 0.1.", is_share=True)
+    drop_references: float = setting(
+        0.1, "Share of samples whose references become zero latents. Paper: 0.1.", is_share=True
+    )
+    drop_both: float = setting(0.1, "Share of samples that lose both. Paper: 0.1.", is_share=True)
+    batch_size: int = setting(1, "Samples in one forward pass of one data-parallel group.", least=1)
+    global_batch_size: int = setting(
+        0,
+        "Samples in one optimizer step over all devices; what does not run at once is accumulated. 0: what "
+        "runs at once. Paper: 128.",
+        least=0,
+    )
+    steps: int = setting(3000, "Optimizer steps. Paper: 3000 (1800 in ablations).", least=1)
+    optimizer: str = setting(
+        "adamw",
+        "adamw, or muon (Muon on the blocks' matrices, AdamW elsewhere; learns fastest on the tiny model).",
+        choices=OPTIMIZERS,
+    )
+    learning_rate: float = setting(5e-5, "Of AdamW. Paper: 5e-5.", least=0)
+    muon_learning_rate: float = setting(3e-3, "Of Muon, where it is used.", least=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "AdamW. Paper: (0.9, 0.999).")
+    weight_decay: float = setting(0.01, "AdamW. Paper: 0.01.", least=0)
+    warmup_steps: int = setting(0, "Linear warm-up of the learning rate.", least=0)
+    schedule: str = setting(
+        "constant",
+        "After the warm-up: constant; linear decay to zero over the last decay_share of the run; or cosine "
+        "from the warm-up to the end.",
+        choices=SCHEDULES,
+    )
+    decay_share: float = setting(0.4, "See schedule.")
+    clip_norm: float = setting(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", least=0)
+    ema_decay: float = setting(
+        0.0, "Decay of an exponential moving average of the DiT, kept in float32; 0: none."
+    )
+    precision: str = setting("bf16", "bf16 (autocast over float32 weights) or fp32.", choices=PRECISIONS)
+    activation_checkpointing: str = setting(
+        "none",
+        "What the backward pass computes again instead of keeping it: none, full (every block) or selective "
+        "(all but attention and every second matmul of a block).",
+        choices=ACTIVATION_CHECKPOINTING,
+    )
+    compile: bool = setting(False, "torch.compile every block.")
+    ulysses_size: int = setting(
+        0,
+        "Ranks among which a sample's attention heads are divided; 0: chosen from the ranks and their "
+        "memory.",
+        least=0,
+    )
+    ring_size: int = setting(
+        0,
+        "Ranks among which a sample's keys and values are gathered (for heads that Ulysses cannot divide "
+        "further); 0: chosen.",
+        least=0,
+    )
+    cpu_offload: bool = setting(
+        False, "Keep sharded weights, gradients and optimizer state in host memory (several ranks only)."
+    )
+    t5_cpu: bool = setting(False, "Keep the text encoder on the CPU.")
+    lora_rank: int = setting(
+        0, "Train low-rank adapters of this rank instead of all weights; 0: all weights.", least=0
+    )
+    lora_alpha: float = setting(
+        0.0, "Adapters are scaled by this over the rank; 0: the rank itself.", least=0
+    )
+    lora_targets: str = setting(
+        "",
+        "Which layers get adapters, as in refalign_ext.lora; empty: attention and feed-forward of every "
+        "block.",
+    )
+    seed: int = setting(
+        0,
+        "All randomness of step n depends on this and n alone, so a resumed run equals an uninterrupted one.",
+        least=0,
+    )
+    save_every: int = setting(500, "Optimizer steps between checkpoints.", least=1)
+    keep_last: int = setting(2, "Checkpoints kept.", least=1)
+    max_skipped_steps: int = setting(
+        5,
+        "A step whose loss or gradient is not finite is skipped and written down; this many in a row end "
+        "the run.",
+        least=1,
+    )
+    spike_factor: float = setting(
+        6.0,
+        "Log the samples of a step whose loss lies this many deviations above the mean of late ones; 0: "
+        "never.",
+        least=0,
+    )
+    validate_every: int = setting(
+        500, "Optimizer steps between validation losses, where there are clips for it; 0: none.", least=0
+    )
+    validation_clips: int = setting(
+        32, "Clips of a validation loss: always the same, with the same noise and timesteps.", least=1
+    )
+    wandb: str | None = setting(None, "Also log to this Weights & Biases project.")
+    timeout_minutes: float = setting(30.0, "A rank that the others wait for longer than this ends the run.")
+    preview_every: int = setting(
+        500,
+        "Optimizer steps between previews (sprite world: a judged picture; else videos of validation "
+        "clips); 0: none.",
+        least=0,
+    )
+    preview_clips: int = setting(
+        48,
+        "Sprite world: clips that a preview generates and judges with one subject, and half as many with "
+        "two. Else: at most this many videos.",
+        least=1,
+    )
+    preview_steps: int = setting(
+        0, "Sampling steps of a preview in the sprite world; 0: the task's.", least=0
+    )
+    log_every: int = setting(10, "Optimizer steps between log entries.", least=1)
+    cache_clips: int = setting(
+        6000, "Sprite world: clips rendered and encoded once, before training.", least=1
+    )
+    cache_views: int = setting(
+        24, "Sprite world: reference views of each subject, rendered and encoded once.", least=1
+    )
+    cache_free_clips: int = setting(
+        6000,
+        "Sprite world: the same for clips in free colours, each with two views of its own subjects.",
+        least=1,
+    )
+    free_colors: float = setting(
+        0.6,
+        "Sprite world: share of samples whose subjects have free colours; palette colours alone are learned "
+        "as a few classes and not copied.",
+        is_share=True,
+    )
+    subject_counts: tuple[float, float, float] = setting(
+        (0.5, 0.45, 0.05), "Sprite world: shares of steps with one, two and three subjects."
+    )
+    regular_pairs: float = setting(
+        0.0,
+        "Sprite world: share of clips whose references are cut out of them, so that both show the subject "
+        "tilted alike; the rest are cross pairs.",
+        is_share=True,
+    )
 
     def __post_init__(self) -> None:
-        choices = {
-            "timesteps": (self.timesteps, TIMESTEPS),
-            "alignment.tap": (self.alignment.tap, TAPS),
-            "optimizer": (self.optimizer, OPTIMIZERS),
-            "schedule": (self.schedule, SCHEDULES),
-            "precision": (self.precision, PRECISIONS),
-            "data_schedule": (self.data_schedule, DATA_SCHEDULES),
-            "activation_checkpointing": (self.activation_checkpointing, ACTIVATION_CHECKPOINTING),
-        }
-        for name, (value, allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
-        self._check_numbers()
-        shares = (self.drop_text, self.drop_references, self.drop_both)
-        if sum(shares) > 1:
+        for name, field in setting_fields().items():
+            group, _, attribute = name.rpartition(".")
+            _check_value(name, getattr(getattr(self, group) if group else self, attribute), field.metadata)
+        if self.drop_text + self.drop_references + self.drop_both > 1:
             raise ValueError(
                 "drop_text + drop_references + drop_both exceed 1: they are shares of the samples"
             )
@@ -271,22 +345,6 @@ class TrainConfig:
             raise ValueError(
                 "teacher_input trains all weights in one process: leave lora_rank, ulysses_size and ring_size out"
             )
-
-    def _check_numbers(self) -> None:
-        values = vars(self) | {
-            f"{group}.{name}": value for group in GROUPS for name, value in vars(getattr(self, group)).items()
-        }
-        for name, value in values.items():
-            numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-                raise ValueError(f"{name} is {value}: give a finite number")
-        for least, names in _LEAST.items():
-            for name in names:
-                if values[name] < least:
-                    raise ValueError(f"{name} is {values[name]}: it must be at least {least}")
-        for name in _SHARES:
-            if not 0 <= values[name] <= 1:
-                raise ValueError(f"{name} is {values[name]}: it is a share, between 0 and 1")
         if self.alignment.weight and self.alignment.depth < 1:
             raise ValueError(
                 "alignment.depth is below 1: set alignment.weight to 0 to train without alignment"
@@ -334,6 +392,34 @@ class TrainConfig:
 
 # Settings that are a class of their own, written `--alignment.depth` on the command line.
 GROUPS = {"alignment": AlignmentConfig, "sampling": SamplingConfig}
+
+
+def setting_fields() -> dict[str, dataclasses.Field]:
+    """Every setting by its name on the command line, nested ones as `alignment.depth`."""
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig) if field.name not in GROUPS}
+    for group, owner in GROUPS.items():
+        fields |= {f"{group}.{field.name}": field for field in dataclasses.fields(owner)}
+    return fields
+
+
+def _check_value(name: str, value: Any, rules: Mapping[str, Any]) -> None:
+    """Checks one setting.
+
+    Args:
+        rules: as `setting` takes them.
+
+    Raises:
+        ValueError: naming the setting and the values that it may have.
+    """
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(rules['choices'])}")
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name} is {value}: give a finite number")
+    if rules["least"] is not None and value < rules["least"]:
+        raise ValueError(f"{name} is {value}: it must be at least {rules['least']}")
+    if rules["is_share"] and not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: it is a share, between 0 and 1")
 
 
 def paper_stage1() -> TrainConfig:
@@ -427,8 +513,8 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
     nested: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for key, value in overrides.items():
         group, _, name = key.rpartition(".")
-        if key not in setting_types():
-            raise ValueError(f"unknown setting {key!r}: choose one of {', '.join(sorted(setting_types()))}")
+        if key not in setting_fields():
+            raise ValueError(f"unknown setting {key!r}: choose one of {', '.join(sorted(setting_fields()))}")
         (nested[group] if group else plain)[name] = value
     if plain.get("dit_ckpt") is not None:
         plain.setdefault("from_scratch", False)  # naming weights means starting from them
@@ -437,66 +523,3 @@ def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfi
         plain.setdefault("ema_decay", 0.0)
     plain |= {group: dataclasses.replace(getattr(config, group), **nested[group]) for group in GROUPS}
     return dataclasses.replace(config, **plain)
-
-
-def setting_types() -> dict[str, str]:
-    """The annotation of every setting by its name on the command line, nested ones as `alignment.depth`."""
-    types = {}
-    for prefix, owner in (("", TrainConfig), *((f"{name}.", owner) for name, owner in GROUPS.items())):
-        types |= {f"{prefix}{field.name}": str(field.type) for field in dataclasses.fields(owner)}
-    return {name: annotation for name, annotation in types.items() if name not in GROUPS}
-
-
-def read_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings written as on the command line: `--name value`, `--name=value`, or `--name` alone for a yes.
-
-    Raises:
-        ValueError: naming the word that is none.
-    """
-    types, settings, rest = setting_types(), {}, list(words)
-    while rest:
-        word = rest.pop(0)
-        name, has_value, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in types:
-            raise ValueError(f"{word}: no such setting; train_refalign.py --help lists them")
-        is_alone = types[name] == "bool" and (not rest or rest[0].startswith("--"))
-        if not has_value and not is_alone and not rest:
-            raise ValueError(f"{word}: its value is missing")
-        text = text if has_value else "true" if is_alone else rest.pop(0)
-        try:
-            settings[name] = parse_value(text, types[name])
-        except ValueError as error:
-            raise ValueError(f"--{name} {text}: {error}") from None
-    return settings
-
-
-def parse_value(text: str, annotation: str) -> Any:
-    """A command-line word as the type that a setting's annotation names.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    if annotation == "bool":
-        if text.lower() in ("true", "1", "yes", "on"):
-            return True
-        if text.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError("expected true or false")
-    kind = int if "int" in annotation else float if "float" in annotation else str
-    try:
-        if annotation.startswith("tuple"):
-            return tuple(kind(part) for part in text.split(",")) if text else ()
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"expected {_describe(annotation)}") from None
-
-
-def _describe(annotation: str) -> str:
-    what = "whole number" if "int" in annotation else "number"
-    if not annotation.startswith("tuple"):
-        return f"a {what}"
-    example = "81,49" if "int" in annotation else "0.5,0.5"
-    if annotation.endswith("...]"):
-        return f"{what}s with commas, such as {example}"
-    count = annotation.count(",") + 1
-    return f"{count} {what}s with commas, such as {','.join(['0.5'] * count)}"

@@ -1,10 +1,10 @@
-"""The parts that training does not change (VAE, text encoder, teacher): where they lie, how they are used, and digests."""
+"""The frozen parts of a run (VAE, text encoder, teacher): found, loaded once, and identified by digests of their files."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +15,24 @@ from refalign_ext.backbone import (
     REFUSED_TASKS,
     WAN_CONFIGS,
     T5EncoderModel,
+    WanVAE,
     file_sha256,
     require_files,
     required_files,
 )
-from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig
-from refalign_ext.data.cache.names import cache_fingerprint
-from refalign_ext.data.sampling.choice import Sampling
 from refalign_ext.tasks import find_task
-from refalign_ext.teachers import Teacher, teacher_files
+from refalign_ext.teachers import Teacher, load_teacher, teacher_files
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
-_REMEMBERED_BYTES = 8 << 30
+EncodeText = Callable[[Sequence[str]], list[Tensor]]
+"""Prompts to text features, one [L, text_dim] each."""
+Features = Callable[[Tensor], Tensor]
+"""Images [M, 3, H, W] in [-1, 1] to the teacher's features on the DiT's token grid, [M, N, D]."""
+
+_CACHED_TEXT_BYTES = 8 << 30  # of host memory
 
 
 def task_config(config: TrainConfig) -> EasyDict:
@@ -50,19 +53,114 @@ def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
     Raises:
         ValueError: if files are missing (all are listed) or no folder is given.
     """
-    if config.ckpt_dir is None and config.task != "r2v-tiny":
+    folder = config.ckpt_dir or find_task(config.task).bundled
+    if folder is None:
         raise ValueError(
             f"--task {config.task} needs --ckpt_dir FOLDER with the Wan2.1 checkpoint (docs/real_weights.md)"
         )
-    folder = EMBEDDED if config.ckpt_dir is None else Path(config.ckpt_dir)
+    folder = Path(folder)
     needs_dit = dit and not config.from_scratch and config.dit_ckpt is None
     require_files(folder, required_files(folder, task_config(config), dit=needs_dit))
     return folder
 
 
+class Encoders:
+    """The VAE, the text encoder and the teacher of a run, each loaded when it is first used and never twice.
+
+    Args:
+        config: names the task, the checkpoint folder and the teacher.
+        device: where VAE and teacher compute, and the text encoder unless `t5_cpu` keeps it on the CPU.
+        dit: see `checkpoint_folder`.
+        cached_prompts: see `text_encoder`.
+
+    Raises:
+        ValueError: for missing files; a member raises it if its files are damaged or of another model.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        dit: bool = True,
+        cached_prompts: int | None = None,
+    ) -> None:
+        self.config, self.device, self._cached_prompts = config, device, cached_prompts
+        self.task = task_config(config)
+        self.folder = checkpoint_folder(config, dit=dit)
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        """The video autoencoder."""
+        return WanVAE(vae_pth=self.vae_path, device=self.device, config=self.task.vae)
+
+    @property
+    def vae_path(self) -> Path:
+        """The video autoencoder's file."""
+        return self.folder / self.task.vae_checkpoint
+
+    @cached_property
+    def encode_text(self) -> EncodeText:
+        """Prompts to features on the device; frequent prompts are encoded once."""
+        home = torch.device("cpu") if self.config.t5_cpu else self.device
+        return text_encoder(self.folder, self.task, home, self.device, remember=self._cached_prompts)
+
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The vision model to align to; None if the run looks at none."""
+        if not self.config.needs_teacher:
+            return None
+        return load_teacher(self.config.alignment.teacher, self.teacher_path, device=self.device)
+
+    @property
+    def teacher_path(self) -> Path | None:
+        """The teacher's local folder; None: it comes from the hub."""
+        alignment, task = self.config.alignment, self.task
+        if alignment.teacher_path is not None:
+            return Path(alignment.teacher_path)
+        is_own = alignment.teacher == task.get("teacher") and "teacher_folder" in task
+        return self.folder / task.teacher_folder if is_own else None
+
+    @property
+    def teacher_files(self) -> list[Path]:
+        """The teacher's configuration and weights, fetched if they have to be; empty without a teacher."""
+        if not self.config.needs_teacher:
+            return []
+        home, weights = teacher_files(self.config.alignment.teacher, self.teacher_path)
+        return [home / "config.json", *weights]
+
+    @cached_property
+    def features(self) -> Features | None:
+        """The teacher's features on the DiT's token grid; None without a teacher."""
+        return None if self.teacher is None else on_grid(self.teacher, self.task)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these encoders from others; reads the files of the weights once, to digest them.
+
+        Returns:
+            "files": digests of weights and tokenizer by what they are; "teacher": its name or None; "token_stride" and
+            "text_length": the grid of the teacher's features, and tokens at which a prompt is cut.
+        """
+        task = self.task
+        tokenizer = sorted(path for path in (self.folder / task.t5_tokenizer).iterdir() if path.is_file())
+        files = {
+            "VAE": file_sha256(self.vae_path),
+            "text encoder": file_sha256(self.folder / task.t5_checkpoint),
+            "tokenizer": _files_sha256(tokenizer),
+        }
+        if self.config.needs_teacher:
+            files["teacher"] = _files_sha256(self.teacher_files)
+        return {
+            "files": files,
+            "teacher": self.config.alignment.teacher if self.config.needs_teacher else None,
+            "token_stride": token_stride(task),
+            "text_length": task.text_len,
+        }
+
+
 def text_encoder(
     folder: Path, task: EasyDict, device: torch.device, target: torch.device, *, remember: int | None = None
-) -> Callable[[Sequence[str]], list[Tensor]]:
+) -> EncodeText:
     """Prompts to features on `target`, float32, each encoded alone.
 
     Args:
@@ -79,7 +177,7 @@ def text_encoder(
         config=task.t5,
     )
     if remember is None:
-        remember = _REMEMBERED_BYTES // (task.text_len * task.text_dim * task.t5_dtype.itemsize)
+        remember = _CACHED_TEXT_BYTES // (task.text_len * task.text_dim * task.t5_dtype.itemsize)
 
     @lru_cache(maxsize=remember)
     def encode_one(prompt: str) -> Tensor:
@@ -90,63 +188,18 @@ def text_encoder(
     return lambda prompts: [encode_one(prompt).to(target, torch.float32) for prompt in prompts]
 
 
-def teacher_folder(config: TrainConfig, task: EasyDict, folder: Path) -> Path | None:
-    """The teacher's local folder; None: it comes from the hub."""
-    alignment = config.alignment
-    if alignment.teacher_path is not None:
-        return Path(alignment.teacher_path)
-    is_own = alignment.teacher == task.get("teacher") and "teacher_folder" in task
-    return folder / task.teacher_folder if is_own else None
-
-
 def token_stride(task: EasyDict) -> tuple[int, int]:
     """Rows and columns of pixels per token of the DiT."""
     return task.vae_stride[1] * task.patch_size[1], task.vae_stride[2] * task.patch_size[2]
 
 
-def on_grid(teacher: Teacher | None, task: EasyDict) -> Callable[[Tensor], Tensor] | None:
+def on_grid(teacher: Teacher, task: EasyDict) -> Features:
     """The teacher's features of images [M, 3, H, W] on the DiT's grid: [M, N, D]."""
-    if teacher is None:
-        return None
     rows, columns = token_stride(task)
     return lambda images: teacher(images, (images.shape[-2] // rows, images.shape[-1] // columns))
 
 
-def frozen_fingerprint(
-    config: TrainConfig, sampling: Sampling, *, dtype: str | None = None
-) -> dict[str, Any]:
-    """What a cache for this run must have been made from; reads the weights' files once, to digest them.
-
-    Args:
-        dtype: of what a cache is to store; None: a run takes any.
-
-    Raises:
-        ValueError: if files are missing.
-    """
-    task, folder = task_config(config), checkpoint_folder(config, dit=False)
-    files = {
-        "VAE": file_sha256(folder / task.vae_checkpoint),
-        "text encoder": file_sha256(folder / task.t5_checkpoint),
-        "tokenizer": _digest(
-            sorted(path for path in (folder / task.t5_tokenizer).iterdir() if path.is_file())
-        ),
-    }
-    teacher = None
-    if config.needs_teacher:
-        teacher, path = config.alignment.teacher, teacher_folder(config, task, folder)
-        home, weights = teacher_files(teacher, path)
-        files["teacher"] = _digest([home / "config.json", *weights])
-    return cache_fingerprint(
-        sampling,
-        files,
-        teacher=teacher,
-        token_stride=token_stride(task),
-        text_length=task.text_len,
-        dtype=dtype,
-    )
-
-
-def _digest(files: Sequence[Path]) -> str:
+def _files_sha256(files: Sequence[Path]) -> str:
     """One digest of several files' names and contents."""
     parts = "".join(f"{path.name} {file_sha256(path)}\n" for path in files)
     return hashlib.sha256(parts.encode()).hexdigest()

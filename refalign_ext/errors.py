@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import traceback
+from contextlib import suppress
 
 import click
 
@@ -56,3 +57,11 @@ def _is_raised_by_us(error: BaseException) -> bool:
         files = re.findall(r'File "(.+)", line \d+', f"{error.__cause__}\n{error}")
         return bool(files) and any(f"/{package}/" in files[-1] for package in ("wan", "refalign_ext"))
     return module.partition(".")[0] in _OWN_PACKAGES
+
+
+def shortened(value: object) -> str:
+    """A value as an error shows it: at most 60 characters."""
+    with suppress(ValueError, RecursionError):  # integers too long, objects too deep
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return "a value that is too large to print"

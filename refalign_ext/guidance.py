@@ -52,11 +52,6 @@ def dual_guidance(
     return null + image_scale * (image - null) + text_scale * (text_image - image)
 
 
-def text_guidance(null: torch.Tensor, text: torch.Tensor, scale: float = 5.0) -> torch.Tensor:
-    """Ordinary classifier-free guidance, for generation without references: `null + scale (text - null)`."""
-    return null + scale * (text - null)
-
-
 def required_branches(image_scale: float, text_scale: float) -> tuple[str, ...]:
     """The predictions that eq. 5 does not multiply by zero, in the order of `BRANCHES`.
 
@@ -85,7 +80,8 @@ def combine_branches(
     if len(ordered) == 1:
         return ordered[0]
     # The weights add up to 1, so two of them are ordinary guidance from the first prediction to the second.
-    return text_guidance(*ordered, _weights(image_scale, text_scale)[required[1]])
+    first, second = ordered
+    return first + _weights(image_scale, text_scale)[required[1]] * (second - first)
 
 
 def _weights(image_scale: float, text_scale: float) -> dict[str, float]:

@@ -132,11 +132,6 @@ class TokenLayout:
         """True if the video ends at the same token in every sample."""
         return len({sample.video_tokens for sample in self.samples}) == 1
 
-    def reference_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """[B, M] boolean: True where a sample has a real reference, M being the largest number in the batch."""
-        counts = torch.tensor([sample.references for sample in self.samples], device=device)
-        return torch.arange(self.most_references, device=device) < counts[:, None]
-
     def video_token_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """[B, seq_len] boolean: True on video tokens; False on references and padding."""
         ends = torch.tensor([sample.video_tokens for sample in self.samples], device=device)

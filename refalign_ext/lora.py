@@ -47,13 +47,28 @@ def add_lora(
         seed: the adapters' start depends on it and on the layers' names alone; torch's generators are left alone.
 
     Raises:
-        ValueError: if nothing matches (what there is gets listed), for a rank below 1, or if the model has adapters.
+        ValueError: if nothing matches (what there is gets listed), for a rank below 1 or an alpha of 0, or if the model has
+            adapters.
     """
+    from peft import LoraConfig, inject_adapter_in_model
+
     names = matching_layers(model, targets)
-    inject_adapters(model, names, rank, alpha)
+    if adapter_parameters(model):
+        raise ValueError("this model already has LoRA adapters: start from a new one")
+    if rank < 1 or not alpha > 0:
+        raise ValueError(
+            f"LoRA rank {rank} and alpha {alpha} do not make an adapter: use --lora_rank 16 --lora_alpha 16"
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    parameters = adapter_parameters(model)
+    assert list(parameters) == [f"{name}.lora_{factor}.weight" for name in names for factor in "AB"], (
+        "peft adapted other layers than it was told"
+    )
     with torch.no_grad():
-        parameters = adapter_parameters(model)
         for key, value in initial_adapter(model, seed).items():
+            parameters[key].data = parameters[key].data.float()
             if not parameters[key].is_meta:
                 parameters[key].copy_(value)
     return names
@@ -67,7 +82,17 @@ def matching_layers(model: nn.Module, targets: str) -> list[str]:
     Raises:
         ValueError: if an entry matches nothing or is no regular expression.
     """
-    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return select_layers(
+        [name for name, module in model.named_modules() if type(module) is nn.Linear], targets
+    )
+
+
+def select_layers(layers: list[str], targets: str) -> list[str]:
+    """Those of a model's linear layers that `targets` (see `add_lora`) means, in their order.
+
+    Raises:
+        ValueError: if an entry matches nothing or is no regular expression.
+    """
     wanted: set[str] = set()
     entries = [targets] if targets.startswith(_PATTERN) else [entry.strip() for entry in targets.split(",")]
     for entry in entries:
@@ -103,18 +128,13 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return start
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether the model carries adapters."""
-    return bool(adapter_parameters(model))
-
-
 def adapter_scale(model: nn.Module) -> tuple[int, float]:
     """(rank, alpha) of the model's adapters.
 
     Raises:
         ValueError: if it has none.
     """
-    if not has_lora(model):
+    if not adapter_parameters(model):
         raise ValueError("this model has no LoRA adapters: call add_lora first")
     config = model.peft_config[_NAME]
     return config.r, config.lora_alpha
@@ -138,21 +158,6 @@ def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     base = {base_key(name): tensor for name, tensor in state.items() if not is_adapter_key(name)}
     adapter = {base_key(name): tensor for name, tensor in state.items() if is_adapter_key(name)}
     return base, adapter
-
-
-def join_state_dict(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `split_state_dict`: what `load_state_dict` of an injected model takes.
-
-    `adapter` tells which layers are injected; its values may stand on any device, also meta.
-    """
-    layers = {ADAPTER_KEY.match(key)["module"] for key in adapter}
-    joined: dict[str, Tensor] = {}
-    for key, tensor in base.items():
-        layer, _, leaf = key.rpartition(".")
-        joined[f"{layer}{_BASE}{leaf}" if layer in layers else key] = tensor
-    for key, tensor in adapter.items():
-        joined[f"{key.removesuffix('.weight')}.{_NAME}.weight"] = tensor
-    return joined
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -223,51 +228,9 @@ def adapted_layers(
     return held
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict with upstream's keys of a model that may have adapters; where none is, the base's own tensors."""
-    base, adapter = split_state_dict(model.state_dict())
-    if not adapter:
-        return base
-    rank, alpha = adapter_scale(model)
-    return merge_tensors(base, adapter, rank=rank, alpha=alpha)
-
-
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors, under `<module>.lora_A.weight` and `<module>.lora_B.weight`."""
-    return split_state_dict(model.state_dict())[1]
-
-
-def inject_adapters(model: nn.Module, names: list[str], rank: int, alpha: float) -> None:
-    """Wrap the named layers; float32 adapters that require gradients, everything else frozen.
-
-    Raises:
-        ValueError: for a rank below 1 or an alpha of 0, or if the model has adapters.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    if has_lora(model):
-        raise ValueError("this model already has LoRA adapters: start from a new one")
-    if rank < 1 or not alpha > 0:
-        raise ValueError(
-            f"LoRA rank {rank} and alpha {alpha} do not make an adapter: use --lora_rank 16 --lora_alpha 16"
-        )
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names), lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, model, adapter_name=_NAME)
-    assert layers_with_adapters(model) == names, "peft adapted other layers than it was told"
-    for parameter in adapter_parameters(model).values():
-        parameter.data = parameter.data.float()
-
-
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by plain key; empty without adapters."""
     return {base_key(name): value for name, value in model.named_parameters() if is_adapter_key(name)}
-
-
-def layers_with_adapters(model: nn.Module) -> list[str]:
-    """Names of the layers of `model` that carry adapters, in the model's order."""
-    suffix = ".lora_A.weight"
-    return [key.removesuffix(suffix) for key in adapter_parameters(model) if key.endswith(suffix)]
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

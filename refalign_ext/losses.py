@@ -191,13 +191,21 @@ def alignment_by_block(
     """Positive (eq. 8) and negative (eq. 9) terms of every block, weighted and averaged over the samples.
 
     Args:
-        students: K projected student features, each [B, M, N, D], or [S, D] with `spans`.
-        teacher, mask, margin, sample_weight: see `reference_alignment_over_blocks`.
+        students: K projected student features, each [B, M, N, D], or [S, D] with `spans`; any floating dtype, computed in
+            float32 at least.
+        teacher: teacher features, [B, M, N, D]; normalised once, never gets a gradient.
+        mask: [B, M] boolean, True where a real reference is; padding may hold anything. None: all are real.
+        margin: delta of eq. 9. The paper does not give it, the release uses 1.0.
+        sample_weight: [B], multiplies each sample's terms, for example the release's gate (t/1000)^3. It is not
+            normalised: the batch is divided by B.
         spans: per sample (first, count): `students` hold only these of its M*N reference tokens, sample after sample.
             The result is then this share of the terms: shares whose spans cover all tokens once add up to the whole.
 
     Returns:
         positive [K] and negative [K].
+
+    Raises:
+        ValueError: shapes that do not fit, a mask that is not boolean, or no student at all.
     """
     _check(students, teacher, mask, sample_weight, spans)
     batch, references, tokens, _ = teacher.shape
@@ -254,43 +262,6 @@ def _rows_of(kept: list[int], tokens: int, first: int, count: int) -> tuple[list
     return rows or [(0, 0)], start or 0
 
 
-def reference_alignment_over_blocks(
-    students: Sequence[Tensor],
-    teacher: Tensor,
-    *,
-    mask: Tensor | None = None,
-    margin: float = 1.0,
-    negative_weight: float = 1.0,
-    sample_weight: Tensor | None = None,
-    spans: Sequence[tuple[int, int]] | None = None,
-) -> RALoss:
-    """Reference-alignment loss averaged over the first K blocks (eq. 10); the teacher is normalised only once.
-
-    Args:
-        students: K projected student features, each [B, M, N, D], any floating dtype; computed in float32 at least.
-        teacher: teacher features, [B, M, N, D]; never gets a gradient.
-        mask: [B, M] boolean, True where a real reference is; padding may hold anything. None: all are real.
-        margin: delta of eq. 9. The paper does not give it, the release uses 1.0.
-        negative_weight: lambda of eq. 10.
-        sample_weight: [B], multiplies each sample's terms, for example the release's gate (t/1000)^3. It is not
-            normalised: the batch is divided by B.
-        spans: see `alignment_by_block`.
-
-    Returns:
-        `RALoss`, each term already weighted and averaged over blocks and samples.
-
-    Raises:
-        ValueError: shapes that do not fit, a mask that is not boolean, or no student at all.
-    """
-    positive, negative = (
-        terms.mean()
-        for terms in alignment_by_block(
-            students, teacher, mask=mask, margin=margin, sample_weight=sample_weight, spans=spans
-        )
-    )
-    return RALoss(positive + negative_weight * negative, positive, negative)
-
-
 def reference_alignment_loss(
     student: Tensor,
     teacher: Tensor,
@@ -303,17 +274,24 @@ def reference_alignment_loss(
     """Reference-alignment loss of one block: positive (eq. 8) + negative_weight * negative (eq. 9).
 
     Negatives are formed only within a sample; a sample with fewer than two references has negative 0, and a batch
-    without references has total 0 and zero (not missing) gradients. See `reference_alignment_over_blocks` for the
-    arguments; `student` and `teacher` are [B, M, N, D] here.
+    without references has total 0 and zero (not missing) gradients. `alignment_by_block` does this for the K blocks of
+    eq. 10.
+
+    Args:
+        student: projected student features, [B, M, N, D].
+        teacher, mask, margin, sample_weight: see `alignment_by_block`.
+        negative_weight: lambda of eq. 10.
+
+    Returns:
+        `RALoss`, each term already weighted and averaged over the samples.
+
+    Raises:
+        ValueError: shapes that do not fit, or a mask that is not boolean.
     """
-    return reference_alignment_over_blocks(
-        [student],
-        teacher,
-        mask=mask,
-        margin=margin,
-        negative_weight=negative_weight,
-        sample_weight=sample_weight,
+    positive, negative = alignment_by_block(
+        [student], teacher, mask=mask, margin=margin, sample_weight=sample_weight
     )
+    return RALoss((positive + negative_weight * negative)[0], positive[0], negative[0])
 
 
 def _check(
@@ -379,21 +357,8 @@ def flow_matching_errors(predictions: Sequence[Tensor], targets: Sequence[Tensor
     return torch.stack(errors)
 
 
-def flow_matching_loss(
-    predictions: Sequence[Tensor], targets: Sequence[Tensor], *, sample_weight: Tensor | None = None
-) -> Tensor:
-    """Rectified-flow loss (eq. 4): squared error per sample, times its timestep weight, averaged over the samples.
-
-    Args:
-        predictions: B velocities, [C, F, H, W] each, sizes may differ.
-        targets: the same shapes, `flow_matching_target(latents, noise)`.
-        sample_weight: [B], the recipe's timestep weight; None means 1.
-    """
-    return average_errors(flow_matching_errors(predictions, targets), sample_weight)
-
-
 def average_errors(errors: Tensor, sample_weight: Tensor | None = None) -> Tensor:
-    """The loss of `flow_matching_loss` from the errors [B] of `flow_matching_errors`."""
+    """The rectified-flow loss (eq. 4) of a batch: errors [B], times the recipe's timestep weights [B], averaged."""
     if sample_weight is None:
         return errors.mean()
     if sample_weight.shape != errors.shape:

@@ -1,4 +1,4 @@
-"""Reference-to-video generation: prepare the conditions, denoise, decode. Without references it is text-to-video."""
+"""Generation in three steps: prepare the conditions, denoise, decode. Every task runs through it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from refalign_ext.backbone import (
     REFUSED_TASKS,
@@ -37,42 +37,28 @@ from refalign_ext.backbone import (
     resolve_device,
     resolve_dtype,
 )
-from refalign_ext.errors import is_out_of_memory
-from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
-from refalign_ext.references import prepare_reference, reference_to_tensor
-from refalign_ext.request import MAX_REFERENCES, Role
-from refalign_ext.sampler import ModelFunction, SolverProtocol, denoise
-from refalign_ext.tasks import find_task
+from refalign_ext.parallelism import SingleProcess
+from refalign_ext.request import GenerationRequest, check_placement
+from refalign_ext.sampler import GuidedModel, denoise
+from refalign_ext.tasks import DEFAULT_TASK, Conditions, Task, find_task
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the model is told, on the device that samples.
-
-    Attributes:
-        prompt, negative_prompt: text embeddings [L, text_dim].
-        references: clean latents [C, M, h, w], one latent frame per reference; M may be 0.
-    """
-
-    prompt: Tensor
-    negative_prompt: Tensor
-    references: Tensor
+StepCallback = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
-class R2VResult:
+class Result:
     """A generated video and how it came about.
 
     Attributes:
         video: [3, F, H, W] float32 in [-1, 1] on the CPU; None on all but the first of several ranks.
         references: the prepared references, as the VAE saw them.
         settings: every setting that took effect, ready for json.
-        timings: seconds per stage.
+        timings: seconds per step.
         peak_memory: bytes (see `PeakMemory`), or None when the system does not tell.
     """
 
@@ -83,96 +69,45 @@ class R2VResult:
     peak_memory: int | None = None
 
 
-class SingleProcess:
-    """Makes a video alone: what `R2VPipeline` asks of the ranks that make one together.
+@dataclass(eq=False, kw_only=True)
+class R2VPipeline:
+    """Videos of the subjects on reference images (paper, section on inference), and every other task of the table.
 
-    `refalign_ext.distributed.inference.VideoRanks` divides the work; every method is then called on all ranks together.
+    The steps are public: `prepare` -> `denoise` -> `decode`; `generate` runs them in order. The model appends the
+    references behind the video on the frame axis and `ReferenceBackbone` crops them off every prediction, so the
+    latents that travel between the steps hold the video only.
 
     Attributes:
-        is_alone: False if other ranks take part.
-        is_main: True on the rank that decodes.
-        shards_model, shards_text_encoder: whether each rank keeps a part of those weights only.
+        task: the row of the table of tasks.
+        config: its entry of `WAN_CONFIGS`.
+        backbone: the DiT with references attached.
+        vae: the video autoencoder.
+        text_encoder: the T5 encoder.
+        device: where to sample.
+        dtype: the number format of the DiT's matrix products.
+        t5_cpu: keeps the text encoder on the CPU.
+        offload_model: keeps only the part at work on the device and runs the guidance branches one by one.
+        ranks: the ranks that have divided these parts.
     """
 
-    is_alone = True
-    is_main = True
-    shards_model = False
-    shards_text_encoder = False
-
-    def divide_model(self, backbone: ReferenceBackbone, dtype: torch.dtype) -> None:
-        """Prepares a freshly loaded transformer; one that is sharded comes in its file's dtype and gets `dtype` here."""
-
-    def divide_text_encoder(self, model: nn.Module, *, sync_module_states: bool = False) -> nn.Module:
-        """Shards a freshly loaded text encoder and gives it back (`shard_fn` of `T5EncoderModel`)."""
-        return model
-
-    def same_seed(self, seed: int) -> int:
-        """The first rank's seed."""
-        return seed
-
-    def same(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The first rank's tensors, of the same shapes and dtypes."""
-        return list(tensors)
-
-    def share(self, branches: Sequence[str]) -> list[str]:
-        """Which branches of the guidance this rank evaluates, in which order."""
-        return list(branches)
-
-    def exchange(self, branches: Sequence[str], own: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Predictions [C, F, H, W] of all branches by name, from this rank's in the order of its `share`."""
-        return dict(zip(branches, own, strict=True))
-
-
-class R2VPipeline:
-    """Makes videos of the subjects on reference images (paper, section on inference).
-
-    The stages are public: `prepare` -> `denoise` -> `decode`; `generate` runs them in order. The model appends the
-    references behind the video on the frame axis and `ReferenceBackbone` crops them off every prediction, so the
-    latents that travel between the stages hold the video only.
-    """
-
-    def __init__(
-        self,
-        config: EasyDict,
-        *,
-        backbone: ReferenceBackbone,
-        vae: WanVAE,
-        text_encoder: T5EncoderModel,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        t5_cpu: bool = False,
-        offload_model: bool = False,
-        ranks: SingleProcess | None = None,
-    ) -> None:
-        """Puts loaded parts together; `from_pretrained` loads them.
-
-        Args:
-            config: an entry of `WAN_CONFIGS`.
-            backbone: the DiT with references attached.
-            vae: the video autoencoder.
-            text_encoder: the T5 encoder.
-            device: where to sample.
-            dtype: the number format of the DiT's matrix products.
-            t5_cpu: keeps the text encoder on the CPU.
-            offload_model: keeps only the part at work on the device and runs the guidance branches one by one.
-            ranks: the ranks that have divided these parts; None: this process works alone.
-        """
-        self.ranks = ranks or SingleProcess()
-        self.config = config
-        self.backbone = backbone
-        self.vae = vae
-        self.text_encoder = text_encoder
-        self.device = resolve_device(device)
-        self.dtype = dtype
-        self.t5_cpu = t5_cpu
-        self.offload_model = offload_model
+    task: Task
+    config: EasyDict
+    backbone: ReferenceBackbone
+    vae: WanVAE
+    text_encoder: T5EncoderModel
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    t5_cpu: bool = False
+    offload_model: bool = False
+    ranks: SingleProcess = field(default_factory=SingleProcess)
 
     @classmethod
     def from_pretrained(
         cls,
         ckpt_dir: str | os.PathLike[str],
         *,
-        task: str = "r2v-tiny",
+        task: str | Task = DEFAULT_TASK,
+        config: EasyDict | None = None,
         device: torch.device | str = "auto",
         dtype: torch.dtype | str = "auto",
         dit_ckpt: str | os.PathLike[str] | None = None,
@@ -185,7 +120,8 @@ class R2VPipeline:
 
         Args:
             ckpt_dir: folder with the DiT, T5 and VAE weights and the tokenizer.
-            task: "r2v-tiny", "r2v-1.3B" or "r2v-14B".
+            task: a task of the table, or its name.
+            config: sizes of the networks where they are not those of the task's entry of WAN_CONFIGS.
             device: "cpu", "cuda", "mps" or "auto".
             dtype: the DiT's number format: a dtype, "bf16", "fp32", or "auto" (the task's own on CUDA, float32
                 elsewhere).
@@ -197,49 +133,15 @@ class R2VPipeline:
                 step-* folders of training.
 
         Raises:
-            ValueError: for an unknown task, missing files (all are listed), weights that do not fit or an absent
-                device.
+            ValueError: for an unknown task, missing files (all are listed), weights that do not fit, an absent
+                device, or places for weights that exclude each other.
         """
-        return cls.load(
-            r2v_config(task),
-            ckpt_dir,
-            device=device,
-            dtype=dtype,
-            dit_ckpt=dit_ckpt,
-            t5_cpu=t5_cpu,
-            offload_model=offload_model,
-            ranks=ranks,
-            read_dit=read_dit,
-        )
-
-    @classmethod
-    def load(
-        cls,
-        config: EasyDict,
-        ckpt_dir: str | os.PathLike[str],
-        *,
-        device: torch.device | str = "auto",
-        dtype: torch.dtype | str = "auto",
-        dit_ckpt: str | os.PathLike[str] | None = None,
-        t5_cpu: bool = False,
-        offload_model: bool = False,
-        ranks: SingleProcess | None = None,
-        read_dit: Callable[[Path], DiTCheckpoint] = read_dit_checkpoint,
-    ) -> R2VPipeline:
-        """What `from_pretrained` does, for any entry of `WAN_CONFIGS`: text-to-video is a video without references.
-
-        Raises:
-            ValueError: as there, and if offloading and sharding are asked for together.
-        """
+        if isinstance(task, str):
+            task = find_task(task, refused=REFUSED_TASKS)
+        config = WAN_CONFIGS[task.name] if config is None else config
         ranks = ranks or SingleProcess()
-        if offload_model and (ranks.shards_model or ranks.shards_text_encoder):
-            raise ValueError(
-                "--offload_model True does not go with --dit_fsdp or --t5_fsdp, whose weights stay where they are divided: "
-                "leave one out"
-            )
-        if t5_cpu and ranks.shards_text_encoder:
-            raise ValueError("--t5_cpu does not go with --t5_fsdp: leave one out")
-        device = resolve_device(device)
+        check_placement(offload_model, t5_cpu, ranks.shards_model, ranks.shards_text_encoder)
+        device, cpu = resolve_device(device), torch.device("cpu")
         if dtype == "auto" and device.type == "cuda":
             dtype = config.param_dtype
         dtype = resolve_dtype(dtype, device)
@@ -254,18 +156,19 @@ class R2VPipeline:
         model.eval().requires_grad_(False)
         backbone = ReferenceBackbone(model)
         ranks.divide_model(backbone, dtype)
-        vae = WanVAE(vae_pth=folder / config.vae_checkpoint, device=torch.device("cpu"), config=config.vae)
+        vae = WanVAE(vae_pth=folder / config.vae_checkpoint, device=cpu, config=config.vae)
         text_encoder = T5EncoderModel(
             text_len=config.text_len,
             dtype=config.t5_dtype,
-            device=torch.device("cpu"),
+            device=cpu,
             checkpoint_path=folder / config.t5_checkpoint,
             tokenizer_path=folder / config.t5_tokenizer,
             shard_fn=ranks.divide_text_encoder if ranks.shards_text_encoder else None,
             config=config.t5,
         )
         return cls(
-            config,
+            task=task,
+            config=config,
             backbone=backbone,
             vae=vae,
             text_encoder=text_encoder,
@@ -281,148 +184,115 @@ class R2VPipeline:
         prompt: str,
         references: Sequence[str | os.PathLike[str] | Image.Image] = (),
         *,
-        roles: Sequence[Role | str] | None = None,
-        matte: str = "off",
-        size: tuple[int, int] | None = None,
-        frame_num: int | None = None,
-        sample_solver: str | None = None,
-        sample_steps: int | None = None,
-        sample_shift: float | None = None,
-        ref_guide_scale: float | None = None,
-        text_guide_scale: float | None = None,
-        negative_prompt: str | None = None,
-        seed: int = -1,
         progress: bool = True,
-    ) -> R2VResult:
-        """Makes a video in which the references act out the prompt. Settings left at None come from the task.
+        callback: StepCallback | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Makes a video in which the references act out the prompt. Settings left out come from the task.
 
         Args:
             prompt: what happens.
             references: up to 8 pictures (files or Pillow images); none means ordinary text-to-video.
-            roles: one role per reference; None means that all are subjects.
-            matte: "auto" cuts subjects and faces out, "off" keeps the pictures.
-            size: (width, height) in pixels, each divisible by VAE stride times DiT patch (16 for the released
-                models, 8 for r2v-tiny).
-            frame_num: number of frames, 4n + 1.
-            sample_solver: "euler", "unipc" or "dpm++".
-            sample_steps: number of steps.
-            sample_shift: how far the noise grid leans towards high noise.
-            ref_guide_scale: pull of the references in eq. 5; unused without references.
-            text_guide_scale: pull of the prompt in eq. 5; the one guidance scale without references.
-            negative_prompt: stands for "no prompt" in both e(0, .) terms of eq. 5.
-            seed: non-negative for a repeatable video, the same noise on every device; negative for a random one.
             progress: shows a bar on standard error.
+            callback: called as `callback(step index, latents)` after each step.
+            settings: `roles`, one per reference, and fields of `GenerationRequest`: `size` (each side divisible by VAE
+                stride times DiT patch: 16 for the released models, 8 for r2v-tiny), `frame_num`, `sample_solver`,
+                `sample_steps`, `sample_shift`, `ref_guide_scale`, `text_guide_scale`, `negative_prompt`, `matte`, `seed`.
 
         Raises:
             ValueError: naming the setting or file that does not work and the remedy.
         """
-        config = self.config
-        settings: dict[str, Any] = {
-            "prompt": prompt,
-            "negative_prompt": config.sample_neg_prompt if negative_prompt is None else negative_prompt,
-            "size": list(config.size if size is None else size),
-            "frame_num": config.frame_num if frame_num is None else frame_num,
-            "sample_solver": sample_solver or config.sample_solver,
-            "sample_steps": config.sample_steps if sample_steps is None else sample_steps,
-            "sample_shift": config.sample_shift if sample_shift is None else sample_shift,
-            "ref_guide_scale": config.ref_guide_scale if ref_guide_scale is None else ref_guide_scale,
-            "text_guide_scale": config.text_guide_scale if text_guide_scale is None else text_guide_scale,
-            "seed": self.ranks.same_seed(choose_seed(seed)),
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
-        size = (settings["size"][0], settings["size"][1])
-        shape = latent_shape(size, settings["frame_num"], config)
-        solver = make_solver(
-            settings["sample_solver"],
-            settings["sample_steps"],
-            settings["sample_shift"],
-            config.num_train_timesteps,
-            self.device,
-        )
-        images = prepare_references(references, size, roles=roles, matte=matte)
+        request = self.task.request(prompt, references, **settings)
+        self.latent_shape(request)
+        return self.run(self.task.open(request), progress=progress, callback=callback)
 
+    def run(
+        self, request: GenerationRequest, *, progress: bool = True, callback: StepCallback | None = None
+    ) -> Result:
+        """Runs a request that `Task.open` has opened; see `generate`."""
+        config = self.config
+        if request.negative_prompt is None:
+            request = replace(request, negative_prompt=config.sample_neg_prompt)
+        request = replace(request, seed=self.ranks.same_seed(choose_seed(request.seed)))
+        noise = initial_noise(self.latent_shape(request), request.seed)
         memory = PeakMemory(self.device)
         timings: dict[str, float] = {}
+
+        # 1. Prepare the conditions
         with _timed(timings, "prepare"):
-            conditions = self.prepare(prompt, images, size=size, negative_prompt=settings["negative_prompt"])
+            conditions = self.prepare(request)
+
+        # 2. Denoise
         with _timed(timings, "denoise"):
             latents = self.denoise(
-                initial_noise(shape, settings["seed"]),
-                conditions,
-                solver,
-                ref_guide_scale=settings["ref_guide_scale"],
-                text_guide_scale=settings["text_guide_scale"],
-                progress=progress and self.ranks.is_main,
+                noise, conditions, request, progress=progress and self.ranks.is_main, callback=callback
             )
+
+        # 3. Decode
         video = None
         if self.ranks.is_main:
             with _timed(timings, "decode"):
                 video = self.decode(latents)
         if self.offload_model or self.t5_cpu:
             logger.info(memory.describe())
-        return R2VResult(video, images, settings, timings, memory.bytes())
+        settings = request.settings() | {
+            "device": str(self.device),
+            "dtype": str(self.dtype)[len("torch.") :],
+        }
+        references = [reference.image for reference in request.references]
+        return Result(video, references, settings, timings, memory.bytes())
 
     @torch.no_grad()
-    def prepare(
-        self,
-        prompt: str,
-        images: Sequence[Image.Image],
-        *,
-        size: tuple[int, int],
-        negative_prompt: str | None = None,
-    ) -> Conditions:
-        """Encodes the texts, and each prepared reference alone as a video of a single frame.
-
-        Args:
-            prompt: what happens.
-            images: prepared references, each of the video's size.
-            size: the video's (width, height) in pixels.
-            negative_prompt: None takes the task's.
-        """
-        negative = self.config.sample_neg_prompt if negative_prompt is None else negative_prompt
-        if self.offload_model:
-            self._park()
-        texts = encode_prompts(
-            self.text_encoder, [prompt, negative], self.device, t5_cpu=self.t5_cpu, offload=self.offload_model
-        )
-        if images:
-            frames = [
-                reference_to_tensor(image).unsqueeze(1).to(self.device) for image in images
-            ]  # M x [3, 1, H, W]
-            with placed(self.vae.model, self.device, offload=self.offload_model):
-                latents = torch.cat(self.vae.encode(frames), dim=1)  # [C, M, h, w]
-        else:
-            channels, _, height, width = latent_shape(size, 1, self.config)
-            latents = torch.zeros(channels, 0, height, width, device=self.device)
-        return Conditions(*self.ranks.same([*texts, latents.float()]))
+    def prepare(self, request: GenerationRequest) -> Conditions:
+        """Encodes texts and pictures of an opened request, see `Task.prepare`."""
+        if self.offload_model and self.device.type != "cpu":
+            # The text encoder needs the memory of the DiT and the VAE.
+            self.backbone.model.to("cpu")
+            self.vae.model.to("cpu")
+            release_cached_memory(self.device)
+        found = self.task.prepare(request, self)
+        texts = [found.prompt, found.negative_prompt, found.references]
+        prompt, negative, references, *others = self.ranks.same([*texts, *found.model_inputs.values()])
+        return Conditions(prompt, negative, references, dict(zip(found.model_inputs, others, strict=True)))
 
     @torch.no_grad()
     def denoise(
         self,
         noise: Tensor,
         conditions: Conditions,
-        solver: SolverProtocol,
+        request: GenerationRequest,
         *,
-        ref_guide_scale: float = 5.0,
-        text_guide_scale: float = 7.5,
         progress: bool = True,
+        callback: StepCallback | None = None,
     ) -> Tensor:
-        """Samples video latents with the guidance of eq. 5, or with ordinary guidance without references.
+        """Samples video latents with the request's solver and guidance.
 
         Args:
             noise: [C, f, h, w], float32.
             conditions: from `prepare`, for the same h and w.
-            solver: a fresh solver.
-            ref_guide_scale, text_guide_scale: see `generate`.
-            progress: shows a bar on standard error.
+            request: of these conditions.
+            progress, callback: see `generate`.
 
         Returns:
             [C, f, h, w] float32.
         """
-        predict = self._guided_model(conditions, ref_guide_scale, text_guide_scale)
+        solver = make_solver(
+            request.sample_solver,
+            request.sample_steps,
+            request.sample_shift,
+            self.config.num_train_timesteps,
+            self.device,
+        )
+        # Ranks that wait for each other inside a pass cannot fall back together when one of them runs out of memory.
+        model = GuidedModel(
+            self.backbone,
+            conditions,
+            *self.task.guidance(request),
+            ranks=self.ranks,
+            one_by_one=self.offload_model or not self.ranks.is_alone,
+        )
         with placed(self.backbone.model, self.device, offload=self.offload_model):
-            return denoise(predict, noise.to(self.device), solver, progress=progress)
+            return denoise(model, noise.to(self.device), solver, progress=progress, callback=callback)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -430,90 +300,29 @@ class R2VPipeline:
         with placed(self.vae.model, self.device, offload=self.offload_model):
             return self.vae.decode([latents])[0].to(device="cpu", dtype=torch.float32)
 
-    def _guided_model(
-        self, conditions: Conditions, ref_guide_scale: float, text_guide_scale: float
-    ) -> ModelFunction:
-        references = conditions.references
-        has_references = references.shape[1] > 0
-        # Without references "image" says nothing beyond "null", and eq. 5 becomes ordinary guidance.
-        image_scale = ref_guide_scale if has_references else text_guide_scale
-        names = required_branches(image_scale, text_guide_scale)
-        inputs = branch_inputs(conditions.prompt, conditions.negative_prompt, references)
-        own = self.ranks.share(names)
-        # Ranks that wait for each other inside a pass cannot fall back together when one of them runs out of memory.
-        one_by_one = self.offload_model or not self.ranks.is_alone
-        batches = [[name] for name in own] if one_by_one else [own]
-
-        def evaluate(latents: Tensor, timestep: Tensor, batch: list[str]) -> list[Tensor]:
-            texts, clean = zip(*(inputs[name] for name in batch), strict=True)
-            times = timestep.expand(len(batch))  # [B]
-            return self.backbone([latents] * len(batch), times, list(texts), list(clean)).prediction
-
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            nonlocal batches
-            try:
-                outputs = [evaluate(latents, timestep, batch) for batch in batches]
-            except RuntimeError as error:
-                if len(batches) == len(own) or not is_out_of_memory(error):
-                    raise
-                outputs = None
-            if outputs is None:
-                # Outside the handler, so that the failed batch's tensors are free before the next attempt.
-                logger.info("the guidance branches do not fit into memory together: running them one by one")
-                release_cached_memory(self.device)
-                batches = [[name] for name in own]
-                outputs = [evaluate(latents, timestep, batch) for batch in batches]
-            predictions = self.ranks.exchange(names, [tensor for batch in outputs for tensor in batch])
-            return combine_branches(predictions, image_scale, text_guide_scale)
-
-        return predict
-
-    def _park(self) -> None:
-        """Takes the DiT and the VAE off the device before the text encoder needs its memory."""
-        if self.device.type != "cpu":
-            self.backbone.model.to("cpu")
-            self.vae.model.to("cpu")
-            release_cached_memory(self.device)
-
-
-def r2v_config(task: str) -> EasyDict:
-    """The configuration of a reference-to-video task.
-
-    Raises:
-        ValueError: for an unknown task or one that takes no references.
-    """
-    return WAN_CONFIGS[find_task(task, family="r2v", refused=REFUSED_TASKS).name]
-
-
-def prepare_references(
-    references: Sequence[str | os.PathLike[str] | Image.Image],
-    size: tuple[int, int],
-    *,
-    roles: Sequence[Role | str] | None = None,
-    matte: str = "off",
-) -> list[Image.Image]:
-    """Prepares all references of one video; see `prepare_reference`.
-
-    Raises:
-        ValueError: for more than 8 references, a number of roles that is not that of the references, or a picture
-            or role that does not work.
-    """
-    if len(references) > MAX_REFERENCES:
-        raise ValueError(
-            f"{len(references)} references given: at most {MAX_REFERENCES} are possible, drop some"
+    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Embeddings [L, text_dim] on the sampling device, one per text."""
+        return encode_prompts(
+            self.text_encoder, texts, self.device, t5_cpu=self.t5_cpu, offload=self.offload_model
         )
-    if roles is None:
-        roles = [Role.SUBJECT] * len(references)
-    if len(roles) != len(references):
-        raise ValueError(f"{len(roles)} roles for {len(references)} references: give one role each")
-    return [
-        prepare_reference(reference, size, role=role, matte=matte)
-        for reference, role in zip(references, roles, strict=True)
-    ]
+
+    @torch.no_grad()
+    def encode_videos(self, videos: Sequence[Tensor]) -> list[Tensor]:
+        """Latents [C, f, h, w] of videos [3, F, H, W] in [-1, 1], each encoded alone."""
+        with placed(self.vae.model, self.device, offload=self.offload_model):
+            return self.vae.encode([video.to(self.device) for video in videos])
+
+    def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int, int]:
+        """[C, f, h, w] of the request's video.
+
+        Raises:
+            ValueError: naming the nearest size or number of frames that fits the model.
+        """
+        return latent_shape(request.size, request.frame_num, self.config)
 
 
 @contextmanager
-def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(timings: dict[str, float], step: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    timings[stage] = round(time.perf_counter() - start, 3)
+    timings[step] = round(time.perf_counter() - start, 3)

@@ -1,20 +1,16 @@
-"""Projectors from the student's reference tokens to the teacher's feature space (paper eq. 7), and the way back.
+"""Projectors from the student's reference tokens to the teacher's feature space (paper eq. 7).
 
 Projectors exist only during training, live outside the diffusion transformer, and are saved beside it under the release's
-key names `blocks.{i}.input_mlp.proj.{0,2}.weight`. `TeacherInput` is the ablation that feeds the teacher's features to the
-model instead (table 2, arm D) and stays beside it.
+key names `blocks.{i}.input_mlp.proj.{0,2}.weight`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-from refalign_ext.atomic_io import atomic_path
 
 _KEY = re.compile(r"blocks\.(\d+)\.input_mlp\.proj\.([02])\.weight")
 
@@ -68,48 +64,6 @@ class ReferenceProjectors(nn.Module):
                 f"{self.depth} projectors got the tokens of {len(reference_tokens)} blocks; set tap_depth={self.depth}"
             )
         return [block.input_mlp(tokens) for block, tokens in zip(self.blocks, reference_tokens, strict=True)]
-
-
-class TeacherInput(nn.Module):
-    """What the teacher's features of a reference add to its tokens: LayerNorm - Linear(D, d), without bias.
-
-    The paper does not say how arm D of its table 2 feeds them; this is the least that can. It starts at zero, so that
-    training starts from the model as it is, and zero features (a dropped reference) add nothing at any time.
-
-    Args:
-        teacher_dim: width D of the teacher's features.
-        dim: width d of the diffusion transformer.
-    """
-
-    def __init__(self, teacher_dim: int, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(teacher_dim, elementwise_affine=False)
-        self.projection = nn.Linear(teacher_dim, dim, bias=False)
-        nn.init.zeros_(self.projection.weight)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., D] -> [..., d]."""
-        return self.projection(self.norm(features))
-
-
-def teacher_input_from_tensors(
-    tensors: Mapping[str, Tensor], *, teacher_dim: int, dim: int, source: str
-) -> TeacherInput:
-    """The module with the weights of a training checkpoint.
-
-    Raises:
-        ValueError: if they were trained for another teacher or model.
-    """
-    module = TeacherInput(teacher_dim, dim)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != wanted:
-        raise ValueError(
-            f"{source}: its teacher input is {found}, these features need {wanted}: use the --alignment.teacher that it was "
-            "trained with"
-        )
-    module.load_state_dict(tensors)
-    return module
 
 
 def _describe(projectors: Mapping[str, Tensor], source: str) -> tuple[int, int, int]:
@@ -185,40 +139,3 @@ def projectors_from_tensors(
         {key: value.clone() for key, value in projectors.items()}, strict=True, assign=True
     )
     return module.requires_grad_(True)
-
-
-def save_projectors(projectors: ReferenceProjectors, path: str | Path) -> None:
-    """Write the projectors as safetensors under the release's key names; the file appears only when complete."""
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    with atomic_path(path) as aside:
-        save_file(
-            {key: value.detach().contiguous().cpu() for key, value in projectors.state_dict().items()}, aside
-        )
-
-
-def load_projectors(
-    path: str | Path,
-    *,
-    student_dim: int | None = None,
-    teacher_dim: int | None = None,
-    depth: int | None = None,
-) -> ReferenceProjectors:
-    """Read what `save_projectors` wrote; see `projectors_from_tensors` for the sizes and errors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise ValueError(
-            f"{path}: no such file; give the projectors' safetensors file or set --alignment.new_projectors"
-        )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({error}); copy or download it again"
-        ) from error
-    return projectors_from_tensors(
-        tensors, student_dim=student_dim, teacher_dim=teacher_dim, depth=depth, source=str(path)
-    )

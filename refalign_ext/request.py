@@ -155,6 +155,27 @@ class RuntimeOptions:
                     f"--{name} needs several processes: run torchrun --nproc_per_node=N generate.py ..."
                 )
 
+    def offloads(self, device: str) -> bool:
+        """Whether idle parts are kept on the CPU, on this kind of device."""
+        if self.offload_model is None:
+            return device.startswith("cuda") and self.world_size == 1
+        return self.offload_model
+
+    def memory_advice(self) -> str:
+        """One line that names the flags which are still left to save memory."""
+        flags = []
+        if self.world_size > 1:
+            flags += [f"--{name}" for name in ("dit_fsdp", "t5_fsdp") if not getattr(self, name)]
+            flags.append("more ranks with a larger --ulysses_size or --ring_size")
+        if not (self.offloads(self.device.replace("auto", "cuda")) or self.dit_fsdp or self.t5_fsdp):
+            flags.append("--offload_model True")
+        if not (self.t5_cpu or self.t5_fsdp):
+            flags.append("--t5_cpu")
+        if self.dtype != "bf16":
+            flags.append("--dtype bf16")
+        flags += ["a smaller --size", "fewer frames (--frame_num)"]
+        return f"out of memory on {self.device}: try {', '.join(flags)}"
+
 
 def check_placement(offload_model: bool | None, t5_cpu: bool, dit_fsdp: bool, t5_fsdp: bool) -> None:
     """Refuses two places for the same weights.

@@ -1,62 +1,74 @@
-"""From noise to latents with any model and any solver."""
+"""From noise to latents: the guided model and the loop (`denoise`, shared with `wan`) that integrates it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import logging
 
-import torch
+from torch import Tensor
 
+from refalign_ext.backbone import ReferenceBackbone, denoise, release_cached_memory
+from refalign_ext.errors import is_out_of_memory
+from refalign_ext.guidance import branch_inputs, combine_branches, required_branches
+from refalign_ext.parallelism import SingleProcess
+from refalign_ext.tasks import Conditions
 
-class SolverProtocol(Protocol):
-    """What `denoise` needs of a solver; `make_solver` gives such objects."""
+__all__ = ["GuidedModel", "denoise"]
 
-    timesteps: torch.Tensor
-
-    def step(
-        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor
-    ) -> torch.Tensor: ...
-
-
-ModelFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def denoise(
-    model_fn: ModelFunction,
-    noise: torch.Tensor,
-    solver: SolverProtocol,
-    *,
-    progress: bool = True,
-    callback: Callable[[int, torch.Tensor], None] | None = None,
-) -> torch.Tensor:
-    """Integrates the flow from noise to data.
+class GuidedModel:
+    """`(latents, timestep) -> velocity` with the guidance of eq. 5, for `denoise`.
 
     Args:
-        model_fn: `(latents, timestep) -> velocity`, guidance included; `timestep` is a float32 scalar tensor and
-            the velocity has the shape of the latents.
-        noise: the starting latents, any shape with at least two axes, usually [C, F, H, W] in float32.
-        solver: gives `timesteps` and `step`; it must be fresh, because multistep solvers remember earlier steps.
-        progress: shows a bar on standard error.
-        callback: called as `callback(step index, latents)` after each step.
-
-    Returns:
-        The latents at noise level 0, shaped like `noise`.
-
-    Raises:
-        ValueError: when the result holds values that are not numbers.
+        backbone: the DiT with references attached.
+        conditions: what it is conditioned on.
+        image_scale, text_scale: see `dual_guidance`; equal scales are ordinary guidance.
+        ranks: the ranks that evaluate the branches together.
+        one_by_one: evaluates the branches one after the other, which needs less memory than a batch of them.
     """
-    from tqdm.auto import tqdm
 
-    latents = noise
-    steps = tqdm(solver.timesteps, desc="sampling", unit="step", disable=not progress, dynamic_ncols=True)
-    for index, timestep in enumerate(steps):
-        velocity = model_fn(latents, timestep)
-        latents = solver.step(velocity, timestep, latents)
-        if callback is not None:
-            callback(index, latents)
-    if not torch.isfinite(latents).all():
-        raise ValueError(
-            "sampling ended in values that are not numbers: try --dtype fp32 or smaller guidance scales"
-        )
-    return latents
+    def __init__(
+        self,
+        backbone: ReferenceBackbone,
+        conditions: Conditions,
+        image_scale: float,
+        text_scale: float,
+        *,
+        ranks: SingleProcess,
+        one_by_one: bool,
+    ) -> None:
+        self.backbone, self.ranks = backbone, ranks
+        self.scales = (image_scale, text_scale)
+        self.branches = required_branches(image_scale, text_scale)
+        self.inputs = branch_inputs(conditions.prompt, conditions.negative_prompt, conditions.references)
+        self.model_inputs = conditions.model_inputs
+        own = ranks.share(self.branches)
+        self.batches = [[name] for name in own] if one_by_one else [own]
+
+    def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity [C, F, H, W] at latents [C, F, H, W] and a scalar timestep."""
+        try:
+            outputs = self._evaluate(latents, timestep)
+        except RuntimeError as error:
+            if all(len(batch) == 1 for batch in self.batches) or not is_out_of_memory(error):
+                raise
+            outputs = None
+        if outputs is None:
+            # Outside the handler, so that the failed batch's tensors are free before the next attempt.
+            logger.info("the guidance branches do not fit into memory together: running them one by one")
+            release_cached_memory(latents.device)
+            self.batches = [[name] for batch in self.batches for name in batch]
+            outputs = self._evaluate(latents, timestep)
+        return combine_branches(self.ranks.exchange(self.branches, outputs), *self.scales)
+
+    def _evaluate(self, latents: Tensor, timestep: Tensor) -> list[Tensor]:
+        outputs = []
+        for batch in self.batches:
+            texts, references = zip(*(self.inputs[name] for name in batch), strict=True)
+            model_inputs = {name: [value] * len(batch) for name, value in self.model_inputs.items()}
+            times = timestep.expand(len(batch))  # [B]
+            outputs += self.backbone(
+                [latents] * len(batch), times, list(texts), list(references), model_inputs=model_inputs
+            ).prediction
+        return outputs

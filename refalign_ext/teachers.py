@@ -1,8 +1,8 @@
 """Frozen vision models whose patch features the reference tokens are aligned to (paper eq. 6).
 
 Every teacher maps images [K, 3, H, W] in [-1, 1] to features [K, h*w, D] on the grid (h, w) of the diffusion
-transformer. `TEACHERS` is a plain dict: add a `TeacherEntry` to it to plug in another model. transformers is
-imported only when a teacher is loaded.
+transformer. `TEACHERS` is the table of them: a new teacher is a `TeacherEntry` there. transformers is imported only when
+a teacher is loaded.
 """
 
 from __future__ import annotations
@@ -207,29 +207,43 @@ class QwenVisionTeacher(Teacher):
 
 @dataclass(frozen=True)
 class TeacherEntry:
-    """How a teacher is loaded by name."""
+    """A teacher's row in `TEACHERS`: how it is loaded, and what the memory plan has to know of it."""
 
     teacher: type[Teacher]
     """Class that wraps the model."""
     repository: str | None
-    """Model page on the Hugging Face hub; None when the weights only exist as a local folder."""
-    dim: int | None
-    """Feature width that the weights must have; None accepts any."""
+    """Model page on the Hugging Face hub; None when the weights only exist as a local folder, of any width."""
+    dim: int
+    """Feature width, which published weights must have."""
+    parameters: int
+    """Parameters of the vision tower."""
     gated: bool = False
     """Whether a licence must be accepted on the model page."""
 
 
+_DINOV3, _PRETRAINED = "facebook/dinov3-", "-pretrain-lvd1689m"
 TEACHERS: dict[str, TeacherEntry] = {
-    "dinov3-b": TeacherEntry(DINOv3Teacher, "facebook/dinov3-vitb16-pretrain-lvd1689m", 768, gated=True),
-    "dinov3-l": TeacherEntry(DINOv3Teacher, "facebook/dinov3-vitl16-pretrain-lvd1689m", 1024, gated=True),
+    "dinov3-b": TeacherEntry(DINOv3Teacher, f"{_DINOV3}vitb16{_PRETRAINED}", 768, 85_660_416, gated=True),
+    "dinov3-l": TeacherEntry(DINOv3Teacher, f"{_DINOV3}vitl16{_PRETRAINED}", 1024, 303_129_600, gated=True),
     "dinov3-h+": TeacherEntry(
-        DINOv3Teacher, "facebook/dinov3-vith16plus-pretrain-lvd1689m", 1280, gated=True
+        DINOv3Teacher, f"{_DINOV3}vith16plus{_PRETRAINED}", 1280, 840_592_640, gated=True
     ),
-    "siglip2-so400m": TeacherEntry(SigLIP2Teacher, "google/siglip2-so400m-patch16-512", 1152),
-    "qwen2.5-vl-7b": TeacherEntry(QwenVisionTeacher, "Qwen/Qwen2.5-VL-7B-Instruct", 3584),
-    "dinov3-tiny": TeacherEntry(DINOv3Teacher, None, None),
-    "siglip2-tiny": TeacherEntry(SigLIP2Teacher, None, None),
+    "siglip2-so400m": TeacherEntry(SigLIP2Teacher, "google/siglip2-so400m-patch16-512", 1152, 428_772_800),
+    "qwen2.5-vl-7b": TeacherEntry(QwenVisionTeacher, "Qwen/Qwen2.5-VL-7B-Instruct", 3584, 676_550_144),
+    "dinov3-tiny": TeacherEntry(DINOv3Teacher, None, 128, 820_000),
+    "siglip2-tiny": TeacherEntry(SigLIP2Teacher, None, 128, 1_020_800),
 }
+
+
+def teacher_entry(name: str) -> TeacherEntry:
+    """The row of `TEACHERS`.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones.
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
+    return TEACHERS[name]
 
 
 def load_teacher(
@@ -253,7 +267,7 @@ def load_teacher(
     entry = TEACHERS[name]
     model = _load_model(entry.teacher, folder, files, dtype)
     teacher = entry.teacher(model)
-    if entry.dim is not None and teacher.dim != entry.dim:
+    if entry.repository is not None and teacher.dim != entry.dim:
         raise ValueError(
             f"{folder}: features are {teacher.dim} wide but teacher {name} has {entry.dim}; "
             "choose the teacher that these weights belong to or another folder"
@@ -267,9 +281,7 @@ def teacher_files(name: str, path: str | Path | None = None) -> tuple[Path, list
     Raises:
         ValueError: as `load_teacher`, for what is missing or cannot be had.
     """
-    entry = TEACHERS.get(name)
-    if entry is None:
-        raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
+    entry = teacher_entry(name)
     return _local_files(name, Path(path)) if path is not None else _hub_files(name, entry)
 
 

@@ -1,4 +1,4 @@
-"""Training timesteps: how they are drawn and how each one weights the losses, as recipes with a name.
+"""Training timesteps: how they are sampled and how each one weights the losses, as recipes with a name.
 
 A timestep is t = 1000 * sigma in (0, 1000], kept in float32 or float64 and never rounded to a grid of integers or to bf16
 (bf16 leaves 294 distinct values of 1000).
@@ -22,7 +22,7 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def release_timesteps() -> Tensor:
-    """The 1000 timesteps that the release draws from, descending from 1000, [1000] float64."""
+    """The 1000 timesteps that the release samples from, descending from 1000, [1000] float64."""
     uniform = torch.linspace(1.0, 0.0, NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64)[:-1]
     return NUM_TRAIN_TIMESTEPS * shift_sigma(uniform, _RELEASE_SHIFT)
 
@@ -63,40 +63,27 @@ def _cubic_gate(timestep: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TimestepRecipe:
-    """How timesteps are drawn and how they weight the flow-matching and the reference-alignment loss."""
+    """How timesteps are sampled and how they weight the flow-matching and the reference-alignment loss."""
 
     name: str
     """Name in `TIMESTEP_RECIPES`."""
-    draw_sigma: Callable[[int, torch.Generator], Tensor]
+    sample_sigma: Callable[[int, torch.Generator], Tensor]
     """(count, generator) -> unshifted sigma in (0, 1], [count] float64."""
     shift: float
-    """Default shift of the drawn sigma; 1 leaves it as it is."""
+    """Shift of the sampled sigma; 1 leaves it as it is."""
     flow_weight: Callable[[Tensor], Tensor]
     """Timesteps [B] -> weights of the flow-matching loss [B]."""
     alignment_gate: Callable[[Tensor], Tensor]
     """Timesteps [B] -> weights of the reference-alignment loss [B]."""
 
-    def sample(
-        self,
-        count: int,
-        generator: torch.Generator,
-        *,
-        shift: float | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """Draw `count` timesteps in (0, 1000], [count], on the CPU, so that a seed gives the same ones on any device.
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Sample timesteps in (0, 1000], [count] float32, on the CPU: a seed gives the same ones on any device.
 
-        Raises ValueError for a generator that is not on the CPU, a shift that is not positive, or a dtype that would
-        round timesteps.
+        Args:
+            generator: on the CPU.
         """
-        if generator.device.type != "cpu":
-            raise ValueError(f"timesteps are drawn from a CPU generator, got one on {generator.device}")
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"timesteps are float32 or float64, {dtype} would round them")
-        shift = self.shift if shift is None else shift
-        if not shift > 0:
-            raise ValueError(f"timestep shift must be positive, got {shift}")
-        return (NUM_TRAIN_TIMESTEPS * shift_sigma(self.draw_sigma(count, generator), shift)).to(dtype)
+        assert generator.device.type == "cpu"
+        return (NUM_TRAIN_TIMESTEPS * shift_sigma(self.sample_sigma(count, generator), self.shift)).float()
 
 
 TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from refalign_ext import config
-from refalign_ext.data.loading.loader import stateful_loader
+from refalign_ext.data.loading.loader import begin_worker, unchanged
 from refalign_ext.errors import describe_error
 
 
@@ -35,7 +35,9 @@ class Clips(torch.utils.data.Dataset):
 
 
 def in_a_loader() -> None:
-    next(iter(stateful_loader(Clips(), [[0]], workers=1, prefetch=1, start_method="spawn")))
+    options = {"collate_fn": unchanged, "worker_init_fn": begin_worker}
+    loader = torch.utils.data.DataLoader(Clips(), num_workers=1, multiprocessing_context="spawn", **options)
+    next(iter(loader))
 
 
 @pytest.mark.parametrize("carrier", [None, in_a_process])

@@ -8,7 +8,6 @@ from refalign_ext.guidance import (
     combine_branches,
     dual_guidance,
     required_branches,
-    text_guidance,
 )
 
 
@@ -53,9 +52,3 @@ def test_only_required_branches_are_needed(
 def test_a_missing_branch_is_noticed(predictions: dict[str, torch.Tensor]) -> None:
     with pytest.raises(AssertionError):
         combine_branches({"null": predictions["null"]}, 5.0, 7.5)
-
-
-def test_text_guidance() -> None:
-    assert text_guidance(torch.tensor(1.0), torch.tensor(2.0), 5.0).item() == 6.0
-    null, text = torch.tensor(1.0), torch.tensor(2.0)
-    assert text_guidance(null, text, 3.0) == dual_guidance(null, null, text, 3.0, 3.0)

@@ -56,18 +56,16 @@ def test_masks_and_sizes_equal_a_loop(seed: int, multiple: int) -> None:
     assert layout.seq_len % multiple == 0
     assert longest <= layout.seq_len < longest + multiple
 
-    videos, references = layout.video_token_mask(), layout.reference_mask()
-    assert videos.dtype == references.dtype == torch.bool
+    videos = layout.video_token_mask()
+    assert videos.dtype == torch.bool
     assert videos.shape == (len(samples), layout.seq_len)
-    assert references.shape == (len(samples), max(s.references for s in samples))
-    for row, mask, sample in zip(videos, references, samples, strict=True):
+    for row, sample in zip(videos, samples, strict=True):
         kinds = token_kinds(sample, layout.seq_len)
         assert row.tolist() == [kind == "video" for kind, _, _ in kinds]
-        assert mask.tolist() == [m < sample.references for m in range(layout.most_references)]
         assert sample.video_tokens == sum(kind == "video" for kind, _, _ in kinds)
         assert sample.reference_tokens == sum(kind == "reference" for kind, _, _ in kinds)
         assert sample.tokens == sample.video_tokens + sample.reference_tokens
-    assert layout.most_references == references.shape[1]
+    assert layout.most_references == max(sample.references for sample in samples)
     assert layout.most_video_tokens == int(videos.sum(1).max())
     assert layout.is_uniform == (len(set(videos.sum(1).tolist())) == 1)
 

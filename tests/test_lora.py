@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone, WanModel
-from refalign_ext.checkpoint.adapters import (
-    Adapter,
-    diffusers_tensors,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-    save_diffusers_adapter,
-    write_adapter,
-)
 from refalign_ext.lora import (
     adapter_scale,
-    adapter_state_dict,
     add_lora,
     base_key,
-    has_lora,
     initial_adapter,
     is_adapter_key,
-    join_state_dict,
     matching_layers,
     merge_tensors,
-    merged_state_dict,
     merged_weight,
     split_state_dict,
 )
@@ -77,6 +62,16 @@ def outputs(backbone: ReferenceBackbone) -> list[Tensor]:
     return [*result.prediction, *result.reference_tokens]
 
 
+def adapter_of(model: nn.Module) -> dict[str, Tensor]:
+    return split_state_dict(model.state_dict())[1]
+
+
+def merged(model: nn.Module) -> dict[str, Tensor]:
+    base, adapter = split_state_dict(model.state_dict())
+    rank, alpha = adapter_scale(model)
+    return merge_tensors(base, adapter, rank=rank, alpha=alpha)
+
+
 def loss_of(backbone: ReferenceBackbone) -> Tensor:
     return sum((output - 1).square().mean() for output in outputs(backbone))
 
@@ -120,9 +115,7 @@ def test_a_new_adapter_changes_no_output_and_no_key_of_the_base() -> None:
     assert list(base) == keys
     assert list(adapter) == [f"{name}.lora_{factor}.weight" for name in DEFAULT for factor in "AB"]
     assert "blocks.0.self_attn.q.base_layer.weight" in model.state_dict()
-    assert set(join_state_dict(base, adapter)) == set(model.state_dict())
-    assert_bitwise(merged_state_dict(model), make_model().state_dict())
-    assert_bitwise(merged_state_dict(make_model()), make_model().state_dict())
+    assert_bitwise(merged(model), make_model().state_dict())
     assert model.config["dim"] == 32 and "peft_config" not in model.config
 
 
@@ -146,25 +139,25 @@ def test_merging_gives_what_the_adapters_give(trained: WanModel) -> None:
     expected = outputs(ReferenceBackbone(copy.deepcopy(trained)))
     model = make_model()
     before = outputs(ReferenceBackbone(copy.deepcopy(model)))
-    model.load_state_dict(merged_state_dict(trained))
+    model.load_state_dict(merged(trained))
     for found, wanted, base in zip(outputs(ReferenceBackbone(model)), expected, before, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
         assert (wanted - base).abs().max() > 1e-2
     untouched = [key for key in model.state_dict() if key.removesuffix(".weight") not in DEFAULT]
-    merged, start = merged_state_dict(trained), make_model().state_dict()
-    assert_bitwise({key: merged[key] for key in untouched}, {key: start[key] for key in untouched})
+    whole, start = merged(trained), make_model().state_dict()
+    assert_bitwise({key: whole[key] for key in untouched}, {key: start[key] for key in untouched})
 
 
 def test_merging_plain_tensors(trained: WanModel) -> None:
     base, adapter = split_state_dict(trained.state_dict())
     whole = merge_tensors(base, adapter, rank=4, alpha=6.0)
-    assert_bitwise(whole, merged_state_dict(trained))
+    assert_bitwise(whole, merged(trained))
     key = "blocks.1.ffn.2.weight"
     a, b = adapter["blocks.1.ffn.2.lora_A.weight"], adapter["blocks.1.ffn.2.lora_B.weight"]
     torch.testing.assert_close(whole[key], base[key] + 1.5 * b @ a)
     shards = [dict(list(base.items())[::2]), dict(list(base.items())[1::2])]
-    merged = [merge_tensors(shard, adapter, rank=4, alpha=6.0, partial=True) for shard in shards]
-    assert_bitwise({name: (merged[0] | merged[1])[name] for name in base}, whole)
+    parts = [merge_tensors(shard, adapter, rank=4, alpha=6.0, partial=True) for shard in shards]
+    assert_bitwise({name: (parts[0] | parts[1])[name] for name in base}, whole)
     half = merge_tensors({name: t.bfloat16() for name, t in base.items()}, adapter, rank=4, alpha=6.0)
     assert torch.equal(half[key], (base[key].bfloat16().float() + (b @ a) * 1.5).bfloat16())
 
@@ -189,31 +182,25 @@ def test_the_start_depends_on_the_seed_and_the_layer_alone() -> None:
     torch.manual_seed(99)
     add_lora(part, 4, 4.0, "blocks.1.ffn", seed=7)
     add_lora(other, 4, 4.0, seed=8)
-    start = adapter_state_dict(whole)
-    for key, tensor in adapter_state_dict(part).items():
+    start = adapter_of(whole)
+    for key, tensor in adapter_of(part).items():
         assert torch.equal(tensor, start[key])
     key = "blocks.1.ffn.0.lora_A.weight"
-    assert not torch.equal(adapter_state_dict(other)[key], start[key])
+    assert not torch.equal(adapter_of(other)[key], start[key])
     assert not torch.equal(start["blocks.0.ffn.0.lora_A.weight"], start[key])
     a, b = start["blocks.1.ffn.2.lora_A.weight"], start["blocks.1.ffn.2.lora_B.weight"]
     assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5 and a.shape == (4, 48)
     assert abs(a.mean()) < 0.03 and not b.any() and b.shape == (32, 4)
 
 
-def test_a_model_without_values_is_filled_later() -> None:
+def test_a_model_without_values_starts_as_one_with_values() -> None:
     with torch.device("meta"):
         model = WanModel(**SIZES)
-        names = add_lora(model, 4, 8.0, seed=3)
-    assert names == DEFAULT
+        assert add_lora(model, 4, 8.0, seed=3) == DEFAULT
     assert all(parameter.is_meta for parameter in model.parameters())
-    state = join_state_dict(make_model().state_dict(), initial_adapter(model, 3))
-    model.load_state_dict(state, assign=True)
     real = make_model()
     add_lora(real, 4, 8.0, seed=3)
-    assert_bitwise(dict(model.state_dict()), dict(real.state_dict()))
-    expected = outputs(ReferenceBackbone(make_model()))
-    for found, wanted in zip(outputs(ReferenceBackbone(model)), expected, strict=True):
-        assert torch.equal(found, wanted)
+    assert_bitwise(initial_adapter(model, 3), adapter_of(real))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -227,7 +214,7 @@ def test_adapters_are_float32_whatever_the_base_is(dtype: torch.dtype) -> None:
     for found, wanted in zip(outputs(backbone), before, strict=True):
         assert torch.equal(found, wanted)
     loss_of(backbone).backward()
-    assert merged_state_dict(model)["blocks.0.ffn.0.weight"].dtype == dtype
+    assert merged(model)["blocks.0.ffn.0.weight"].dtype == dtype
 
 
 def test_autocast(trained: WanModel) -> None:
@@ -272,7 +259,7 @@ def test_targets(targets: str, expected: list[str]) -> None:
     model = make_model()
     assert matching_layers(model, targets) == expected
     assert add_lora(model, 2, 2.0, targets) == expected
-    assert sorted(adapter_state_dict(model)) == sorted(
+    assert sorted(adapter_of(model)) == sorted(
         f"{name}.lora_{factor}.weight" for name in expected for factor in "AB"
     )
 
@@ -293,7 +280,7 @@ def test_mistakes() -> None:
     for rank, alpha in ((0, 1.0), (4, 0.0), (4, float("nan"))):
         with pytest.raises(ValueError, match="do not make an adapter"):
             add_lora(model, rank, alpha)
-    assert not has_lora(model) and list(model.state_dict()) == list(make_model().state_dict())
+    assert list(model.state_dict()) == list(make_model().state_dict())
     with pytest.raises(ValueError, match="has no LoRA adapters"):
         adapter_scale(model)
     add_lora(model, 2, 2.0)
@@ -308,123 +295,3 @@ def test_keys() -> None:
     assert base_key("blocks.0.ffn.0.lora_B.weight") == "blocks.0.ffn.0.lora_B.weight"
     assert is_adapter_key("a.lora_A.default.weight") and is_adapter_key("a.lora_B.weight")
     assert not is_adapter_key("a.base_layer.weight") and not is_adapter_key("lora_A.bias")
-
-
-def test_saved_and_loaded(trained: WanModel, tmp_path: Path) -> None:
-    folder = save_adapter(tmp_path / "adapter", trained, "Wan2.1-T2V-1.3B")
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    adapter = read_adapter(folder)
-    assert (adapter.rank, adapter.alpha, adapter.base) == (4, 6.0, "Wan2.1-T2V-1.3B")
-    expected = adapter_state_dict(trained)
-    assert_bitwise({key: adapter.tensors[key] for key in expected}, expected)
-
-    fresh, prepared = make_model(), make_model()
-    add_lora(prepared, 4, 6.0, seed=5)
-    for model in (fresh, prepared):
-        assert load_adapter(model, folder) == DEFAULT
-        assert_bitwise(dict(model.state_dict()), dict(trained.state_dict()))
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-            n for n in model.state_dict() if is_adapter_key(n)
-        }
-    other = make_model()
-    add_lora(other, 4, 4.0)
-    with pytest.raises(
-        ValueError, match=r"rank 4, alpha 6, 20 layers\) does not fit the model's \(4, 4, 20\)"
-    ):
-        load_adapter(other, folder)
-    with torch.random.fork_rng(devices=[]):
-        larger = WanModel(**{**SIZES, "ffn_dim": 64})
-    with pytest.raises(ValueError, match="is for another model .*Wan2.1-T2V-1.3B"):
-        load_adapter(larger, folder)
-
-
-def test_peft_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    folder = save_adapter(tmp_path, trained, "base")
-    model = make_model()
-    wrapped = PeftModel.from_pretrained(model, folder)
-    assert_bitwise(adapter_state_dict(model), adapter_state_dict(trained))
-    wanted = outputs(ReferenceBackbone(copy.deepcopy(trained)))
-    for found, expected in zip(outputs(ReferenceBackbone(model)), wanted, strict=True):
-        torch.testing.assert_close(found, expected)
-    # and what peft writes is read here
-    wrapped.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    theirs = read_adapter(tmp_path / "theirs")
-    ours = adapter_state_dict(trained)
-    assert_bitwise({key: theirs.tensors[key] for key in ours}, ours)
-
-
-def test_diffusers_loads_the_file(trained: WanModel, tmp_path: Path) -> None:
-    from diffusers import WanTransformer3DModel
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    path = save_diffusers_adapter(tmp_path, Adapter(adapter_state_dict(trained), 4, 6.0))
-    assert path.name == "pytorch_lora_weights.safetensors"
-
-    def theirs(weights: dict[str, Tensor]) -> WanTransformer3DModel:
-        with torch.random.fork_rng(devices=[]):
-            model = WanTransformer3DModel(
-                num_attention_heads=2,
-                attention_head_dim=16,
-                text_dim=12,
-                freq_dim=16,
-                ffn_dim=48,
-                num_layers=2,
-            )
-        model.load_state_dict(convert_wan_transformer_to_diffusers(dict(weights)))
-        return model.eval()
-
-    base, _ = split_state_dict(trained.state_dict())
-    adapted, merged, plain = theirs(base), theirs(merged_state_dict(trained)), theirs(base)
-    adapted.load_lora_adapter(str(tmp_path), weight_name=path.name)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 2, 4, 4, generator=generator),
-        "timestep": torch.tensor([400]),
-        "encoder_hidden_states": torch.randn(1, 6, 12, generator=generator),
-    }
-    with torch.no_grad():
-        found, expected, without = (model(**inputs).sample for model in (adapted, merged, plain))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (found - without).abs().max() > 1e-2
-    text = {f"text_embedding.0.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
-    assert "transformer.condition_embedder.text_embedder.linear_1.lora_A.weight" in diffusers_tensors(
-        Adapter(text, 1, 1.0)
-    )
-    unknown = {f"other.lora_{factor}.weight": torch.ones(1, 1) for factor in "AB"}
-    with pytest.raises(ValueError, match="no counterpart of the adapter's layer other"):
-        diffusers_tensors(Adapter(unknown, 1, 1.0))
-
-
-def test_files_that_are_no_adapter(trained: WanModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no LoRA adapter"):
-        read_adapter(tmp_path)
-    adapter = Adapter(adapter_state_dict(trained), 4, 6.0, "base")
-    folder = write_adapter(tmp_path / "a", adapter)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["target_modules"] == sorted(DEFAULT) and config["peft_type"] == "LORA"
-    for change, message in (
-        ({"use_dora": True}, "uses use_dora: only plain LoRA"),
-        ({"rank_pattern": {"q": 8}}, "uses rank_pattern"),
-        ({"peft_type": "LOHA"}, "is of type LOHA"),
-        ({"r": 8}, "not of rank 8"),
-        ({"r": None}, "is no LoRA adapter"),
-    ):
-        (folder / "adapter_config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=message):
-            read_adapter(folder)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    (folder / "adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
-        read_adapter(folder)
-    with pytest.raises(ValueError, match="is no LoRA tensor"):
-        write_adapter(tmp_path / "b", Adapter({"x.weight": torch.ones(1, 1)}, 1, 1.0))
-    with pytest.raises(ValueError, match="is empty"):
-        write_adapter(tmp_path / "b", Adapter({}, 1, 1.0))
-    with pytest.raises(ValueError, match="has no LoRA adapters"):
-        save_adapter(tmp_path / "b", make_model(), "base")
-    assert not (tmp_path / "b").exists()

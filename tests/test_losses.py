@@ -13,12 +13,11 @@ from refalign_ext.losses import (
     alignment_by_block,
     alignment_counts,
     alignment_sums,
+    average_errors,
     flow_matching_errors,
-    flow_matching_loss,
     flow_matching_target,
     real_references,
     reference_alignment_loss,
-    reference_alignment_over_blocks,
     unit_features,
 )
 
@@ -98,10 +97,8 @@ def test_gradcheck():
         weights = torch.tensor([0.3, 0.9], dtype=torch.float64)
 
         def compute(value, margin=margin, mask=mask, weights=weights):
-            return tuple(
-                reference_alignment_over_blocks(
-                    [value, value * 2 + 1e-3], teacher, mask=mask, margin=margin, sample_weight=weights
-                )
+            return alignment_by_block(
+                [value, value * 2 + 1e-3], teacher, mask=mask, margin=margin, sample_weight=weights
             )
 
         assert torch.autograd.gradcheck(compute, (student,), eps=1e-6, atol=1e-7)
@@ -228,14 +225,15 @@ def test_sample_weight_gates_each_sample():
     assert (gradient(gated.total, student)[0] == 0).all()
 
 
-def test_blocks_are_averaged():
+def test_blocks_are_independent():
     student, teacher = make((1, 2, 3, 4))
     other, _ = make((1, 2, 3, 4), seed=5)
-    both = reference_alignment_over_blocks([student, other], teacher, margin=1.1)
-    first, second = (reference_alignment_loss(value, teacher, margin=1.1) for value in (student, other))
-    for field in ("total", "positive", "negative"):
-        torch.testing.assert_close(getattr(both, field), (getattr(first, field) + getattr(second, field)) / 2)
-    torch.testing.assert_close(gradient(both.total, other), gradient(second.total, other) / 2)
+    positive, negative = alignment_by_block([student, other], teacher, margin=1.1)
+    for block, value in enumerate((student, other)):
+        alone = reference_alignment_loss(value, teacher, margin=1.1)
+        torch.testing.assert_close((positive[block], negative[block]), (alone.positive, alone.negative))
+        total = positive[block] + negative[block]
+        torch.testing.assert_close(gradient(total, value), gradient(alone.total, value))
 
 
 @pytest.mark.parametrize("cuts", [(0, 5, 12), (0, 4, 8, 12), (0, 0, 7, 12), (0, 1, 11, 12)])
@@ -352,8 +350,9 @@ def test_a_share_of_masked_tokens_alone_is_zero_whatever_they_hold():
 def test_spans_of_everything_are_the_whole_loss():
     student, teacher = make((2, 3, 4, 5))
     spans = [(0, 12), (0, 12)]
-    found = reference_alignment_over_blocks(share_of([student], spans), teacher, margin=1.1, spans=spans)
-    torch.testing.assert_close(found, reference_alignment_loss(student, teacher, margin=1.1))
+    positive, negative = alignment_by_block(share_of([student], spans), teacher, margin=1.1, spans=spans)
+    whole = reference_alignment_loss(student, teacher, margin=1.1)
+    torch.testing.assert_close((positive[0], negative[0]), (whole.positive, whole.negative))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -504,7 +503,7 @@ def test_bad_parts():
     with pytest.raises(ValueError, match="same D"):
         alignment_sums(torch.ones(4, 5), unit)
     with pytest.raises(ValueError, match="at least one block"):
-        reference_alignment_over_blocks([], torch.ones(1, 2, 3, 4))
+        alignment_by_block([], torch.ones(1, 2, 3, 4))
     for student, spans in (
         (torch.ones(3, 4), [(0, 2)]),  # three tokens held, two said
         (torch.ones(2, 4), [(0, 1), (0, 1)]),  # one sample too many
@@ -514,6 +513,10 @@ def test_bad_parts():
         with pytest.raises(ValueError, match="do not hold what the spans") as error:
             alignment_by_block([student], torch.ones(1, 2, 3, 4), spans=spans)
         assert "\n" not in str(error.value)
+
+
+def flow_matching_loss(predictions, targets, sample_weight=None):
+    return average_errors(flow_matching_errors(predictions, targets), sample_weight)
 
 
 def test_flow_matching_target_is_the_velocity():

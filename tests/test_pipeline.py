@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import shutil
 from itertools import pairwise
@@ -14,11 +15,11 @@ from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.guidance import dual_guidance
-from refalign_ext.pipeline import R2VPipeline, prepare_references
+from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import reference_to_tensor
+from refalign_ext.tasks import TASKS
 from wan.sampling import initial_noise
 from wan.text2video import WanT2V
-from wan.utils.solvers import make_solver
 
 PROMPT = "a large circle moves right"
 FEW = {"sample_steps": 2, "progress": False}
@@ -61,9 +62,8 @@ def test_result_and_settings(pipeline: R2VPipeline, references: list[Image.Image
     assert [image.size for image in result.references] == [(48, 48)] * 2
     assert result.settings["seed"] == 1
     assert result.settings["sample_solver"] == "euler"
-    task = pipeline.config
     for name in ("ref_guide_scale", "text_guide_scale"):
-        assert result.settings[name] == task[name] > 1
+        assert result.settings[name] == getattr(pipeline.task, name) > 1
     assert set(result.timings) == {"prepare", "denoise", "decode"}
     assert result.peak_memory > 0
 
@@ -90,17 +90,16 @@ def test_any_size_and_length(pipeline: R2VPipeline, references: list[Image.Image
 
 
 def test_sampling_follows_equation_five(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
-    images = prepare_references(references, (48, 48))
-    conditions = pipeline.prepare(PROMPT, images, size=(48, 48), negative_prompt="a small star")
+    task = pipeline.task
+    scales = {"ref_guide_scale": 5.0, "text_guide_scale": 7.5, "sample_steps": 3, "sample_shift": 5.0}
+    request = task.open(task.request(PROMPT, references, negative_prompt="a small star", **scales))
+    conditions = pipeline.prepare(request)
     noise = initial_noise((16, 3, 12, 12), 3)
+    seen: list[torch.Tensor] = []
     latents = pipeline.denoise(
-        noise,
-        conditions,
-        make_solver("euler", 3, 5.0),
-        ref_guide_scale=5.0,
-        text_guide_scale=7.5,
-        progress=False,
+        noise, conditions, request, progress=False, callback=lambda step, latents: seen.append(latents)
     )
+    assert len(seen) == 3 and seen[-1] is latents
 
     def evaluate(sample: torch.Tensor, time: float, text: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         return pipeline.backbone([sample], torch.tensor([time]), [text], [clean]).prediction[0]
@@ -128,11 +127,11 @@ def test_sampling_follows_equation_five(pipeline: R2VPipeline, references: list[
 
 
 def test_each_reference_is_encoded_alone(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
-    images = prepare_references(references, (48, 48))
-    together = pipeline.prepare(PROMPT, images, size=(48, 48)).references
+    request = pipeline.task.open(pipeline.task.request(PROMPT, references))
+    together = pipeline.prepare(request).references
     assert together.shape == (16, 2, 12, 12)
-    for index, image in enumerate(images):
-        alone = pipeline.vae.encode([reference_to_tensor(image)[:, None]])[0]
+    for index, reference in enumerate(request.references):
+        alone = pipeline.vae.encode([reference_to_tensor(reference.image)[:, None]])[0]
         torch.testing.assert_close(together[:, index : index + 1], alone, atol=1e-6, rtol=0)
 
 
@@ -227,10 +226,11 @@ def test_text_to_video_tasks_run_without_references(tiny_checkpoint: Path, text_
     config = copy.deepcopy(WAN_CONFIGS["t2v-1.3B"])
     sizes = WAN_CONFIGS["r2v-tiny"]
     config.update({name: sizes[name] for name in sizes if name in config})
-    pipeline = R2VPipeline.load(config, tiny_checkpoint, device="cpu")
+    task = dataclasses.replace(TASKS["t2v-1.3B"], sizes=("48*32",), size=(48, 32))
+    pipeline = R2VPipeline.from_pretrained(tiny_checkpoint, task=task, config=config, device="cpu")
     settings = {"size": (48, 32), "frame_num": 5, "sample_solver": "unipc", "seed": 5, "progress": False}
     video = pipeline.generate(
-        PROMPT, sample_steps=2, sample_shift=3.0, ref_guide_scale=4.0, text_guide_scale=4.0, **settings
+        PROMPT, sample_steps=2, sample_shift=3.0, sample_guide_scale=4.0, **settings
     ).video
     expected = text_to_video.generate(PROMPT, shift=3.0, sampling_steps=2, guide_scale=4.0, **settings)
     torch.testing.assert_close(video, expected, atol=1e-4, rtol=0)
@@ -268,14 +268,14 @@ def test_half_precision_is_close(tiny_checkpoint: Path, references: list[Image.I
 def test_mistakes_are_named(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
     with pytest.raises(ValueError, match="9 references given: at most 8"):
         pipeline.generate(PROMPT, references[:1] * 9)
-    with pytest.raises(ValueError, match="1 roles for 2 references"):
-        pipeline.generate(PROMPT, references, roles=["face"])
+    with pytest.raises(ValueError, match="3 roles for 2 references"):
+        pipeline.generate(PROMPT, references, roles=["face"] * 3)
     with pytest.raises(ValueError, match="nearest valid size is 48\\*48"):
         pipeline.generate(PROMPT, references, size=(50, 48))
     with pytest.raises(ValueError, match="5 or 9"):
         pipeline.generate(PROMPT, references, frame_num=8)
-    with pytest.raises(ValueError, match="t2v-1.3B: a task of the family r2v.*r2v-tiny"):
-        R2VPipeline.from_pretrained("nowhere", task="t2v-1.3B")
+    with pytest.raises(ValueError, match="r2v-tny: unknown, did you mean r2v-tiny"):
+        R2VPipeline.from_pretrained("nowhere", task="r2v-tny")
     with pytest.raises(ValueError, match="nowhere.*no such checkpoint folder"):
         R2VPipeline.from_pretrained("nowhere")
 

@@ -105,8 +105,8 @@ def qwen_folder(tmp_path_factory):
 
 @pytest.fixture
 def tiny_entries(monkeypatch):
-    monkeypatch.setitem(TEACHERS, "tiny-siglip", TeacherEntry(SigLIP2Teacher, None, 32))
-    monkeypatch.setitem(TEACHERS, "tiny-qwen", TeacherEntry(QwenVisionTeacher, None, 24))
+    monkeypatch.setitem(TEACHERS, "tiny-siglip", TeacherEntry(SigLIP2Teacher, None, 32, 1))
+    monkeypatch.setitem(TEACHERS, "tiny-qwen", TeacherEntry(QwenVisionTeacher, None, 24, 1))
 
 
 def check_frozen(teacher, features, count, tokens, dim):
@@ -256,8 +256,8 @@ def test_published_names_and_widths():
         "dinov3-h+": 1280,
         "siglip2-so400m": 1152,
         "qwen2.5-vl-7b": 3584,
-        "dinov3-tiny": None,
-        "siglip2-tiny": None,
+        "dinov3-tiny": 128,
+        "siglip2-tiny": 128,
     }
 
 
@@ -310,7 +310,7 @@ def test_gated_weights_say_how_to_get_them(monkeypatch):
 def test_only_the_shards_of_the_tower_are_fetched(qwen_folder, monkeypatch, tiny_entries, images):
     import huggingface_hub
 
-    monkeypatch.setitem(TEACHERS, "tiny-qwen", TeacherEntry(QwenVisionTeacher, "somebody/tiny", 24))
+    monkeypatch.setitem(TEACHERS, "tiny-qwen", TeacherEntry(QwenVisionTeacher, "somebody/tiny", 24, 1))
     fetched = []
 
     def local(repository, filename):
@@ -336,7 +336,7 @@ def test_a_local_folder_wins(dino_folder, monkeypatch):
         raise AssertionError("the hub must not be asked")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", online)
-    monkeypatch.setitem(TEACHERS, "dinov3-l", TeacherEntry(DINOv3Teacher, "facebook/any", 32))
+    monkeypatch.setitem(TEACHERS, "dinov3-l", TeacherEntry(DINOv3Teacher, "facebook/any", 32, 1))
     assert load_teacher("dinov3-l", dino_folder).dim == 32
 
 

@@ -29,9 +29,6 @@ def test_samples_are_seeded_and_in_range(name):
     assert first.max() <= 1000
     torch.testing.assert_close(first, recipe.sample(2000, generator()), rtol=0, atol=0)
     assert not torch.equal(first, recipe.sample(2000, generator(1)))
-    torch.testing.assert_close(
-        first.double(), recipe.sample(2000, generator(), dtype=torch.float64), rtol=1e-6, atol=0
-    )
 
 
 @pytest.mark.parametrize("name", TIMESTEP_RECIPES)
@@ -48,7 +45,7 @@ def test_one_by_one_is_the_same_as_a_batch_for_weights(name):
 
 def test_paper_is_uniform_with_equal_weights():
     recipe = timestep_recipe("paper")
-    sigma = recipe.sample(40000, generator(), dtype=torch.float64) / 1000
+    sigma = recipe.sample(40000, generator()).double() / 1000
     quantiles = torch.quantile(sigma, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
     torch.testing.assert_close(
         quantiles, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), atol=0.01, rtol=0
@@ -57,20 +54,19 @@ def test_paper_is_uniform_with_equal_weights():
     assert (recipe.alignment_gate(sigma) == 1).all()
 
 
-def test_paper_with_a_shift():
-    recipe = timestep_recipe("paper")
-    plain = recipe.sample(100, generator(), dtype=torch.float64) / 1000
-    shifted = recipe.sample(100, generator(), shift=5.0, dtype=torch.float64) / 1000
-    torch.testing.assert_close(shifted, 5 * plain / (1 + 4 * plain))
+def test_shifted_timesteps():
+    plain = timestep_recipe("logit_normal").sample(100, generator()) / 1000
+    shifted = timestep_recipe("logit_normal_shift4").sample(100, generator()) / 1000
+    torch.testing.assert_close(shifted, 4 * plain / (1 + 3 * plain))
 
 
 def test_release_draws_every_step_of_its_grid():
     grid = release_timesteps()
     expected = [1000 * 5 * (u / 1000) / (1 + 4 * u / 1000) for u in range(1000, 0, -1)]
     torch.testing.assert_close(grid, torch.tensor(expected, dtype=torch.float64))
-    drawn = timestep_recipe("release").sample(20000, generator(), dtype=torch.float64)
+    drawn = timestep_recipe("release").sample(20000, generator()).double()
     nearest = (drawn[:, None] - grid.flip(0)[None]).abs().min(1).values
-    assert nearest.max() < 1e-9
+    assert nearest.max() < 1e-4
     assert drawn.float().unique().numel() == 1000  # bf16 would leave 294
 
 
@@ -90,7 +86,7 @@ def test_release_weights_are_the_formula():
 
 def test_logit_normal():
     recipe = timestep_recipe("logit_normal")
-    sigma = recipe.sample(40000, generator(), dtype=torch.float64) / 1000
+    sigma = recipe.sample(40000, generator()).double() / 1000
     logit = torch.log(sigma / (1 - sigma))
     assert logit.mean().item() == pytest.approx(0.0, abs=0.02)
     assert logit.std().item() == pytest.approx(1.0, abs=0.02)
@@ -105,11 +101,6 @@ def test_shift_of_one_changes_nothing():
 def test_bad_requests():
     with pytest.raises(ValueError, match="paper, release, release_ungated, logit_normal"):
         timestep_recipe("cosine")
-    recipe = timestep_recipe("paper")
-    with pytest.raises(ValueError, match="round"):
-        recipe.sample(1, generator(), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="positive"):
-        recipe.sample(1, generator(), shift=0.0)
 
 
 def test_add_noise():

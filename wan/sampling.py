@@ -147,28 +147,43 @@ def encode_prompts(
 
 
 @torch.no_grad()
-def sample_latents(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+def denoise(
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     noise: torch.Tensor,
     solver: Solver,
     *,
     progress: bool = True,
+    callback: Callable[[int, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Integrates from noise to latents.
+    """Integrates the flow from noise to data: the one sampling loop.
 
     Args:
-        predict: `(latents [C, F, H, W], timestep scalar) -> velocity [C, F, H, W]`, guidance included.
-        noise: [C, F, H, W], float32, on the device to sample on.
-        solver: a fresh solver.
+        model: `(latents, timestep) -> velocity`, guidance included; `timestep` is a float32 scalar tensor and the
+            velocity has the shape of the latents.
+        noise: the starting latents on the device to sample on, any shape with at least two axes, usually [C, F, H, W]
+            in float32.
+        solver: a fresh one, because multistep solvers remember earlier steps.
         progress: shows a bar on standard error.
+        callback: called as `callback(step index, latents)` after each step.
+
+    Returns:
+        The latents at noise level 0, shaped like `noise`.
+
+    Raises:
+        ValueError: when the result holds values that are not numbers.
     """
     from tqdm.auto import tqdm
 
     latents = noise
-    for timestep in tqdm(
-        solver.timesteps, desc="sampling", unit="step", disable=not progress, dynamic_ncols=True
-    ):
-        latents = solver.step(predict(latents, timestep), timestep, latents)
+    steps = tqdm(solver.timesteps, desc="sampling", unit="step", disable=not progress, dynamic_ncols=True)
+    for index, timestep in enumerate(steps):
+        latents = solver.step(model(latents, timestep), timestep, latents)
+        if callback is not None:
+            callback(index, latents)
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "sampling ended in values that are not numbers: try --dtype fp32 or smaller guidance scales"
+        )
     return latents
 
 

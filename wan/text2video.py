@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from wan.sampling import (
-    check_frame_num,
-    check_size,
     choose_seed,
+    denoise,
     encode_prompts,
     initial_noise,
     latent_shape,
     required_files,
-    sample_latents,
     token_count,
 )
 from wan.utils.runtime import placed, release_cached_memory, resolve_device, resolve_dtype
@@ -28,13 +25,11 @@ from wan.utils.weights import require_files
 if TYPE_CHECKING:
     from easydict import EasyDict
 
-Prediction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
 logger = logging.getLogger(__name__)
 
 
 class WanT2V:
-    """Wan2.1 text to video; with one frame, text to image.
+    """Wan2.1 text to video, with one frame text to image, under upstream's name and signature.
 
     Attributes:
         text_encoder, vae, model: the three networks. Between calls they may lie on the CPU.
@@ -53,21 +48,19 @@ class WanT2V:
         t5_cpu: bool = False,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str = "auto",
         dit_ckpt: str | os.PathLike[str] | None = None,
     ) -> None:
         """Loads the networks from a folder in upstream's layout.
 
         Args:
             config: an entry of `WAN_CONFIGS`.
-            checkpoint_dir: folder with the DiT, T5 and VAE weights and the tokenizer.
             device_id: CUDA device number, used when `device` is not given and CUDA is there.
             rank: this process's number; only rank 0 decodes.
             t5_fsdp, dit_fsdp, use_usp: upstream's modes for several processes, which `generate.py` has instead.
             t5_cpu: keeps the text encoder on the CPU.
             device: where to sample; None takes CUDA `device_id`, else MPS, else the CPU.
-            dtype: the DiT's number format, a dtype or "auto", "bf16", "fp32"; None takes `config.param_dtype` on
-                CUDA and float32 elsewhere.
+            dtype: the DiT's number format: "bf16", "fp32" or "auto" (bf16 on CUDA).
             dit_ckpt: DiT weights to use instead of the folder's.
 
         Raises:
@@ -78,35 +71,27 @@ class WanT2V:
         from wan.modules.vae import WanVAE
         from wan.utils.dit_checkpoint import load_dit
 
-        asked = {"t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "use_usp": use_usp}
-        if any(asked.values()):
-            names = ", ".join(name for name, value in asked.items() if value)
+        modes = {"t5_fsdp": t5_fsdp, "dit_fsdp": dit_fsdp, "use_usp": use_usp}
+        if any(modes.values()):
+            names = ", ".join(name for name, value in modes.items() if value)
             raise ValueError(
                 f"{names} need several processes, and this class works in one: run torchrun ... generate.py"
             )
         if device is None and torch.cuda.is_available():
             device = f"cuda:{device_id}"
-        self.device = resolve_device(device)
-        if dtype is None:
-            dtype = config.param_dtype if self.device.type == "cuda" else torch.float32
-        self.dtype = resolve_dtype(dtype, self.device)
-        self.config = config
-        self.rank = rank
-        self.t5_cpu = t5_cpu
-        self.sample_neg_prompt: str = config.sample_neg_prompt
-
+        self.device, cpu = resolve_device(device), torch.device("cpu")
+        self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
         folder = Path(checkpoint_dir)
         require_files(folder, required_files(folder, config, dit=dit_ckpt is None))
         logger.info("loading the DiT from %s", dit_ckpt or folder)
-        self.model = load_dit(dit_ckpt or folder, config, device=torch.device("cpu"), dtype=self.dtype)
+        dtype = resolve_dtype(dtype, self.device)
+        self.model = load_dit(dit_ckpt or folder, config, device=cpu, dtype=dtype)
         self.model.eval().requires_grad_(False)
-        self.vae = WanVAE(
-            vae_pth=folder / config.vae_checkpoint, device=torch.device("cpu"), config=config.vae
-        )
+        self.vae = WanVAE(vae_pth=folder / config.vae_checkpoint, device=cpu, config=config.vae)
         self.text_encoder = T5EncoderModel(
             text_len=config.text_len,
             dtype=config.t5_dtype,
-            device=torch.device("cpu"),
+            device=cpu,
             checkpoint_path=folder / config.t5_checkpoint,
             tokenizer_path=folder / config.t5_tokenizer,
             config=config.t5,
@@ -130,7 +115,6 @@ class WanT2V:
         """Makes a video from a prompt.
 
         Args:
-            input_prompt: what to show.
             size: (width, height) in pixels.
             frame_num: number of frames, 4n + 1; 1 gives an image.
             shift: how far the noise grid leans towards high noise.
@@ -148,47 +132,34 @@ class WanT2V:
         Raises:
             ValueError: for a size, number of frames, solver or number of steps that does not work.
         """
-        check_size(size, self.config)
-        check_frame_num(frame_num, self.config)
+        shape = latent_shape(size, frame_num, self.config)
         solver = make_solver(
             sample_solver, sampling_steps, shift, self.config.num_train_timesteps, self.device
         )
-        shape = latent_shape(size, frame_num, self.config)
         noise = initial_noise(shape, choose_seed(seed)).to(self.device)
-
-        if offload_model:
-            self._park(self.model, self.vae.model)
-        prompts = [input_prompt, n_prompt or self.sample_neg_prompt]
+        if offload_model and self.device.type != "cpu":
+            self.model.to("cpu")
+            self.vae.model.to("cpu")
+            release_cached_memory(self.device)
+        prompts = [input_prompt, n_prompt or self.config.sample_neg_prompt]
         context, null_context = encode_prompts(
             self.text_encoder, prompts, self.device, t5_cpu=self.t5_cpu, offload=offload_model
         )
-        with placed(self.model, self.device, offload=offload_model):
-            predict = self._guided_model(context, null_context, guide_scale, token_count(shape, self.config))
-            latents = sample_latents(predict, noise, solver, progress=progress)
-        if self.rank != 0:
-            return None
-        with placed(self.vae.model, self.device, offload=offload_model), torch.no_grad():
-            return self.vae.decode([latents])[0]
+        seq_len = token_count(shape, self.config)
 
-    def _guided_model(
-        self, context: torch.Tensor, null_context: torch.Tensor, guide_scale: float, seq_len: int
-    ) -> Prediction:
         def evaluate(latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
             return self.model([latents], t=timestep.reshape(1), context=[text], seq_len=seq_len)[0]
 
-        def predict(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        def guided(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             conditional = evaluate(latents, timestep, context)
             if guide_scale == 1:
                 return conditional
             unconditional = evaluate(latents, timestep, null_context)
             return unconditional + guide_scale * (conditional - unconditional)
 
-        return predict
-
-    def _park(self, *modules: torch.nn.Module) -> None:
-        """Takes networks off the device before another one needs its memory."""
-        if self.device.type == "cpu":
-            return
-        for module in modules:
-            module.to("cpu")
-        release_cached_memory(self.device)
+        with placed(self.model, self.device, offload=offload_model):
+            latents = denoise(guided, noise, solver, progress=progress)
+        if self.rank != 0:
+            return None
+        with placed(self.vae.model, self.device, offload=offload_model), torch.no_grad():
+            return self.vae.decode([latents])[0]

@@ -1,4 +1,4 @@
-"""LoRA adapters in files: peft's folder, and the one file that diffusers loads.
+"""LoRA adapters outside a checkpoint: the model that they belong to, and their files for peft and diffusers.
 
 peft's keys are those of an adapter (see `refalign_ext.lora`) behind `base_model.model.`; diffusers has its own names of the
 layers, and no alpha.
@@ -6,43 +6,25 @@ layers, and no alpha.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from refalign_ext.atomic_io import atomic_open, atomic_path
-from refalign_ext.lora import (
-    ADAPTER_KEY,
-    adapter_parameters,
-    adapter_scale,
-    adapter_state_dict,
-    base_key,
-    check_adapter,
-    has_lora,
-    inject_adapters,
-    layers_with_adapters,
-    shapes_of,
-)
+from refalign_ext.backbone import file_sha256
+from refalign_ext.lora import ADAPTER_KEY, check_adapter, shapes_of
+from refalign_ext.tasks import TASKS
 
 ADAPTER_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
-# What peft can do and this project's checkpoints and merging do not.
-_UNSUPPORTED = {
-    "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
-_UNSUPPORTED_WHEN_SET = ("modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters")
 _TO_DIFFUSERS = (
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
@@ -57,30 +39,75 @@ _TO_DIFFUSERS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter without its model: float tensors `<module>.lora_A.weight` and `.lora_B.weight`, and its scale."""
+    """An adapter without its model: float tensors `<module>.lora_A.weight` and `.lora_B.weight`, and its scale.
+
+    Attributes:
+        base: the model that it was trained on, as the run's settings name it.
+        base_sha256: of that model's files, see `files_sha256`; None where they are not at hand.
+    """
 
     tensors: dict[str, Tensor]
     rank: int
     alpha: float
     base: str | None = None
-    """What the adapter was trained on, as its file says."""
     base_sha256: str | None = None
-    """Fingerprint of it, for a file's metadata; reading leaves it out."""
 
 
-def save_adapter(folder: Path, model: nn.Module, base: str) -> Path:
-    """Write the model's adapters as `write_adapter` does; returns the folder.
+def adapter_scale_of(settings: Mapping[str, Any], source: Path) -> tuple[int, float]:
+    """(rank, alpha) that a run's settings name; `source` is what the error names.
 
     Raises:
-        ValueError: if the model has no adapters.
-        OSError: if the folder cannot be written.
+        ValueError: if they name none.
     """
-    rank, alpha = adapter_scale(model)
-    return write_adapter(folder, Adapter(adapter_state_dict(model), rank, alpha, base))
+    rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha", 0)
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(
+            f"checkpoint {source} holds an adapter, and its settings have no lora_rank and lora_alpha: use another copy"
+        )
+    return rank, float(alpha or rank)
 
 
-def write_adapter(folder: Path, adapter: Adapter) -> Path:
-    """Write an adapter in peft's format (`PeftModel.from_pretrained(wan_model, folder)` takes it); returns the folder.
+def base_named_by(settings: Mapping[str, Any]) -> Path | None:
+    """The model that a run with these settings started from; None: random weights."""
+    if settings.get("from_scratch"):
+        return None
+    task = TASKS.get(settings.get("task", ""))
+    named = settings.get("dit_ckpt") or settings.get("ckpt_dir") or (task and task.bundled)
+    return None if named is None else Path(named)
+
+
+def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> Path:
+    """Where the base of the adapter in checkpoint `path` lies: `base` if given, else what its settings say.
+
+    Raises:
+        ValueError: if it is not there, with the command that helps.
+    """
+    remedy = f"python -m refalign_ext export {path} --base MODEL --out FOLDER"
+    if base is not None and not base.exists():
+        raise ValueError(f"--base {base} does not exist: name the model that {path} was trained on")
+    found = base or base_named_by(settings)
+    if found is None:
+        raise ValueError(
+            f"{path} is an adapter of random weights: name the model it belongs to with {remedy}"
+        )
+    if not found.exists():
+        raise ValueError(
+            f"{path} is an adapter of {found}, which is not here (relative paths start where the training ran): merge it "
+            f"with {remedy}"
+        )
+    if found.resolve() == path.resolve():
+        raise ValueError(f"{path} is an adapter and cannot be its own base: name another with {remedy}")
+    return found
+
+
+def files_sha256(files: Sequence[Path]) -> str:
+    """SHA-256 of a file; of several, that of their digests in hexadecimal, in order of the names."""
+    digests = [file_sha256(file) for file in sorted(files, key=lambda file: file.name)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def write_peft_adapter(folder: Path, adapter: Adapter) -> Path:
+    """Write an adapter as `PeftModel.from_pretrained(wan_model, folder)` takes it; returns the file with the tensors.
 
     The configuration is written last: a folder that has it is complete.
 
@@ -91,8 +118,6 @@ def write_adapter(folder: Path, adapter: Adapter) -> Path:
     from peft import LoraConfig
 
     layers = check_adapter(shapes_of(adapter.tensors), adapter.rank)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -100,90 +125,23 @@ def write_adapter(folder: Path, adapter: Adapter) -> Path:
         base_model_name_or_path=adapter.base,
         inference_mode=True,
     ).to_dict()
-    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    listed = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
     tensors = {_PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-    _save(folder / ADAPTER_FILE, tensors, base_note(adapter.base, adapter.base_sha256))
-    with atomic_open(folder / CONFIG_FILE) as file:
-        file.write((json.dumps(plain, indent=2, sort_keys=True) + "\n").encode("utf-8"))
-    return folder
+    _write_safetensors(folder / ADAPTER_FILE, tensors, adapter)
+    with atomic_open(folder / ADAPTER_CONFIG_FILE) as file:
+        file.write((json.dumps(listed, indent=2, sort_keys=True) + "\n").encode("utf-8"))
+    return folder / ADAPTER_FILE
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter in peft's format.
-
-    Raises:
-        ValueError: if a file is missing, damaged, or uses a kind of LoRA that is not supported here.
-    """
-    from refalign_ext.backbone import read_state_dict
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder} is no LoRA adapter (its {CONFIG_FILE} is missing or damaged): name a folder that save_adapter "
-            "or peft wrote"
-        ) from error
-    unusual = [name for name, usual in _UNSUPPORTED.items() if config.get(name, usual) != usual]
-    unusual += [name for name in _UNSUPPORTED_WHEN_SET if config.get(name)]
-    if kind != "LORA" or unusual:
-        what = f"uses {unusual[0]}" if kind == "LORA" else f"is of type {kind}"
-        raise ValueError(f"the adapter in {folder} {what}: only plain LoRA is supported")
-    tensors = {
-        base_key(key.removeprefix(_PEFT_PREFIX)): tensor
-        for key, tensor in read_state_dict(folder / ADAPTER_FILE).items()
-    }
-    check_adapter(shapes_of(tensors), rank)
-    return Adapter(tensors, rank, alpha, base)
-
-
-def load_adapter(model: nn.Module, folder: Path) -> list[str]:
-    """Give `model` the adapter in `folder`; adds the layers if it has none yet. Returns their names.
-
-    Raises:
-        ValueError: if the adapter does not fit the model, or the adapters that it has.
-    """
-    adapter = read_adapter(folder)
-    layers = check_adapter(shapes_of(adapter.tensors), adapter.rank)
-    if not has_lora(model):
-        plain = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        for layer in layers:
-            sizes = [adapter.tensors[f"{layer}.lora_{factor}.weight"].shape for factor in "BA"]
-            shape = [sizes[0][0], sizes[1][1]]
-            if layer not in plain or list(plain[layer].weight.shape) != shape:
-                raise ValueError(
-                    f"the adapter in {folder} is for another model (this one has no {layer} of {shape}): use the model "
-                    f"that it was trained on ({adapter.base or 'unknown'})"
-                )
-        inject_adapters(model, [name for name in plain if name in layers], adapter.rank, adapter.alpha)
-    parameters = adapter_parameters(model)
-    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    has, alpha = (
-        {key: tuple(parameter.shape) for key, parameter in parameters.items()},
-        adapter_scale(model)[1],
-    )
-    if has != shapes or alpha != adapter.alpha:
-        raise ValueError(
-            f"the adapter in {folder} (rank {adapter.rank}, alpha {adapter.alpha:g}, {len(layers)} layers) does not fit "
-            f"the model's ({', '.join(f'{value:g}' for value in adapter_scale(model))}, {len(has) // 2}): use the same "
-            "rank, alpha and targets"
-        )
-    with torch.no_grad():
-        for key, tensor in adapter.tensors.items():
-            parameters[key].copy_(tensor)
-    return layers_with_adapters(model)
-
-
-def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter as diffusers' WanTransformer3DModel.load_lora_adapter takes it (prefix `transformer`).
+def write_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
+    """Write an adapter as `WanTransformer3DModel.load_lora_adapter(folder, weight_name=...)` takes it; returns the file.
 
     The scale is worked into B, as those files have no alpha.
 
     Raises:
         ValueError: if a layer has no counterpart in diffusers.
+        OSError: if the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
@@ -197,23 +155,7 @@ def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
             )
         value = tensor * (adapter.alpha / adapter.rank) if match["factor"] == "B" else tensor
         tensors[f"transformer.{layer}.lora_{match['factor']}.weight"] = value
-    return tensors
-
-
-def save_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
-    """Write `pytorch_lora_weights.safetensors` into `folder`; returns the file.
-
-    In diffusers: `transformer.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors")`.
-
-    Raises:
-        ValueError: if a layer has no counterpart in diffusers.
-        OSError: if the folder cannot be written.
-    """
-    tensors = diffusers_tensors(adapter)
-    path = Path(folder) / DIFFUSERS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(path, tensors, base_note(adapter.base, adapter.base_sha256))
-    return path
+    return _write_safetensors(folder / DIFFUSERS_FILE, tensors, adapter)
 
 
 def base_note(base: str | None, sha256: str | None) -> dict[str, str]:
@@ -222,14 +164,18 @@ def base_note(base: str | None, sha256: str | None) -> dict[str, str]:
     return {name: value for name, value in note.items() if value is not None}
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, str]) -> None:
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], adapter: Adapter) -> Path:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    plain: dict[str, Any] = {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}
+    note = {"format": "pt", **base_note(adapter.base, adapter.base_sha256)}
     try:
-        with atomic_path(path) as aside:
-            save_file(plain, aside, metadata={"format": "pt", **note})
-            aside.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files from everyone else
+        with atomic_path(path) as unfinished:
+            save_file(
+                {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, unfinished, note
+            )
+            # The library keeps files from everyone else.
+            unfinished.chmod(path.parent.stat().st_mode & 0o666)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): free some space") from error
+    return path

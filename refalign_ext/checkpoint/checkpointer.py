@@ -1,4 +1,4 @@
-"""Training checkpoints that every rank writes a part of and any number of ranks reads: writing and finding them.
+"""Saving and finding training checkpoints, which every rank writes a part of and any number of ranks reads.
 
 A checkpoint is a folder `step-00001000`: the tensors as torch.distributed.checkpoint writes them (`__*.distcp` and
 `.metadata`), the DiT's `config.json` and `trainer.json`. It is written to `step-00001000.part` and renamed, so what has
@@ -8,7 +8,6 @@ its final name is whole. Only tensors are stored, never pickled objects.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -23,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from refalign_ext.atomic_io import sync
+from refalign_ext.atomic_io import sync, write_text
 from refalign_ext.checkpoint.stored_tensors import METADATA_FILE, damaged, one_line
 from refalign_ext.distributed.mesh import Parallel
 
@@ -45,7 +44,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted((path for path in found if is_checkpoint(path)), key=_step_of)
 
 
-def set_aside_after(folder: Path, step: int) -> list[Path]:
+def abandon_checkpoints_after(folder: Path, step: int) -> list[Path]:
     """Rename checkpoints beyond `step` to `abandoned-step-*`: the run goes on from there, and they are not its own.
 
     Otherwise `--resume auto` would later jump to them, and they would count as the newest to keep. For one rank only;
@@ -172,11 +171,13 @@ class Checkpointer:
 
     def _write(self, name: str, staged: dict[str, Any], texts: Mapping[str, str]) -> Path:
         final = self.folder / name
-        aside = final.with_name(f"{name}.part")
+        unfinished = final.with_name(f"{name}.part")
         try:
-            self._on_main_rank(lambda: self._prepare(aside))
-            metadata = dcp.save(staged, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group)
-            self._on_main_rank(lambda: self._complete(aside, final, metadata, texts))
+            self._on_main_rank(lambda: self._prepare(unfinished))
+            metadata = dcp.save(
+                staged, storage_writer=dcp.FileSystemWriter(unfinished), process_group=self._group
+            )
+            self._on_main_rank(lambda: self._complete(unfinished, final, metadata, texts))
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             where = "" if self._group is None else f"rank {rank}: "
@@ -206,21 +207,23 @@ class Checkpointer:
         if failure[0] is not None:
             raise OSError(failure[0])
 
-    def _prepare(self, aside: Path) -> None:
-        for leftover in self.folder.glob("*step-*.part"):
+    def _prepare(self, unfinished: Path) -> None:
+        for leftover in self.folder.glob("*.part"):
             _delete(leftover)
-        aside.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
 
-    def _complete(self, aside: Path, final: Path, metadata: dcp.Metadata, texts: Mapping[str, str]) -> None:
-        _require_written(aside, metadata)
+    def _complete(
+        self, unfinished: Path, final: Path, metadata: dcp.Metadata, texts: Mapping[str, str]
+    ) -> None:
+        _require_written(unfinished, metadata)
         for name, text in texts.items():
-            _write_text(aside / name, text)
+            write_text(unfinished / name, text)
         others = [path for path in checkpoints_in(self.folder) if path != final]
         if final.exists():
             # `latest` must not name a folder that is going away.
             _point_latest_at(self.folder, others[-1].name if others else None)
             _remove_whole(final)
-        aside.rename(final)
+        unfinished.rename(final)
         sync(self.folder)
         _point_latest_at(self.folder, final.name)
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
@@ -242,42 +245,26 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _require_written(aside: Path, metadata: dcp.Metadata) -> None:
+def _require_written(unfinished: Path, metadata: dcp.Metadata) -> None:
     """Every file that the metadata names is here at its full length; waits for slow network file systems."""
     lengths: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        end = place.offset + place.length
-        lengths[place.relative_path] = max(end, lengths.get(place.relative_path, 0))
+    for piece in metadata.storage_data.values():
+        end = piece.offset + piece.length
+        lengths[piece.relative_path] = max(end, lengths.get(piece.relative_path, 0))
     deadline = time.monotonic() + _SHARED_FOLDER_SECONDS
     for name, length in lengths.items():
-        while _length(aside / name) < length:
+        path = unfinished / name
+        while not path.is_file() or path.stat().st_size < length:
             if time.monotonic() > deadline:
                 raise OSError(f"rank 0 does not see all of {name}: all machines need the same --out folder")
             time.sleep(0.2)
 
 
-def _length(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _point_latest_at(folder: Path, name: str | None) -> None:
-    latest = folder / LATEST_FILE
     if name is None:
-        latest.unlink(missing_ok=True)
-        return
-    aside = folder / f"{LATEST_FILE}.part"
-    _write_text(aside, f"{name}\n")
-    os.replace(aside, latest)
+        (folder / LATEST_FILE).unlink(missing_ok=True)
+    else:
+        write_text(folder / LATEST_FILE, f"{name}\n")
 
 
 def _remove_whole(path: Path) -> None:

@@ -7,20 +7,25 @@ its change in float32, where an adapter is merged), and no device, process group
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-import click
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from refalign_ext.atomic_io import atomic_folder
+from refalign_ext.backbone import diffusers_config, diffusers_key
+from refalign_ext.checkpoint.adapters import (
+    base_note,
+    files_sha256,
+    write_diffusers_adapter,
+    write_peft_adapter,
+)
+from refalign_ext.checkpoint.checkpointer import is_checkpoint
+from refalign_ext.checkpoint.reading import Weight, open_dit, read_trained_adapter
 
-    from refalign_ext.checkpoint.lazy_tensors import StoredDiT, Weight
-
-LAYOUTS = ("upstream", "diffusers")
+Layout = Literal["upstream", "diffusers"]
 _STEM = "diffusion_pytorch_model"
 _SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -29,16 +34,15 @@ def export_checkpoint(
     checkpoint: Path,
     out: Path,
     *,
-    layout: str,
-    projectors: bool,
+    layout: Layout = "upstream",
+    projectors: bool = False,
     raw: bool = False,
     base: Path | None = None,
     shard_gigabytes: float = 5.0,
-    progress: bool = True,
 ) -> list[Path]:
     """Write a checkpoint's weights as safetensors with their config.json.
 
-    An adapter is merged into its base, whose path and SHA-256 (see `distributed.adapted.fingerprint`) the files'
+    An adapter is merged into its base, whose path and SHA-256 (see `adapters.files_sha256`) the files'
     metadata then names. The folder appears under its name only when it is complete.
 
     Args:
@@ -49,7 +53,6 @@ def export_checkpoint(
         raw: the trained weights, where the checkpoint also has their moving average.
         base: the model that the checkpoint's adapter belongs to; None: the one that its settings name.
         shard_gigabytes: largest size of a file in units of 10^9 bytes; more is split over several files with an index.
-        progress: show a progress bar.
 
     Returns:
         The files with the tensors.
@@ -58,23 +61,14 @@ def export_checkpoint(
         ValueError: if the checkpoint is damaged or has no such parts, the base is not there, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.backbone import diffusers_config, diffusers_key
-    from refalign_ext.checkpoint.checkpointer import read_model_config
-    from refalign_ext.checkpoint.reading import open_dit, open_projectors
-
-    if not shard_gigabytes > 0:
-        raise ValueError(
-            f"--shard_gigabytes {shard_gigabytes}: a file must have room for something, such as 5"
-        )
-    _check_arguments(checkpoint, out, layout)
-    dit, config = open_dit(checkpoint, raw=raw, base=base), read_model_config(checkpoint)
-    weights = dit.weights
+    _check_folders(checkpoint, out)
+    dit = open_dit(checkpoint, raw=raw, base=base)
+    weights, config = dit.weights, dit.config
     if "patch_embedding.weight" not in weights:
         raise ValueError(
             f"{checkpoint} holds only what was trained, not a whole DiT: merge it into its base model"
         )
-    beside = open_projectors(checkpoint) if projectors else {}
-    if projectors and not beside:
+    if projectors and not dit.projectors:
         raise ValueError(f"{checkpoint} has no projectors: export it with --no-projectors")
     if layout == "diffusers":
         try:
@@ -84,15 +78,17 @@ def export_checkpoint(
                 f"{checkpoint}/config.json lacks {error}: use the file the training wrote"
             ) from error
         weights = {diffusers_key(name): weight for name, weight in weights.items()}
-    note = _note_on_base(dit)
-    with _written_aside(out) as folder:
-        files = _write_shards(folder, {**weights, **beside}, note, round(shard_gigabytes * 1e9), progress)
+    if projectors:
+        weights = weights | dit.projectors
+    note = {} if dit.base is None else base_note(str(dit.base.path), files_sha256(dit.base.files))
+    with atomic_folder(out) as folder:
+        files = _write_shards(folder, weights, note, round(shard_gigabytes * 1e9))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return [out / file for file in files]
 
 
 def export_adapter(
-    checkpoint: Path, out: Path, *, layout: str, raw: bool = False, base: Path | None = None
+    checkpoint: Path, out: Path, *, layout: Layout = "upstream", raw: bool = False, base: Path | None = None
 ) -> list[Path]:
     """Write the adapter of a LoRA run's checkpoint alone. The folder appears under its name only when it is complete.
 
@@ -109,118 +105,25 @@ def export_adapter(
         ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
         OSError: if the folder cannot be written.
     """
-    from refalign_ext.checkpoint.adapters import (
-        ADAPTER_FILE,
-        DIFFUSERS_FILE,
-        save_diffusers_adapter,
-        write_adapter,
-    )
-    from refalign_ext.checkpoint.reading import read_trained_adapter
-
-    _check_arguments(checkpoint, out, layout)
+    _check_folders(checkpoint, out)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)
-    with _written_aside(out) as folder:
-        if layout == "diffusers":
-            save_diffusers_adapter(folder, adapter)
-        else:
-            write_adapter(folder, adapter)
-    return [out / (DIFFUSERS_FILE if layout == "diffusers" else ADAPTER_FILE)]
+    write = write_diffusers_adapter if layout == "diffusers" else write_peft_adapter
+    with atomic_folder(out) as folder:
+        file = write(folder, adapter)
+    return [out / file.name]
 
 
-@click.command(context_settings={"show_default": True})
-@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new or empty.")
-@click.option("--layout", type=click.Choice(LAYOUTS), default="upstream", help="Whose names and config.json.")
-@click.option(
-    "--projectors/--no-projectors",
-    default=False,
-    help="Keep the projectors, to go on training with alignment.",
-)
-@click.option("--raw", is_flag=True, help="The trained weights instead of their moving average.")
-@click.option(
-    "--adapter",
-    is_flag=True,
-    help="Of a LoRA run, the adapter alone (upstream: peft's folder) instead of the merged model.",
-)
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="Of a LoRA run, the model it was trained on, if it is not where the settings say.",
-)
-@click.option(
-    "--shard_gigabytes",
-    type=click.FloatRange(0, min_open=True),
-    default=5.0,
-    help="Largest size of a file (10^9 bytes).",
-)
-def export(
-    checkpoint: Path,
-    out: Path,
-    layout: str,
-    projectors: bool,
-    raw: bool,
-    adapter: bool,
-    base: Path | None,
-    shard_gigabytes: float,
-) -> None:
-    """Write the model in a training CHECKPOINT as safetensors, without loading it on a device."""
-    if adapter and projectors:
-        raise ValueError("--adapter and --projectors exclude each other: export the merged model with them")
-    if adapter:
-        files = export_adapter(checkpoint, out, layout=layout, raw=raw, base=base)
-    else:
-        files = export_checkpoint(
-            checkpoint,
-            out,
-            layout=layout,
-            projectors=projectors,
-            raw=raw,
-            base=base,
-            shard_gigabytes=shard_gigabytes,
-        )
-    size = sum(file.stat().st_size for file in files)
-    click.echo(f"{out}: {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e9:.2f} GB")
-
-
-def _check_arguments(checkpoint: Path, out: Path, layout: str) -> None:
-    from refalign_ext.checkpoint.checkpointer import is_checkpoint
-
-    if layout not in LAYOUTS:
-        raise ValueError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+def _check_folders(checkpoint: Path, out: Path) -> None:
     if not is_checkpoint(checkpoint):
         raise ValueError(f"{checkpoint}: no complete training checkpoint; name a step-* folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is in use: choose another folder or empty it")
 
 
-def _note_on_base(dit: StoredDiT) -> dict[str, str]:
-    """For the files' metadata."""
-    from refalign_ext.checkpoint.adapters import base_note
-    from refalign_ext.checkpoint.lazy_tensors import fingerprint
-
-    return {} if dit.base is None else base_note(str(dit.base.path), fingerprint(dit.base.files))
-
-
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    aside = out.with_name(f"{out.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if out.is_dir():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _write_shards(
-    folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int, progress: bool
+    folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int
 ) -> list[str]:
     """Write `weights` as one file or, beyond `limit` bytes, as several."""
-    from tqdm import tqdm
-
     shards: list[dict[str, Weight]] = [{}]
     size = 0
     for name, weight in weights.items():
@@ -234,7 +137,7 @@ def _write_shards(
     files = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
         files = [f"{_STEM}.safetensors"]
-    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True) as bar:
         for file, shard in zip(files, shards, strict=True):
             _write_file(folder / file, shard, note, bar)
     if count > 1:
@@ -250,8 +153,6 @@ def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, st
 
     The library's own writer takes all tensors of a file at once. Format: the safetensors README, "Format".
     """
-    import torch
-
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **note}}
     end = 0
     for name, weight in weights.items():
@@ -269,6 +170,6 @@ def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights.values():
-            plain = weight.read().reshape(-1).view(torch.uint8)
-            file.write(plain.numpy().data)
-            bar.update(plain.numel())
+            content = weight.read().reshape(-1).view(torch.uint8)
+            file.write(content.numpy().data)
+            bar.update(content.numel())

@@ -1,98 +1,121 @@
-"""A DiT, its projectors or its adapter out of a training checkpoint: whole tensors on the CPU, without a process group.
+"""Reading any DiT: a training checkpoint, by one process without a process group, or a published layout.
 
-`read_*` reads everything, `open_*` one tensor at a time. Adapters are merged into the model that they were trained on.
+`open_*` reads one tensor at a time, when it is asked for. An adapter is merged into the model that it was trained on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from refalign_ext.checkpoint.adapters import Adapter
-from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
-from refalign_ext.checkpoint.lazy_tensors import (
-    StoredDiT,
-    Weight,
+from refalign_ext.backbone import DiTCheckpoint, checkpoint_files, read_dit_checkpoint
+from refalign_ext.checkpoint.adapters import (
+    Adapter,
     adapter_scale_of,
     base_named_by,
-    fingerprint,
-    merged_weights,
+    files_sha256,
     require_base,
-    weight_of,
 )
-from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS, TEACHER_INPUT
+from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
+from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.lora import base_key, is_adapter_key
-
-if TYPE_CHECKING:
-    from refalign_ext.backbone import DiTCheckpoint
+from refalign_ext.lora import adapted_layers, base_key, is_adapter_key, merged_weight
 
 
-def read_dit(path: Path, *, raw: bool = False) -> dict[str, Tensor]:
-    """The DiT's weights by upstream's names on the CPU: the moving average if there is one, else what was trained.
+@dataclass(frozen=True)
+class Weight:
+    """A tensor in a file: what is known without reading it, and how to read it (whole, on the CPU)."""
 
-    Adapters are merged into the model that they were trained on. Needs no process group.
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
 
-    Args:
-        path: the checkpoint's folder.
-        raw: what was trained, even if there is an average.
+    @property
+    def size_in_bytes(self) -> int:
+        """Bytes of the tensor in memory."""
+        return self.shape.numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredDiT:
+    """A DiT in files.
+
+    Attributes:
+        path: what was named.
+        weights: by upstream's names; with an adapter, merged when they are read.
+        files: those that hold them.
+        config: `WanModel` arguments stated beside the weights; None without such a file.
+        projectors: `blocks.{i}.input_mlp.proj.{0,2}.weight`; empty without projectors.
+        base: the model that an adapter was merged into, or None.
+    """
+
+    path: Path
+    weights: dict[str, Weight]
+    files: list[Path]
+    config: dict[str, Any] | None
+    projectors: dict[str, Weight] = field(default_factory=dict)
+    base: StoredDiT | None = None
+
+
+def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
+    """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
 
     Raises:
-        ValueError: if the checkpoint is damaged or holds no DiT, or the base of its adapter is not there.
+        ValueError: if nothing readable is there, or as `open_dit`.
     """
-    return {name: weight.read() for name, weight in open_dit(path, raw=raw).weights.items()}
+    if not is_checkpoint(path):
+        return read_dit_checkpoint(path)
+    found = open_dit(path, extra=extra)
+    files = [*found.files, *(found.base.files if found.base else ())]
+    return DiTCheckpoint(read_weights(found.weights), read_weights(found.projectors), found.config, files)
+
+
+def read_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
+    """All of them at once."""
+    return {name: weight.read() for name, weight in weights.items()}
 
 
 def open_dit(
-    path: Path, *, raw: bool = False, base: Path | None = None, with_teacher_input: bool = False
+    path: Path, *, raw: bool = False, base: Path | None = None, extra: Collection[str] = ()
 ) -> StoredDiT:
-    """What `read_dit` reads, one tensor at a time.
+    """A training checkpoint's DiT: the moving average if there is one, else what was trained.
 
     Args:
         path: the checkpoint's folder.
         raw: what was trained, even if there is an average.
         base: the model that the checkpoint's adapter belongs to (a training checkpoint or any published layout), if it
             is not where the settings say.
-        with_teacher_input: whether the caller also uses `read_teacher_input`, without which such a DiT is another.
+        extra: extra modules that the caller loads too (see `read_extra_module`): without them the DiT is another model.
 
     Raises:
-        ValueError: as in `read_dit`, for a base without an adapter, or for a DiT whose teacher input would be ignored.
+        ValueError: if the checkpoint is damaged or holds no DiT, if the base of its adapter is not there, for a base
+            without an adapter, or for a DiT whose extra module would be ignored.
     """
     stored = StoredTensors(path)
-    if not with_teacher_input and stored.names(f"{MODEL}.{TEACHER_INPUT}"):
+    ignored = {key.split(".")[1] for key in stored.names(f"{MODEL}.")} - {"dit", "projectors", *extra}
+    if ignored:
+        name = min(ignored)
         raise ValueError(
-            f"{path} was trained with --teacher_input and needs the teacher beside it: only `sprites judge` and "
-            "train_refalign.py --teacher_input true use such a checkpoint"
+            f"{path} was trained with --{name} and is another model without it: only `sprites judge` and "
+            f"train_refalign.py --{name} true use such a checkpoint"
         )
-    weights = {name: _weight(stored, key) for name, key in dit_keys(stored, raw=raw).items()}
-    files = _tensor_files(path)
-    if not any(map(is_adapter_key, weights)):
-        if base is not None:
-            raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
-        return StoredDiT(path, weights, files)
-    settings = read_meta(path)["settings"]
-    rank, alpha = adapter_scale_of(settings, path)
-    under = _open_any_dit(require_base(path, settings, base))
-    adapter = {base_key(name): weight for name, weight in weights.items() if is_adapter_key(name)}
-    return StoredDiT(path, merged_weights(under.weights, adapter, rank=rank, alpha=alpha), files, under)
-
-
-def read_any_dit(path: Path, *, with_teacher_input: bool = False) -> DiTCheckpoint:
-    """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
-
-    Raises:
-        ValueError: if nothing readable is there, or the base of an adapter is not, or as `open_dit`.
-    """
-    from refalign_ext.backbone import DiTCheckpoint, read_dit_checkpoint
-
-    if not is_checkpoint(path):
-        return read_dit_checkpoint(path)
-    found = open_dit(path, with_teacher_input=with_teacher_input)
-    tensors = {name: weight.read() for name, weight in found.weights.items()}
-    files = [*found.files, *(found.base.files if found.base else ())]
-    return DiTCheckpoint(tensors, read_projectors(path), read_model_config(path), files)
+    weights = {name: _weight(stored, key) for name, key in _dit_keys(stored, raw=raw).items()}
+    projectors = _under(stored, f"{MODEL}.{PROJECTORS}")
+    under = None
+    if any(map(is_adapter_key, weights)):
+        settings = read_meta(path)["settings"]
+        scale = adapter_scale_of(settings, path)
+        under = _open_any_dit(require_base(path, settings, base))
+        adapter = {base_key(name): weight for name, weight in weights.items() if is_adapter_key(name)}
+        weights = _merged_weights(under.weights, adapter, *scale)
+    elif base is not None:
+        raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
+    return StoredDiT(path, weights, _tensor_files(path), read_model_config(path), projectors, under)
 
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
@@ -106,34 +129,23 @@ def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = N
     Raises:
         ValueError: if the checkpoint is damaged or holds no adapter, or `base` does not exist.
     """
-    from refalign_ext.backbone import checkpoint_files
-
     stored = StoredTensors(path)
-    keys = {base_key(name): key for name, key in dit_keys(stored, raw=raw).items() if is_adapter_key(name)}
+    keys = {base_key(name): key for name, key in _dit_keys(stored, raw=raw).items() if is_adapter_key(name)}
     if not keys:
         raise ValueError(f"{path} holds a whole DiT, no adapter: export it without --adapter")
     settings = read_meta(path)["settings"]
     rank, alpha = adapter_scale_of(settings, path)
     under = base_named_by(settings) if base is None else require_base(path, settings, base)
-    digest = None
+    sha256 = None
     if under is not None and under.exists():
         files = _tensor_files(under) if is_checkpoint(under) else checkpoint_files(under)
-        digest = fingerprint(files) if files else None
+        sha256 = files_sha256(files) if files else None
     tensors = {name: stored.read(key) for name, key in keys.items()}
-    return Adapter(tensors, rank, alpha, None if under is None else str(under), digest)
+    return Adapter(tensors, rank, alpha, None if under is None else str(under), sha256)
 
 
-def read_projectors(path: Path) -> dict[str, Tensor]:
-    """The projectors' weights `blocks.{i}.input_mlp.proj.{0,2}.weight` on the CPU; empty without projectors.
-
-    Raises:
-        ValueError: if the checkpoint is damaged.
-    """
-    return {name: weight.read() for name, weight in open_projectors(path).items()}
-
-
-def read_teacher_input(path: Path) -> dict[str, Tensor]:
-    """The weights of `projectors.TeacherInput` on the CPU, their moving average if there is one.
+def read_extra_module(path: Path, name: str) -> dict[str, Tensor]:
+    """The weights of an extra module by its own names on the CPU, their moving average if there is one.
 
     Empty for a checkpoint without it and for any other layout.
 
@@ -143,45 +155,56 @@ def read_teacher_input(path: Path) -> dict[str, Tensor]:
     if not is_checkpoint(path):
         return {}
     stored = StoredTensors(path)
-    for prefix in (f"{AVERAGE}.{TEACHER_INPUT}", f"{MODEL}.{TEACHER_INPUT}"):
-        if found := stored.names(prefix):
-            return {key.removeprefix(prefix): stored.read(key) for key in found}
-    return {}
+    average = _under(stored, f"{AVERAGE}.{name}.")
+    return read_weights(average or _under(stored, f"{MODEL}.{name}."))
 
 
-def open_projectors(path: Path) -> dict[str, Weight]:
-    """What `read_projectors` reads, one tensor at a time."""
-    stored = StoredTensors(path)
-    return {name: _weight(stored, key) for name, key in projector_keys(stored).items()}
-
-
-def dit_keys(stored: StoredTensors, *, raw: bool = False) -> dict[str, str]:
-    """The DiT's own names of its tensors -> their names in the checkpoint; see `read_dit`."""
+def _dit_keys(stored: StoredTensors, *, raw: bool) -> dict[str, str]:
+    """The DiT's own names of its tensors -> their names in the checkpoint; see `open_dit`."""
     average = {key.removeprefix(f"{AVERAGE}.").removeprefix(DIT): key for key in stored.names(f"{AVERAGE}.")}
-    average = {name: key for name, key in average.items() if not name.startswith((PROJECTORS, TEACHER_INPUT))}
+    # Of extra modules the average has the names that they have in the model.
+    average = {name: key for name, key in average.items() if f"{MODEL}.{name}" not in stored.tensors}
+    if average and not raw:
+        return average
     prefix = f"{MODEL}.{DIT}"
-    found = {} if raw else average
-    found = found or {key.removeprefix(prefix): key for key in stored.names(prefix)}
+    found = {key.removeprefix(prefix): key for key in stored.names(prefix)}
     if not found:
         raise ValueError(f"checkpoint {stored.path} holds no DiT: name a step-* folder of train_refalign.py")
     return found
 
 
-def projector_keys(stored: StoredTensors) -> dict[str, str]:
-    """The release's names of the projectors' tensors -> their names in the checkpoint."""
-    prefix = f"{MODEL}.{PROJECTORS}"
-    return {key.removeprefix(prefix): key for key in stored.names(prefix)}
-
-
 def _open_any_dit(path: Path) -> StoredDiT:
-    from refalign_ext.backbone import read_dit_checkpoint
-
     if is_checkpoint(path):
         return open_dit(path)
-    found = read_dit_checkpoint(path)
-    return StoredDiT(
-        path, {name: weight_of(tensor) for name, tensor in found.state_dict.items()}, found.files
-    )
+    found = read_dit_checkpoint(path)  # memory-mapped
+    weights = {
+        name: Weight(tensor.shape, tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in found.state_dict.items()
+    }
+    return StoredDiT(path, weights, found.files, found.config)
+
+
+def _merged_weights(
+    base: Mapping[str, Weight], adapter: Mapping[str, Weight], rank: int, alpha: float
+) -> dict[str, Weight]:
+    """The base's weights, in its order and dtypes; those of adapted layers are merged when they are read.
+
+    Raises:
+        ValueError: if the adapter was made for another model.
+    """
+
+    def merged(layer: str) -> Weight:
+        weight = base[f"{layer}.weight"]
+        a, b = (adapter[f"{layer}.lora_{factor}.weight"] for factor in "AB")
+        read = lambda: merged_weight(weight.read(), a.read(), b.read(), alpha / rank)  # noqa: E731
+        return Weight(weight.shape, weight.dtype, read)
+
+    shapes = ({key: weight.shape for key, weight in weights.items()} for weights in (base, adapter))
+    return {**base, **{f"{layer}.weight": merged(layer) for layer in adapted_layers(*shapes, rank)}}
+
+
+def _under(stored: StoredTensors, prefix: str) -> dict[str, Weight]:
+    return {key.removeprefix(prefix): _weight(stored, key) for key in stored.names(prefix)}
 
 
 def _weight(stored: StoredTensors, key: str) -> Weight:

@@ -1,29 +1,26 @@
 """What a training checkpoint holds: everything that training changes, by name, and how it gets back into a run.
 
-Names start with the part: `model.dit.*`, `model.projectors.*` and `model.teacher_input.*`, `optimizers.<class>.*`, and
-`average.*` for the moving average of the DiT by its own names and of `teacher_input.*`.
+Names start with the part: `model.dit.*`, `model.projectors.*` and `model.<extra module>.*`, `optimizers.<class>.*`, and
+`average.*` for the moving average of the DiT by its own names and of `<extra module>.*`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from refalign_ext.checkpoint.stored_tensors import StoredReader, StoredTensors, damaged
+from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.distributed.mesh import failure_on_any_rank
 
 MODEL, OPTIMIZERS, AVERAGE = "model", "optimizers", "average"
-DIT, PROJECTORS, TEACHER_INPUT = "dit.", "projectors.", "teacher_input."
+DIT, PROJECTORS = "dit.", "projectors."
 _COUNT = "parameter_count"
-_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def build_state(
@@ -40,23 +37,22 @@ def build_state(
     as in the optimizer itself (torch's own `get_optimizer_state_dict` would take a step to make one up).
 
     Args:
-        trained: the container of `dit`, `projectors` and `teacher_input`.
+        trained: the container of `dit`, `projectors` and extra modules.
         optimizers: over its parameters; their class names become part of the names.
-        average: moving average of the DiT by the DiT's own names (and of `teacher_input.*`), or None.
+        average: moving average of the DiT by the DiT's own names (and of extra modules), or None.
         trainable_only: leave out what does not require gradients (the base model of an adapter).
 
     Returns:
         {"model": ..., "optimizers": ..., "average": ...}, names to tensors; parts that are empty are left out.
     """
     parameters = _named_tensors(trained)
-    states: dict[str, Tensor] = {}
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    for kind, held in _parameters_by_kind(optimizers).items():
-        states[f"{kind}.{_COUNT}"] = torch.tensor(len(held))
-        for optimizer, parameter in held:
-            for entry, value in optimizer.state.get(parameter, {}).items():
-                assert isinstance(value, Tensor), f"{kind} keeps {entry}, which is no tensor"
-                states[f"{kind}.{names[id(parameter)]}.{entry}"] = value
+    states = {
+        f"{kind}.{_COUNT}": torch.tensor(count) for kind, count in _parameter_counts(optimizers).items()
+    }
+    for optimizer, _, key, parameter in _owned_parameters(optimizers, parameters):
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            assert isinstance(value, Tensor), f"{key} has {entry}, which is no tensor"
+            states[f"{key}.{entry}"] = value
     model = {
         name: tensor.detach()
         for name, tensor in parameters.items()
@@ -86,101 +82,89 @@ def restore_state(
     Raises:
         ValueError: on all ranks, if it is damaged, or if its names and shapes are not exactly this run's.
     """
-    plan = _on_all_ranks(lambda: _plan(path, _named_tensors(trained), optimizers, average))
-    targets = {name: value.detach() for name, value in plan.targets.items()}
+    plan, reason = None, None
     try:
-        dcp.load(targets, storage_reader=StoredReader(plan.stored))
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise damaged(path, reason) from error
+        plan = _plan(path, _named_tensors(trained), optimizers, average)
+    except ValueError as error:
+        reason = str(error)
+    reason = failure_on_any_rank(reason)
+    if reason is not None:
+        raise ValueError(reason)
+    assert plan is not None
+    plan.stored.load({name: value.detach() for name, value in plan.targets.items()})
     with torch.no_grad():
         for target, source in plan.copies:
             target.copy_(source)
-    for optimizer in optimizers:
-        own = {
-            state.position: state.entries
-            for state in plan.states
-            if state.optimizer is optimizer and state.entries
-        }
+    for optimizer, states in zip(optimizers, plan.states, strict=True):
         # With this run's own groups (only states are loaded), and the optimizer places its states itself.
-        optimizer.load_state_dict({"state": own, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 @dataclass(frozen=True)
-class _ParameterState:
-    """Where the optimizer state of one parameter is loaded."""
-
-    optimizer: Optimizer
-    position: int  # of the parameter among the optimizer's
-    entries: dict[str, Tensor]  # such as exp_avg -> memory for it
-    keys: dict[str, str]  # exp_avg -> its name in the checkpoint
-
-
-@dataclass(frozen=True)
-class _Plan:
+class _LoadPlan:
     """What is read from a checkpoint, and into which tensors."""
 
     stored: StoredTensors
-    targets: dict[str, Tensor]  # name in the checkpoint -> tensor of this run
-    states: list[_ParameterState]
+    targets: dict[
+        str, Tensor
+    ]  # name in the checkpoint -> tensor of this run, or memory for an optimizer's state
+    states: list[
+        dict[int, dict[str, Tensor]]
+    ]  # of each optimizer: parameter's position -> entry -> that memory
     copies: list[tuple[Tensor, Tensor]]  # (average, trained weight that it starts from)
 
 
 def _plan(
     path: Path, parameters: dict[str, Tensor], optimizers: list[Optimizer], average: dict[str, Tensor] | None
-) -> _Plan:
+) -> _LoadPlan:
     stored = StoredTensors(path)
     wanted = _wanted(stored, parameters)
     averaged = _averaged(average, wanted)
     copies = []
     targets = {f"{MODEL}.{name}": value for name, value in wanted.items()}
     if stored.names(f"{AVERAGE}."):
-        targets.update({f"{AVERAGE}.{name}": value for name, value in averaged.items()})
+        targets |= {f"{AVERAGE}.{name}": value for name, value in averaged.items()}
     else:
-        copies = [(value, _of_dit(wanted, name)) for name, value in averaged.items()]
-    states = _parameter_states(stored, optimizers, parameters)
-    for state in states:
-        targets.update({state.keys[entry]: value for entry, value in state.entries.items()})
+        copies = [(value, wanted.get(DIT + name, wanted.get(name))) for name, value in averaged.items()]
+    states = _optimizer_states(stored, optimizers, parameters, targets)
     given = {
         name
         for name in stored.tensors
         if not name.endswith(f".{_COUNT}") and (averaged or not name.startswith(f"{AVERAGE}."))
     }
-    _require_same({name: value.shape for name, value in targets.items()}, stored, given)
-    return _Plan(stored, targets, states, copies)
+    _require_same(targets, stored, given)
+    return _LoadPlan(stored, targets, states, copies)
 
 
 def _named_tensors(trained: nn.Module) -> dict[str, Tensor]:
     # By state_dict, not named_parameters: FSDP puts its shards back in place for it.
-    return _without_wrappers(trained.state_dict(keep_vars=True))
-
-
-def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-
-
-def _of_dit(model: Mapping[str, Tensor], name: str) -> Tensor:
-    return model[name if name in model else DIT + name]
+    return trained.state_dict(keep_vars=True)
 
 
 def _averaged(average: Mapping[str, Tensor] | None, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moving average of those weights that the checkpoint holds."""
-    named = _without_wrappers(average or {})
-    return {name: value for name, value in named.items() if name in model or DIT + name in model}
+    return {name: value for name, value in (average or {}).items() if name in model or DIT + name in model}
 
 
-def _parameters_by_kind(optimizers: list[Optimizer]) -> dict[str, list[tuple[Optimizer, Tensor]]]:
-    kinds: dict[str, list[tuple[Optimizer, Tensor]]] = {}
-    for optimizer, _, parameter in _positions(optimizers):
-        kinds.setdefault(type(optimizer).__name__, []).append((optimizer, parameter))
-    return kinds
+def _parameter_counts(optimizers: list[Optimizer]) -> Counter[str]:
+    """Number of parameters by the optimizer's class."""
+    return Counter(
+        type(optimizer).__name__
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for _ in group["params"]
+    )
 
 
-def _positions(optimizers: list[Optimizer]) -> Iterator[tuple[Optimizer, int, Tensor]]:
+def _owned_parameters(
+    optimizers: list[Optimizer], parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[Optimizer, int, str, Tensor]]:
+    """(optimizer, position of a parameter in it, name of the parameter's state, parameter)."""
+    names = {id(tensor): name for name, tensor in parameters.items()}
     for optimizer in optimizers:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        for position, parameter in enumerate(parameters):
-            yield optimizer, position, parameter
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for position, parameter in enumerate(held):
+            yield optimizer, position, f"{type(optimizer).__name__}.{names[id(parameter)]}", parameter
 
 
 def _wanted(stored: StoredTensors, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,42 +176,42 @@ def _wanted(stored: StoredTensors, parameters: Mapping[str, Tensor]) -> dict[str
     return dict(parameters)
 
 
-def _parameter_states(
-    stored: StoredTensors, optimizers: list[Optimizer], parameters: Mapping[str, Tensor]
-) -> list[_ParameterState]:
-    """Memory for the optimizer states that the checkpoint holds, sharded as the parameters are."""
-    for kind, held in _parameters_by_kind(optimizers).items():
-        count = f"{OPTIMIZERS}.{kind}.{_COUNT}"
-        if count not in stored.tensors:
+def _optimizer_states(
+    stored: StoredTensors,
+    optimizers: list[Optimizer],
+    parameters: Mapping[str, Tensor],
+    targets: dict[str, Tensor],
+) -> list[dict[int, dict[str, Tensor]]]:
+    """Memory for the optimizer states that the checkpoint holds, sharded as the parameters are; added to `targets`."""
+    for kind, count in _parameter_counts(optimizers).items():
+        key = f"{OPTIMIZERS}.{kind}.{_COUNT}"
+        if key not in stored.tensors:
             raise _misfit(stored.path, f"it has no state of {kind}")
-        if int(stored.read(count)) != len(held):
-            saved = int(stored.read(count))
-            raise _misfit(stored.path, f"its {kind} has {saved} parameters, this run's {len(held)}")
+        if (saved := int(stored.read(key))) != count:
+            raise _misfit(stored.path, f"its {kind} has {saved} parameters, this run's {count}")
     entries_of: dict[str, list[str]] = {}
     for key in stored.names(f"{OPTIMIZERS}."):
         owner, _, entry = key.rpartition(".")
         entries_of.setdefault(owner, []).append(entry)
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    states = []
-    for optimizer, position, parameter in _positions(optimizers):
-        owner = f"{OPTIMIZERS}.{type(optimizer).__name__}.{names[id(parameter)]}"
-        keys = {entry: f"{owner}.{entry}" for entry in entries_of.get(owner, [])}
-        entries = {}
-        for entry, key in keys.items():
+    states: dict[Optimizer, dict[int, dict[str, Tensor]]] = {optimizer: {} for optimizer in optimizers}
+    for optimizer, position, name, parameter in _owned_parameters(optimizers, parameters):
+        owner = f"{OPTIMIZERS}.{name}"
+        for entry in entries_of.get(owner, []):
+            key = f"{owner}.{entry}"
             dtype, is_scalar = stored.dtype(key), not stored.shape(key)
             value = torch.empty((), dtype=dtype) if is_scalar else torch.empty_like(parameter, dtype=dtype)
-            entries[entry] = value.detach()
-        states.append(_ParameterState(optimizer, position, entries, keys))
-    return states
+            targets[key] = value.detach()
+            states[optimizer].setdefault(position, {})[entry] = targets[key]
+    return list(states.values())
 
 
-def _require_same(wanted: Mapping[str, torch.Size], stored: StoredTensors, given: set[str]) -> None:
+def _require_same(wanted: Mapping[str, Tensor], stored: StoredTensors, given: set[str]) -> None:
     missing = [name for name in wanted if name not in given]
     unexpected = sorted(given - wanted.keys())
     misshapen = [
-        f"{name} is {list(stored.shape(name))} instead of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in given and stored.shape(name) != shape
+        f"{name} is {list(stored.shape(name))} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in given and stored.shape(name) != value.shape
     ]
     kinds = ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape"))
     faults = [f"{len(found)} {kind}, first {found[0]}" for found, kind in kinds if found]
@@ -240,21 +224,3 @@ def _misfit(path: Path, reason: str) -> ValueError:
         f"checkpoint {path} does not fit this run ({reason}): use the settings it was trained with, --resume off or "
         "another --out"
     )
-
-
-def _on_all_ranks(work: Callable[[], _Plan]) -> _Plan:
-    """Do something on every rank; if it fails on one, its ValueError is raised on all."""
-    failure: ValueError | None = None
-    try:
-        result = work()
-    except ValueError as error:
-        failure = error
-    if dist.is_initialized():
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, None if failure is None else str(failure))
-        first = next((text for text in failures if text is not None), None)
-        if first is not None:
-            raise ValueError(first) from failure
-    if failure is not None:
-        raise failure
-    return result

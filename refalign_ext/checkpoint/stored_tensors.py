@@ -1,4 +1,4 @@
-"""Reading the files of a distributed checkpoint, tensor by tensor, by one process and without trusting them.
+"""The tensors in the files of a distributed checkpoint (torch.distributed.checkpoint), read without trusting the files.
 
 A checkpoint's `.metadata` is a pickle, and torch's reader runs whatever it names. Ours builds only the few plain classes
 that such a file consists of, accepts tensors only, and follows no path out of the folder.
@@ -6,7 +6,6 @@ that such a file consists of, accepts tensors only, and follows no path out of t
 
 from __future__ import annotations
 
-import io
 import pickle
 import struct
 import warnings
@@ -14,28 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 METADATA_FILE = ".metadata"
 _METADATA_CLASSES = (
     *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
     *("TensorProperties", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
 )
+_PATH_CLASSES = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 _HARMLESS = {
     *(("torch.distributed.checkpoint.metadata", name) for name in _METADATA_CLASSES),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("collections", "OrderedDict"),
-    *(
-        (module, name)
-        for module in ("pathlib", "pathlib._local")
-        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
-    ),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATH_CLASSES),
 }
-UNREADABLE = (
+_UNREADABLE = (
     *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error, AssertionError),
     *(LookupError, AttributeError, TypeError, ValueError, ImportError),
 )
@@ -56,33 +53,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(
-                f"{METADATA_FILE} wants to load {module}.{name}, which is not allowed"
-            )
-        return super().find_class(module, name)
-
-
 class StoredTensors:
-    """The tensors of a distributed checkpoint, read one at a time, whole, whatever number of ranks wrote them.
+    """The tensors of a distributed checkpoint, whatever number of ranks wrote them.
 
     Args:
         path: the checkpoint's folder.
 
     Raises:
-        ValueError: the folder has no readable `.metadata`, or it describes anything but tensors in this folder.
+        ValueError: the folder has no readable `.metadata`, or it describes anything but whole tensors in this folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with (path / METADATA_FILE).open("rb") as file:
-                self.metadata = _MetadataUnpickler(file).load()
-            self.tensors = _checked(self.metadata)
-        except UNREADABLE as error:
+                self._metadata = _MetadataUnpickler(file).load()
+            self.tensors = _checked_tensors(self._metadata)
+        except _UNREADABLE as error:
             raise damaged(path, error) from error
 
     def names(self, prefix: str) -> list[str]:
@@ -97,63 +84,68 @@ class StoredTensors:
         """Type of the tensor's elements."""
         return self.tensors[name].properties.dtype
 
-    def size_in_bytes(self, name: str) -> int:
-        """Bytes of the whole tensor in memory."""
-        return self.shape(name).numel() * self.dtype(name).itemsize
-
     def read(self, name: str) -> Tensor:
-        """The whole tensor on the CPU, put together from the pieces of all ranks.
+        """The whole tensor on the CPU; this process alone reads it.
 
         Raises:
             ValueError: a piece is missing or cannot be read.
         """
+        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        reader, planner = _Reader(self.path, self._metadata), dcp.DefaultLoadPlanner()
         try:
-            whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-            found = 0
-            for chunk in self.tensors[name].chunks:
-                if chunk.sizes.numel() == 0 and whole.numel():
-                    continue
-                place = self.metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                with (self.path / place.relative_path).open("rb") as file:
-                    file.seek(place.offset)
-                    content = io.BytesIO(file.read(place.length))
-                piece = torch.load(content, map_location="cpu", weights_only=True)
-                target = whole
-                for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                    target = target.narrow(dimension, start, length)
-                if piece.shape != target.shape or piece.dtype != target.dtype:
-                    raise ValueError(f"a piece of {name} is not what {METADATA_FILE} says")
-                target.copy_(piece)
-                found += piece.numel()
-            if found != whole.numel():
-                raise ValueError(f"pieces of {name} are missing")
-        except UNREADABLE as error:
+            reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+            planner.set_up_planner({name: whole}, self._metadata, is_coordinator=True)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+        except _UNREADABLE as error:
             raise damaged(self.path, error) from error
         return whole
 
+    def load(self, targets: dict[str, Tensor]) -> None:
+        """Fill tensors in place, each rank the pieces that it holds. All ranks call it together.
 
-class StoredReader(FileSystemReader):
-    """torch's reader for loading on many ranks, with metadata that `StoredTensors` has read."""
+        Raises:
+            ValueError: on all ranks, if a piece is missing or cannot be read on one.
+        """
+        try:
+            dcp.load(targets, storage_reader=_Reader(self.path, self._metadata))
+        except CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
+            raise damaged(self.path, reason) from error
 
-    def __init__(self, stored: StoredTensors) -> None:
-        super().__init__(stored.path)
-        self._metadata = stored.metadata
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(
+                f"{METADATA_FILE} wants to load {module}.{name}, which is not allowed"
+            )
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, which loads tensors with `weights_only`, but never unpickles the metadata itself."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata, never unpickled again."""
         return self._metadata
 
 
-def _checked(metadata: Any) -> dict[str, TensorStorageMetadata]:
+def _checked_tensors(metadata: Any) -> dict[str, TensorStorageMetadata]:
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{METADATA_FILE} describes no checkpoint")
     for name, stored in metadata.state_dict_metadata.items():
         # Anything but a tensor would be unpickled without restrictions when it is loaded.
         if not isinstance(name, str) or not isinstance(stored, TensorStorageMetadata):
             raise ValueError(f"{name} is no tensor")
-    for place in metadata.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path or getattr(
-            place, "transform_descriptors", None
-        ):
-            raise ValueError(f"{place.relative_path} is no file of this folder")
+        # Memory that no piece covers would keep whatever was in it.
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != stored.size.numel():
+            raise ValueError(f"pieces of {name} are missing")
+    for piece in metadata.storage_data.values():
+        is_here = Path(piece.relative_path).name == piece.relative_path
+        if not is_here or getattr(piece, "transform_descriptors", None):
+            raise ValueError(f"{piece.relative_path} is no file of this folder")
     return metadata.state_dict_metadata

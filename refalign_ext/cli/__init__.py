@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 
 import click
 
-from refalign_ext.errors import describe_error
-
-_OUT_OF_MEMORY = (
-    "out of memory: lower what the command does at once (--batch_size, --workers), or use another --device"
-)
+from refalign_ext.cli.program import Program
 
 # Loaded when they are called: each brings its own libraries, and --help should not wait for those of the others.
 COMMANDS = {
     "ablate": ("refalign_ext.cli.ablate", "The paper's tables in miniature, on the sprite world."),
     "data": ("refalign_ext.cli.data", "Convert, check, cut, cache and describe training data."),
     "doctor": ("refalign_ext.cli.upstream", "What fits in a Wan tree, and what this machine can do."),
-    "export": ("refalign_ext.checkpoint.export", "Write a training checkpoint or adapter as safetensors."),
+    "export": ("refalign_ext.cli.export", "Write a training checkpoint or adapter as safetensors."),
     "patch": (
         "refalign_ext.cli.upstream",
         "What an official Wan checkout needs for CPU, several GPUs, training.",
@@ -31,8 +26,10 @@ COMMANDS = {
 }
 
 
-class Commands(click.Group):
-    """Loads a command when it is asked for, and tells users' mistakes in one line with exit code 2."""
+class Commands(Program, click.Group):
+    """A group of commands that are imported when they are called."""
+
+    memory_advice = "out of memory: lower what the command does at once (--batch_size, --workers), or use another --device"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -46,17 +43,7 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
-    def invoke(self, ctx: click.Context) -> object:
-        try:
-            return super().invoke(ctx)
-        except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
-            line = describe_error(error, _OUT_OF_MEMORY)
-            if line is None:
-                raise
-            click.echo(f"refalign_ext: error: {line}", err=True)
-            sys.exit(2)
 
-
-@click.group(cls=Commands)
+@click.group("refalign_ext", cls=Commands)
 def main() -> None:
     """RefAlign on Wan2.1."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import click
 
+from refalign_ext.cli.program import stops_on_request
+from refalign_ext.cli.settings import read_settings
 from refalign_ext.sprites.ablations.arms import TABLES
 
 PATH = click.Path(path_type=Path)
@@ -91,7 +92,6 @@ def ablate(
     SETTINGS are those of train_refalign.py, such as --compile or --batch_size 16, for every arm. What is finished is
     not done again, a stopped run goes on, and several processes may take the same table.
     """
-    from refalign_ext.config import read_settings
     from refalign_ext.sprites.ablations.report import write_report
     from refalign_ext.sprites.ablations.study import Study
 
@@ -118,11 +118,8 @@ def ablate(
         teacher_steps=2 if quick else None,
     )
     runs = [(arm, seed) for seed in range(1, study.seeds + 1) for arm in arms]
-    try:
+    with stops_on_request("stopped; the same command goes on from there"):
         elsewhere = [f"{arm.letter} with seed {seed}" for arm, seed in runs if not study.run(arm, seed)]
-    except KeyboardInterrupt as stop:
-        click.echo("stopped; the same command goes on from there", err=True)
-        sys.exit(stop.args[0] if stop.args else 130)
     if elsewhere:
         click.echo(
             f"in other processes' hands: {', '.join(elsewhere)}; the same command again completes the table"

@@ -13,7 +13,6 @@ from refalign_ext.cli.data_options import (
     PATH,
     SHOW_DEFAULTS,
     beside,
-    given_length,
     is_helper,
     length_options,
     named_png,
@@ -22,9 +21,11 @@ from refalign_ext.cli.data_options import (
     tell,
     workers_option,
 )
+from refalign_ext.cli.settings import read_settings
 
 if TYPE_CHECKING:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.length import Length
+    from refalign_ext.data.pieces import Share
 
 
 @click.group()
@@ -72,9 +73,7 @@ def materialise(
 def check(
     clips: Path,
     decode: str,
-    frames: int | None,
-    fps: float | None,
-    stride: int | None,
+    length: Length | None,
     max_errors: int | None,
     sheet: Path | None,
     samples: int,
@@ -83,17 +82,19 @@ def check(
     share: Share,
 ) -> None:
     """Check every row of the manifest or packed folder CLIPS; exit code 2 if there are errors."""
-    from refalign_ext.data.checking.check import check as look
-    from refalign_ext.data.checking.contact import contact_sheet, write_contact_sheet
+    from refalign_ext.atomic_io import atomic_open
+    from refalign_ext.data.check.run import check as look
     from refalign_ext.data.clip_set import open_clip_set
+    from refalign_ext.data.sheets.contact import contact_sheet
 
-    length = given_length(frames, fps, stride)
     sheet = named_png("--sheet", sheet, beside(clips, ".check.png"))
     finished = start_together()
     result = look(clips, workers=workers, share=share, decode=decode, length=length, max_errors=max_errors)
     click.echo(result.table())
     if samples and not share.index:
-        write_contact_sheet(contact_sheet(open_clip_set(clips), samples=samples, seed=seed), sheet)
+        page = contact_sheet(open_clip_set(clips), samples=samples, seed=seed)
+        with atomic_open(sheet) as file:
+            page.save(file, format="PNG")
         click.echo(f"contact sheet: {sheet}")
     finished()
     if result.errors:
@@ -113,9 +114,7 @@ def check(
 def stats(
     clips: Path,
     out: Path | None,
-    frames: int | None,
-    fps: float | None,
-    stride: int | None,
+    length: Length | None,
     measure: bool,
     workers: int,
 ) -> None:
@@ -127,7 +126,6 @@ def stats(
 
     if is_helper():
         return
-    length = given_length(frames, fps, stride)
     out = named_png("--out", out, beside(clips, ".stats.png"))
     lengths = DEFAULT_LENGTHS if length is None else (length,)
     found = collect_stats(clips, lengths=lengths, workers=workers, measure=measure)
@@ -173,12 +171,12 @@ def cache(
     --task, --ckpt_dir, --sampling.clip_variants and so on; without the last, one stretch of every clip is kept.
     """
     from refalign_ext.backbone import resolve_device
-    from refalign_ext.config import configure, read_settings
+    from refalign_ext.config import configure
+    from refalign_ext.data.cache.build import build_cache
     from refalign_ext.data.cache.files import chunk_path, default_folder, read_header
     from refalign_ext.distributed.process_group import rank_device
     from refalign_ext.encoders import task_config
-    from refalign_ext.training.precompute import build_cache
-    from refalign_ext.training.sources import sampling_of
+    from refalign_ext.training.clip_data import sampling_of
 
     given = read_settings(settings)
     given.setdefault("sampling.clip_variants", 1)

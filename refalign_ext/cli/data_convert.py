@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,7 +13,6 @@ from refalign_ext.cli.data_options import (
     EXISTING,
     PATH,
     SHOW_DEFAULTS,
-    given_length,
     is_helper,
     length_options,
     share_option,
@@ -22,23 +22,15 @@ from refalign_ext.cli.data_options import (
 from refalign_ext.data.convert.selection import (
     FOLDER_SELECTION,
     OPENS2V_SELECTION,
+    OVERFLOW,
     PHANTOM_SELECTION,
     Selection,
 )
-
-if TYPE_CHECKING:
-    from refalign_ext.data.work import Share
 
 
 @click.group()
 def convert() -> None:
     """Write the manifest of a data set, and a report of what was dropped and why."""
-
-
-def _selection(limits: dict[str, Any]) -> Selection:
-    """The rules that the command line gives; "off" switches one off, and those that a data set has no options for."""
-    given = {name: None if value == "off" else value for name, value in limits.items()}
-    return Selection(**dict.fromkeys(_RULES) | given)
 
 
 _RULES = {
@@ -54,6 +46,7 @@ _RULES = {
     "min_clip_aesthetic": (float, "Least aesthetic score of a clip."),
     "min_clip_motion": (float, "Least motion score of a clip."),
     "min_clip_tech": (float, "Least technical score of a clip."),
+    "overflow": (click.Choice(OVERFLOW), "Boxes that leave the frame."),
 }
 
 
@@ -73,15 +66,29 @@ class _Limit(click.ParamType):
 
 
 def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Options for the rules that a data set has what it takes for, with its usual values as their defaults."""
+    """Options for the rules that a data set has what it takes for, with its usual values as their defaults.
+
+    The command gets them as `selection`; rules that are "off", and those without an option, are switched off.
+    """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def with_selection(**options: Any) -> Any:
+            given = {name: options.pop(name) for name in names}
+            rules = {name: None if value == "off" else value for name, value in given.items()}
+            off = {name: None for name in _RULES if name != "overflow"}
+            return command(selection=Selection(**off | rules), **options)
+
         for name in reversed(names):
             kind, text = _RULES[name]
             default = getattr(usual, name)
-            default = "off" if default is None else default
-            command = click.option(f"--{name}", type=_Limit(kind), default=default, help=text)(command)
-        return command
+            with_selection = click.option(
+                f"--{name}",
+                type=kind if isinstance(kind, click.ParamType) else _Limit(kind),
+                default="off" if default is None else default,
+                help=text,
+            )(with_selection)
+        return with_selection
 
     return add
 
@@ -116,20 +123,7 @@ def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[...,
 @length_options
 @_selection_options(FOLDER_SELECTION, "min_frames", "max_references", "max_cross")
 @workers_option(2)
-def folder(
-    source: Path,
-    out: Path | None,
-    prompt_suffix: str,
-    columns: tuple[str, ...],
-    media_root: Path | None,
-    group: str,
-    pair: str,
-    frames: int | None,
-    fps: float | None,
-    stride: int | None,
-    workers: int,
-    **limits: Any,
-) -> None:
+def folder(source: Path, out: Path | None, columns: tuple[str, ...], **options: Any) -> None:
     """SOURCE is a folder with clip.mp4, clip.txt, clip.ref1.png ..., or a table (.csv, .tsv, .jsonl) that lists clips."""
     from refalign_ext.data.convert.folder import convert_folder
 
@@ -143,19 +137,7 @@ def folder(
         named[what] = name
     if out is None:
         out = (source if source.is_dir() else source.parent) / "manifest.jsonl"
-    report = convert_folder(
-        source,
-        out,
-        prompt_suffix=prompt_suffix,
-        columns=named,
-        media_root=media_root,
-        group=group,
-        pair=pair,
-        length=given_length(frames, fps, stride),
-        selection=_selection(limits),
-        workers=workers,
-    )
-    tell(report, out)
+    tell(convert_folder(source, out, columns=named, **options), out)
 
 
 @convert.command(context_settings=SHOW_DEFAULTS)
@@ -182,40 +164,15 @@ def folder(
     "min_clip_aesthetic",
     "min_clip_motion",
     "min_clip_tech",
-)
-@click.option(
-    "--overflow", type=click.Choice(["drop", "clamp"]), default="drop", help="Boxes that leave the frame."
+    "overflow",
 )
 @workers_option(2)
 @share_option
-def opens2v(
-    parts: tuple[Path, ...],
-    out: Path,
-    video_root: Path,
-    cross_pairs: Path | None,
-    backgrounds: Path | None,
-    check_videos: bool,
-    keep_staging: bool,
-    workers: int,
-    share: Share,
-    **limits: Any,
-) -> None:
+def opens2v(parts: tuple[Path, ...], out: Path, **options: Any) -> None:
     """PARTS are OpenS2V-5M's total_part*.json with masks and boxes; they are read as streams."""
     from refalign_ext.data.convert.opens2v import convert_opens2v
 
-    report = convert_opens2v(
-        parts,
-        out,
-        video_root=video_root,
-        selection=_selection(limits),
-        share=share,
-        cross_pairs=cross_pairs,
-        backgrounds=backgrounds,
-        workers=workers,
-        check_videos=check_videos,
-        keep_staging=keep_staging,
-    )
-    tell(report, out)
+    tell(convert_opens2v(parts, out, **options), out)
 
 
 @convert.command(context_settings=SHOW_DEFAULTS)
@@ -237,37 +194,8 @@ def opens2v(
 )
 @workers_option(2)
 @share_option
-def phantom(
-    pairs: Path,
-    info: Path,
-    out: Path,
-    video_root: Path,
-    video_name: str,
-    regular: bool,
-    both_ways: bool,
-    only_existing: bool,
-    frames: int | None,
-    fps: float | None,
-    stride: int | None,
-    workers: int,
-    share: Share,
-    **limits: Any,
-) -> None:
+def phantom(pairs: Path, info: Path, out: Path, **options: Any) -> None:
     """PAIRS is Phantom-Data's filtered parquet with cross pairs, INFO the parquet with the meta info of all clips."""
     from refalign_ext.data.convert.phantom import convert_phantom
 
-    report = convert_phantom(
-        pairs,
-        info,
-        out,
-        video_root=video_root,
-        video_name=video_name,
-        regular=regular,
-        both_ways=both_ways,
-        only_existing=only_existing,
-        length=given_length(frames, fps, stride),
-        selection=_selection(limits),
-        share=share,
-        workers=workers,
-    )
-    tell(report, out)
+    tell(convert_phantom(pairs, info, out, **options), out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from refalign_ext.data.conversion_report import Report
-    from refalign_ext.data.length import Length
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.conversion_report import ConversionReport
+    from refalign_ext.data.pieces import Share
 
 EXISTING = click.Path(path_type=Path, exists=True)
 PATH = click.Path(path_type=Path)
@@ -31,7 +31,7 @@ def share_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _to_share(_: click.Context, __: click.Parameter, text: str | None) -> Share:
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     return Share.from_environment() if text is None else Share.parse(text)
 
@@ -46,28 +46,23 @@ def workers_option(default: int) -> Callable[[Callable[..., Any]], Callable[...,
 
 
 def length_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--frames, --fps and --stride, which a command gets as `length`; None if they are not given."""
+
+    @functools.wraps(command)
+    def with_length(*, frames: int | None, fps: float | None, stride: int | None, **options: Any) -> Any:
+        from refalign_ext.data.length import Length
+
+        if frames is None and (fps is not None or stride is not None):
+            raise ValueError("--fps and --stride say how --frames are taken: give --frames too")
+        return command(length=None if frames is None else Length(frames, fps, stride or 1), **options)
+
     for option in (
         click.option("--stride", type=click.IntRange(1), help="Training takes every n-th frame."),
         click.option("--fps", type=float, help="Training takes this many frames per second."),
         click.option("--frames", type=click.IntRange(1), help="Frames of a training clip."),
     ):
-        command = option(command)
-    return command
-
-
-def given_length(frames: int | None, fps: float | None, stride: int | None) -> Length | None:
-    """The length that the options name; None if they name none.
-
-    Raises:
-        ValueError: for a rate without a number of frames, and for what cannot be.
-    """
-    from refalign_ext.data.length import Length
-
-    if frames is None:
-        if fps is not None or stride is not None:
-            raise ValueError("--fps and --stride say how --frames are taken: give --frames too")
-        return None
-    return Length(frames, fps, stride or 1)
+        with_length = option(with_length)
+    return with_length
 
 
 def beside(clips: Path, ending: str) -> Path:
@@ -89,7 +84,7 @@ def named_png(flag: str, path: Path | None, usual: Path) -> Path:
 
 def is_helper() -> bool:
     """Whether torchrun started this process beside another one that does all of the work."""
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     return Share.from_environment().index > 0
 
@@ -99,7 +94,7 @@ def start_together() -> Callable[[], None]:
 
     A rank that ends with an exit code other than 0 makes torchrun end all others: none may before they are done.
     """
-    from refalign_ext.data.work import Share
+    from refalign_ext.data.pieces import Share
 
     if Share.from_environment().count == 1:
         return lambda: None
@@ -111,7 +106,7 @@ def start_together() -> Callable[[], None]:
     return lambda: stop_process_group(together=True)
 
 
-def tell(report: Report, out: Path) -> None:
+def tell(report: ConversionReport, out: Path) -> None:
     """Shows what was kept and dropped, and where the result lies.
 
     Raises:

@@ -7,22 +7,8 @@ from typing import Any
 
 import click
 
-
-class Numbers(click.ParamType):
-    """Numbers with commas between them, such as 1,3,5."""
-
-    name = "numbers"
-
-    def __init__(self, kind: type[int] | type[float] = float) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return tuple(self.kind(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r}: give numbers with commas between them, such as 1,3,5", param, ctx)
+from refalign_ext.cli.settings import Numbers
+from refalign_ext.tasks import TASKS
 
 
 class Blocks(Numbers):
@@ -37,7 +23,6 @@ class Blocks(Numbers):
         return None if value in (None, "all") else super().convert(value, param, ctx)
 
 
-NUMBERS = Numbers()
 _EXISTING = click.Path(path_type=Path, exists=True)
 
 
@@ -60,7 +45,7 @@ _EXISTING = click.Path(path_type=Path, exists=True)
 @click.option(
     "--timestep",
     "timesteps",
-    type=NUMBERS,
+    type=Numbers(),
     default="750",
     help="Noise levels up to 1000, a picture each; 750 is the mean of the release's training.",
 )
@@ -96,15 +81,15 @@ def plot_features(
     nearest other token is of the same reference; and, for sprites, how often the nearest token in other views is of the
     same subject. Tokens whose patch is white are left out and counted.
     """
-    from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
     from refalign_ext.evaluation.feature_plots import PlotRequest
     from refalign_ext.evaluation.feature_plots import plot_features as draw
+    from refalign_ext.sprites.feature_samples import sprite_samples
 
-    if ckpt_dir is None and task != "r2v-tiny":
+    folder = ckpt_dir or TASKS[task].bundled
+    if folder is None:
         raise ValueError(
             f"--task {task} needs --ckpt_dir FOLDER with the Wan2.1 checkpoint (docs/real_weights.md)"
         )
-    folder = ckpt_dir or EMBEDDED
     paths = [dit_ckpt, compare] if compare else [dit_ckpt]
     names = labels.split(",") if labels else [(path or folder).name for path in paths]
     if not labels and len(set(names)) < len(names):
@@ -114,7 +99,7 @@ def plot_features(
     request = PlotRequest(
         task=task, ckpt_dir=folder, checkpoints=dict(zip(names, paths, strict=True)), **settings
     )
-    entry = draw(request, out)
+    entry = draw(request, out, make_samples=sprite_samples)
     for name, levels in entry["checkpoints"].items():
         for timestep, blocks in levels.items():
             click.echo(f"{name}, noise level {timestep}")

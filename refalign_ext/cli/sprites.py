@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from refalign_ext.cli.plot_features import NUMBERS
-from refalign_ext.sprites.train_teacher import main as train_teacher
-from refalign_ext.sprites.train_text import main as train_text
-from refalign_ext.sprites.train_vae import main as train_vae
+from refalign_ext.cli.program import stops_on_request
+from refalign_ext.cli.settings import Numbers, read_settings
+from refalign_ext.cli.sprites_parts import train_teacher, train_text, train_vae
 
 _EXISTING = click.Path(path_type=Path, exists=True)
 _PATH = click.Path(path_type=Path)
@@ -24,9 +22,9 @@ def sprites() -> None:
     """The sprite world and the embedded model."""
 
 
-sprites.add_command(train_vae, "train-vae")
-sprites.add_command(train_teacher, "train-teacher")
-sprites.add_command(train_text, "train-text")
+sprites.add_command(train_vae)
+sprites.add_command(train_teacher)
+sprites.add_command(train_text)
 
 
 @sprites.command()
@@ -60,7 +58,10 @@ def assemble(
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option("--device", default="auto", help="For the DiT; the other parts train on the CPU.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
-def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...]) -> None:
+@click.pass_context
+def make(
+    context: click.Context, out: Path, threads: int | None, device: str, settings: tuple[str, ...]
+) -> None:
     """Train the whole embedded model from nothing: VAE, text encoder, teacher, DiT; stopped, it goes on.
 
     SETTINGS are those of train_refalign.py for the DiT, such as --compile or --steps 40000. The result is OUT/r2v-tiny, in
@@ -69,7 +70,7 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
     import torch
 
     from refalign_ext.checkpoint.checkpointer import checkpoints_in
-    from refalign_ext.config import read_settings
+    from refalign_ext.cli.training_tables import DATA_SOURCES, EXTRA_MODULES
     from refalign_ext.sprites import embedded_model as embedded
     from refalign_ext.training.run import run_training
 
@@ -84,14 +85,18 @@ def make(out: Path, threads: int | None, device: str, settings: tuple[str, ...])
     ]
     for command, result, write in parts:
         if not result.exists():
-            command.main(["--out", str(result.parent)], standalone_mode=False)
+            context.invoke(command, out=result.parent)
         write(folder, result)
     own = {"ckpt_dir": str(folder), "out": str(out / "dit")}
-    try:
-        run_training("tiny", {**chosen, **own}, device=device, threads=threads)
-    except KeyboardInterrupt as stop:
-        click.echo("stopped; the same command goes on from there", err=True)
-        sys.exit(stop.args[0] if stop.args else 130)
+    with stops_on_request("stopped; the same command goes on from there"):
+        run_training(
+            "tiny",
+            {**chosen, **own},
+            sources=DATA_SOURCES,
+            extra_modules=EXTRA_MODULES,
+            device=device,
+            threads=threads,
+        )
     embedded.write_dit(folder, checkpoints_in(out / "dit" / "checkpoints")[-1])
     click.echo(f"wrote {folder}; judge it with: python -m refalign_ext sprites report --ckpt_dir {folder}")
 
@@ -175,8 +180,8 @@ def report(
 
 @sprites.command(context_settings=_SHOW_DEFAULTS)
 @_model_options
-@click.option("--image_scales", type=NUMBERS, default="0,1,3,5,7", help="Pulls of the references in eq. 5.")
-@click.option("--text_scales", type=NUMBERS, default="0,1,3,5,7", help="Pulls of the prompt in eq. 5.")
+@click.option("--image_scales", type=Numbers(), default="0,1,3,5,7", help="Pulls of the references in eq. 5.")
+@click.option("--text_scales", type=Numbers(), default="0,1,3,5,7", help="Pulls of the prompt in eq. 5.")
 @click.option("--clips", type=click.IntRange(1), default=60, help="Clips of each cell.")
 @click.option("--subjects", type=click.IntRange(1, 3), default=1)
 @_split_option

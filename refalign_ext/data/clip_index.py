@@ -1,4 +1,4 @@
-"""How long, large and fast a clip is, asked of its row or its file; and the index of a set, which keeps the answers.
+"""Size, length and rate of clips: measured from a row or its file, and the index of a set, a file that keeps them.
 
 Where a manifest does not say how large, long or fast a clip is, the file is opened, once. A record of the index has a
 fixed size, so that of a million clips is 80 MB on disk, is mapped and not read, and goes on where it was interrupted.
@@ -22,13 +22,14 @@ import numpy as np
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.hashing import hash64
 from refalign_ext.data.media_source import Media, MediaBytes
+from refalign_ext.data.pieces import chunks
 from refalign_ext.data.sampling.split import source_hash
 from refalign_ext.data.schema import Clip, VideoSpan
 from refalign_ext.data.spans import steady_range
-from refalign_ext.data.work import chunks, run_each
+from refalign_ext.data.worker_pool import run_each
 
 if TYPE_CHECKING:
-    from refalign_ext.data.decoding import VideoInfo
+    from refalign_ext.data.video_file import VideoInfo
 
 logger = logging.getLogger(__name__)
 
@@ -102,19 +103,19 @@ def _is_told(span: VideoSpan) -> bool:
 
 
 def probe_media(media: Media) -> VideoInfo:
-    """`decoding.probe`; a file whose size and time of change are as they were is not opened again.
+    """`video_file.probe`; a file whose size and time of change are as they were is not opened again.
 
     Raises:
         ValueError: if it has no video that can be decoded.
     """
-    from refalign_ext.data.decoding import probe
+    from refalign_ext.data.video_file import probe
 
     return probe(media) if isinstance(media, MediaBytes) else _probe_file(media, *_file_state(media))
 
 
 @lru_cache(_REMEMBERED)
 def _probe_file(path: Path, size: int, modified: int) -> VideoInfo:
-    from refalign_ext.data.decoding import probe
+    from refalign_ext.data.video_file import probe
 
     return probe(path)
 

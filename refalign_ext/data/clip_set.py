@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES, ManifestReader
 from refalign_ext.data.media_source import Media, MediaBytes
@@ -18,7 +20,7 @@ MANIFEST = "manifest.jsonl"
 _OPEN_SHARDS = 16
 
 
-class ClipSet(Protocol):
+class ClipSet(ABC):
     """Rows by number and the files that they name. May be pickled, and used by threads and forked processes.
 
     Attributes:
@@ -27,48 +29,52 @@ class ClipSet(Protocol):
 
     path: Path
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Clip:
-        """Row `row`, from 0.
+        """Row `row`, from 0; negative numbers count from the end.
 
         Raises:
             IndexError: if there is no such row.
             ValueError: naming the file and the row, if it is not as it should be.
         """
-        ...
+        number = row + len(self) if row < 0 else row
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.path} has {len(self)} rows, there is no row {row}")
+        return parse_line(self.line(number), self.place(number))
 
+    @abstractmethod
     def place(self, row: int) -> str:
         """What errors about a row start with: "data.jsonl, row 3"."""
-        ...
 
+    @abstractmethod
     def line(self, row: int) -> bytes:
         """The text of row `row`, from 0, unchecked.
 
         Raises:
             ValueError: if it cannot be read.
         """
-        ...
 
+    @abstractmethod
     def media(self, row: int, name: str) -> Media:
         """The file that row `row` means by `name`.
 
         Raises:
             ValueError: if there is none, or it is outside of where the clips are stored.
         """
-        ...
 
+    @abstractmethod
     def file_size(self, row: int, name: str) -> int:
         """Bytes of that file, without reading it.
 
         Raises:
             ValueError: as `media`.
         """
-        ...
 
-    def windows(self) -> list[range]:
-        """Rows that are stored together, in order; reading those of one window one after the other is fast."""
-        ...
+    @abstractmethod
+    def shard_ranges(self) -> list[range]:
+        """Rows that are stored together, in order; reading those of one range one after the other is fast."""
 
 
 def open_clip_set(path: str | Path) -> ClipSet:
@@ -94,7 +100,7 @@ def open_clip_set(path: str | Path) -> ClipSet:
     )
 
 
-class ManifestRows:
+class ManifestRows(ClipSet):
     """The rows of a manifest, and files below its folder.
 
     Raises:
@@ -107,9 +113,6 @@ class ManifestRows:
 
     def __len__(self) -> int:
         return len(self.reader)
-
-    def __getitem__(self, row: int) -> Clip:
-        return self.reader[row]
 
     def place(self, row: int) -> str:
         return f"{self.path}, row {row + 1}"
@@ -133,11 +136,11 @@ class ManifestRows:
     def file_size(self, row: int, name: str) -> int:
         return self.media(row, name).stat().st_size
 
-    def windows(self) -> list[range]:
+    def shard_ranges(self) -> list[range]:
         return [range(len(self))] if len(self) else []
 
 
-class ShardRows:
+class ShardRows(ClipSet):
     """The samples of a packed folder, read from its tar shards without unpacking them.
 
     A shard that is missing, cut off or damaged costs the rows that cannot be read from it and no others. The tables
@@ -161,40 +164,25 @@ class ShardRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, row: int) -> Clip:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"{self.path} has {len(self)} rows, there is no row {row}")
-        number = row % len(self)
-        return parse_line(self.line(number), self.place(number))
-
     def line(self, row: int) -> bytes:
-        table, key = self._sample(row)
-        try:
+        with self._errors_of(row):
+            table, key = self._sample(row)
             return table.read(f"{key}.json", MAX_ROW_BYTES)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.place(row)}: {error}") from None
 
     def place(self, row: int) -> str:
         shard, sample = self._locate(row)
         return f"{self.path / self._names[shard]}, sample {sample + 1}"
 
     def media(self, row: int, name: str) -> MediaBytes:
-        table, key = self._sample(row)
-        try:
-            _require_own(name, key)
+        with self._errors_of(row):
+            table = self._table_with(row, name)
             return MediaBytes(f"{table.name}: {name}", table.read(name))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.place(row)}: {error}") from None
 
     def file_size(self, row: int, name: str) -> int:
-        table, key = self._sample(row)
-        try:
-            _require_own(name, key)
-            return table.place_of(name)[1]
-        except ValueError as error:
-            raise ValueError(f"{self.place(row)}: {error}") from None
+        with self._errors_of(row):
+            return self._table_with(row, name).member_range(name)[1]
 
-    def windows(self) -> list[range]:
+    def shard_ranges(self) -> list[range]:
         starts = [0, *self._ends]
         return [range(start, end) for start, end in zip(starts, self._ends) if start < end]
 
@@ -205,16 +193,27 @@ class ShardRows:
         shard = bisect_right(self._ends, row)
         return shard, row - (self._ends[shard - 1] if shard else 0)
 
+    @contextmanager
+    def _errors_of(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.place(row)}: {error}") from None
+
     def _sample(self, row: int) -> tuple[ShardTable, str]:
         """The table of a row's shard and the key of its sample."""
         shard, sample = self._locate(row)
-        try:
-            table = self._table(shard)
-            if sample >= len(table.keys):
-                raise ValueError(f"the shard is {table.damage or 'shorter than ' + LISTING + ' says'}")
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{self.place(row)}: {error}") from None
+        table = self._table(shard)
+        if sample >= len(table.keys):
+            raise ValueError(f"the shard is {table.damage or 'shorter than ' + LISTING + ' says'}")
         return table, table.keys[sample]
+
+    def _table_with(self, row: int, name: str) -> ShardTable:
+        """The table of a row's shard, if `name` is a file of its sample."""
+        table, key = self._sample(row)
+        if not name.startswith(f"{key}."):
+            raise ValueError(f"{name!r} is not a file of this sample, whose names start with {key!r}")
+        return table
 
     def _table(self, shard: int) -> ShardTable:
         with self._lock:
@@ -232,8 +231,3 @@ class ShardRows:
 
     def __setstate__(self, path: Path) -> None:
         ShardRows.__init__(self, path)
-
-
-def _require_own(name: str, key: str) -> None:
-    if not name.startswith(f"{key}."):
-        raise ValueError(f"{name!r} is not a file of this sample, whose names start with {key!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ EXAMPLES = 5  # names kept for each reason: the counts say how many there are
 LONGEST_NAME = 200
 
 
-class Report:
+class ConversionReport:
     """Counts for clips and for references apart; memory grows with the number of reasons, not of rows.
 
     Attributes:
@@ -25,8 +26,8 @@ class Report:
     """
 
     def __init__(self) -> None:
-        self.kept: dict[str, int] = dict.fromkeys(KINDS, 0)
-        self.dropped: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+        self.kept: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        self.dropped: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         self.examples: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS}
         self.incomplete: dict[str, str] = {}
         self.next_step: str | None = None
@@ -39,26 +40,28 @@ class Report:
         """Counts what is not in the manifest, under a short reason such as "too_short"; `name` is what to look for."""
         if not count:
             return
-        counts = self.dropped[kind]
-        counts[reason] = counts.get(reason, 0) + count
-        names = self.examples[kind].setdefault(reason, [])
-        if len(names) < EXAMPLES:
-            # Names of files need not be UTF-8, and JSON can name half of a surrogate pair: the report holds text.
-            name = name.encode("utf-8", "backslashreplace").decode("utf-8")
-            names.append(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}...")
+        self.dropped[kind][reason] += count
+        # Names of files need not be UTF-8, and JSON can name half of a surrogate pair: the report holds text.
+        name = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        self._add_examples(
+            kind, reason, [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."]
+        )
+
+    def _add_examples(self, kind: str, reason: str, names: list[str]) -> None:
+        known = self.examples[kind].setdefault(reason, [])
+        known += names[: EXAMPLES - len(known)]
 
     def total(self, kind: str) -> int:
         """All that were seen: kept and dropped."""
-        return self.kept[kind] + sum(self.dropped[kind].values())
+        return self.kept[kind] + self.dropped[kind].total()
 
-    def merge(self, other: Report) -> None:
+    def merge(self, other: ConversionReport) -> None:
         """Adds another report; examples of this one come first."""
+        self.kept.update(other.kept)
         for kind in KINDS:
-            self.kept[kind] += other.kept[kind]
-            for reason, count in other.dropped[kind].items():
-                self.dropped[kind][reason] = self.dropped[kind].get(reason, 0) + count
-                names = self.examples[kind].setdefault(reason, [])
-                names += other.examples[kind].get(reason, [])[: EXAMPLES - len(names)]
+            self.dropped[kind].update(other.dropped[kind])
+            for reason, names in other.examples[kind].items():
+                self._add_examples(kind, reason, names)
         self.incomplete |= other.incomplete
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,14 +69,14 @@ class Report:
         entry: dict[str, Any] = {}
         for kind in KINDS:
             dropped = {
-                reason: {"count": self.dropped[kind][reason], "examples": self.examples[kind].get(reason, [])}
-                for reason in sorted(self.dropped[kind])
+                reason: {"count": count, "examples": self.examples[kind][reason]}
+                for reason, count in sorted(self.dropped[kind].items())
             }
             entry[kind] = {"kept": self.kept[kind], "dropped": dropped}
         return entry | {"incomplete": dict(sorted(self.incomplete.items()))}
 
     @classmethod
-    def from_dict(cls, entry: Mapping[str, Any]) -> Report:
+    def from_dict(cls, entry: Mapping[str, Any]) -> ConversionReport:
         """The report that `to_dict` described."""
         report = cls()
         for kind in KINDS:
@@ -90,10 +93,9 @@ class Report:
         for kind in KINDS:
             share = self.kept[kind] / max(self.total(kind), 1)
             lines.append(f"{kind}: {self.kept[kind]:,} of {self.total(kind):,} kept ({share:.1%})")
-            counts = sorted(self.dropped[kind].items(), key=lambda item: (-item[1], item[0]))
-            width = max((len(reason) for reason, _ in counts), default=0)
-            for reason, count in counts:
-                name = next(iter(self.examples[kind].get(reason, [])), "")
+            width = max(map(len, self.dropped[kind]), default=0)
+            for reason, count in sorted(self.dropped[kind].items(), key=lambda item: (-item[1], item[0])):
+                name = self.examples[kind][reason][0]
                 lines.append(f"  {reason:<{width}}  {count:>12,}  such as {name}".rstrip())
         lines += [f"incomplete: {name}: {why}" for name, why in sorted(self.incomplete.items())]
         return "\n".join(lines + ([self.next_step] if self.next_step else []))
@@ -107,3 +109,12 @@ class Report:
 def report_path(manifest: Path) -> Path:
     """Where the report of a manifest is stored."""
     return manifest.with_name(manifest.name + ".report.json")
+
+
+def no_clips_message(source: object, report: ConversionReport) -> str:
+    """The error of a conversion that kept no clip: the most frequent reason with an example."""
+    if not report.dropped["clips"]:
+        return f"{source}: it has no rows"
+    ((reason, count),) = report.dropped["clips"].most_common(1)
+    example = report.examples["clips"][reason][0]
+    return f"{source}: no clip can be used: {count} x {reason}, such as {example}"

@@ -1,4 +1,4 @@
-"""Numbers that follow from names alone, the same on any machine and in any process."""
+"""Hashes and random generators keyed by names, the same on any machine and in any process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def hash64(text: str) -> int:
-    """64 bits of a name."""
+    """The first 64 bits of a name's BLAKE2b hash."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
 
 

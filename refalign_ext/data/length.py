@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,16 @@ class Length:
 
     def possible(self, frames: int, fps: float) -> int:
         """How many frames a video of `frames` at `fps` gives; the last one stands for half a step after its time."""
-        return int(possible_frames(np.int64(frames), np.float64(fps), self.fps, self.stride))
+        return int(possible_frames(frames, fps, self.fps, self.stride))
 
     def fits(self, frames: int, fps: float) -> bool:
         """Whether a video of `frames` at `fps` is long enough."""
         return self.possible(frames, fps) >= self.frames
 
 
-def possible_frames(
-    frames: np.ndarray | np.int64, rates: np.ndarray | np.float64, fps: float | None, stride: int
-) -> np.ndarray:
+def possible_frames(frames: ArrayLike, rates: ArrayLike, fps: float | None, stride: int) -> np.ndarray:
     """How many frames videos [n] of a steady rate give at `fps`, or every `stride`-th one: [n] int64, as `read_clip` counts."""
+    frames, rates = np.asarray(frames, np.int64), np.asarray(rates, np.float64)
     if fps is None:
         return (frames - 1) // stride + 1
     with np.errstate(divide="ignore", invalid="ignore"):

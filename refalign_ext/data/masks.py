@@ -1,4 +1,4 @@
-"""Masks as COCO run lengths, without pycocotools, and the references that are cut out with them.
+"""Masks as COCO run lengths, through pycocotools, and the references that are cut out with them.
 
 A mask [h, w] is read column by column; `counts` alternates the lengths of runs outside and inside of the mask, outside
 first. The compressed form (public format of cocodataset/cocoapi, `maskApi.c`) writes each length, from the fourth on as
@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from PIL import Image
+from pycocotools import mask as coco
 
+from refalign_ext.errors import shortened
 from refalign_ext.references import MAX_PIXELS
 
 BACKGROUNDS = ("raw", "white")
 
 _FIRST_CHARACTER = 48
 _MOST_GROUPS = 7  # 35 bits; lengths are at most MAX_PIXELS, so longer numbers are damage
-_SHIFTS = 5 * np.arange(_MOST_GROUPS)
 
 
 @dataclass(frozen=True)
 class RunLengthMask:
     """One mask as run lengths; an instance that exists is well formed.
 
-    Runs of length 0 are accepted wherever they stand, as pycocotools does; `encode` writes one at most, in front.
+    Runs of length 0 are accepted wherever they stand; `encode` writes one at most, in front.
 
     Attributes:
         size: (height, width) in pixels, in this order.
@@ -43,34 +45,31 @@ class RunLengthMask:
     """
 
     size: tuple[int, int]
-    counts: str | tuple[int, ...]
+    counts: str | tuple[Annotated[int, Meta(ge=-MAX_PIXELS, le=MAX_PIXELS)], ...]
 
     def __post_init__(self) -> None:
-        height, width = _checked_size(self.size)
+        height, width = self.size
+        if min(height, width) < 1:
+            raise ValueError(
+                f"the size of a mask is [height, width] in pixels, both above 0, got {self.size}"
+            )
+        if height * width > MAX_PIXELS:
+            raise ValueError(
+                f"a mask of {height}x{width} pixels exceeds the limit of {MAX_PIXELS // 1_000_000} megapixels"
+            )
         runs = self.runs
         if runs.size and runs.min() < 0:
             raise ValueError(f"run {int(np.argmax(runs < 0))} of the mask has a negative length")
-        total = int(runs.sum())
-        if total != height * width:
+        # pycocotools does not look: fewer pixels than the size says would decode to memory that nobody wrote.
+        if (total := int(runs.sum())) != height * width:
             raise ValueError(
                 f"the runs of the mask add up to {total} pixels, its size {height}x{width} to {height * width}"
             )
 
-    @cached_property
+    @property
     def runs(self) -> np.ndarray:
         """Lengths [n] int64, the first one outside of the mask."""
-        if isinstance(self.counts, str):
-            return _lengths(self.counts)
-        if not isinstance(self.counts, tuple) or not all(_is_length(count) for count in self.counts):
-            raise ValueError(
-                f"the counts of a mask are a string or integers from 0 to {MAX_PIXELS}, got {shortened(self.counts)}"
-            )
-        return np.array(self.counts, np.int64)
-
-    @cached_property
-    def ends(self) -> np.ndarray:
-        """Where each run ends, as a position in the column-by-column order [n] int64."""
-        return np.cumsum(self.runs)
+        return _lengths(self.counts) if isinstance(self.counts, str) else np.array(self.counts, np.int64)
 
 
 def parse_mask(entry: object) -> RunLengthMask:
@@ -81,41 +80,29 @@ def parse_mask(entry: object) -> RunLengthMask:
     """
     if not isinstance(entry, Mapping) or "size" not in entry or "counts" not in entry:
         raise ValueError(f'a mask is an object {{"size": [h, w], "counts": ...}}, got {shortened(entry)}')
-    size, counts = entry["size"], entry["counts"]
-    size = tuple(size) if isinstance(size, (list, tuple)) else size
-    if isinstance(counts, str) and isinstance(size, tuple) and all(type(side) is int for side in size):
-        return _checked_mask(size, counts)
-    return RunLengthMask(size, tuple(counts) if isinstance(counts, list) else counts)
-
-
-@lru_cache(maxsize=64)
-def _checked_mask(size: tuple[int, int], counts: str) -> RunLengthMask:
-    """A converter meets each mask when it reads, joins and writes its clip; checking one takes a while."""
-    return RunLengthMask(size, counts)
+    try:
+        return msgspec.convert({"size": entry["size"], "counts": entry["counts"]}, RunLengthMask)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
+        raise ValueError(f"not a mask: {error}") from None
 
 
 def decode(mask: RunLengthMask) -> np.ndarray:
     """The mask as booleans [h, w]."""
+    # pycocotools' own warns with numpy 2, and copies once more.
     height, width = mask.size
-    inside = np.arange(mask.runs.size) % 2 == 1
-    return np.repeat(inside, mask.runs).reshape(width, height).T
+    return np.repeat(np.arange(mask.runs.size) % 2 == 1, mask.runs).reshape(width, height).T
 
 
-def encode(pixels: np.ndarray, *, compressed: bool = True) -> RunLengthMask:
-    """Run lengths of a mask [h, w] (boolean, or integers that are 0 outside).
+def encode(pixels: np.ndarray) -> RunLengthMask:
+    """Compressed run lengths of a mask [h, w] (boolean, or integers that are 0 outside).
 
     Raises:
         ValueError: for another shape or type, or more than `MAX_PIXELS` pixels.
     """
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui":
         raise ValueError(f"a mask is [h, w] of booleans or integers, got {pixels.dtype} {list(pixels.shape)}")
-    height, width = _checked_size(pixels.shape)
-    flat = pixels.T.reshape(-1) != 0
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff(np.concatenate([[0], changes, [flat.size]]))
-    if flat[0]:
-        runs = np.concatenate([[0], runs])
-    return RunLengthMask((height, width), _compressed(runs) if compressed else tuple(runs.tolist()))
+    counts = coco.encode(np.asfortranarray(pixels != 0, np.uint8))["counts"] if pixels.size else b""
+    return RunLengthMask(pixels.shape, counts.decode("ascii"))
 
 
 def area(mask: RunLengthMask) -> int:
@@ -125,21 +112,12 @@ def area(mask: RunLengthMask) -> int:
 
 def bounding_box(mask: RunLengthMask) -> tuple[int, int, int, int] | None:
     """(x0, y0, x1, y1) in pixels, the ends exclusive; None for an empty mask."""
-    height = mask.size[0]
-    is_run = mask.runs[1::2] > 0
-    first = (mask.ends - mask.runs)[1::2][is_run]
-    last = mask.ends[1::2][is_run] - 1
-    if not first.size:
-        return None
-    left, right = int(first[0] // height), int(last[-1] // height) + 1
-    if (first // height != last // height).any():
-        # A run that goes on in the next column holds the lowest pixel of one and the highest of the other.
-        return left, 0, right, height
-    return left, int((first % height).min()), right, int((last % height).max()) + 1
+    x, y, width, height = (int(value) for value in coco.toBbox(_coco(mask)))
+    return (x, y, x + width, y + height) if area(mask) else None
 
 
 def iou(first: RunLengthMask, second: RunLengthMask) -> float:
-    """Intersection over union, 0 to 1, computed on the runs; 0 if both masks are empty.
+    """Intersection over union, 0 to 1; 0 if both masks are empty.
 
     Raises:
         ValueError: if the sizes differ.
@@ -149,15 +127,9 @@ def iou(first: RunLengthMask, second: RunLengthMask) -> float:
             f"masks of {first.size[0]}x{first.size[1]} and {second.size[0]}x{second.size[1]} pixels (height x width) "
             "cannot be compared"
         )
-    stops = np.union1d(first.ends, second.ends)
-    starts = np.concatenate([[0], stops[:-1]])
-    # The number of runs that end at or before a position is the index of the run there; odd runs are inside.
-    both = np.ones(starts.size, bool)
-    for mask in (first, second):
-        both &= np.searchsorted(mask.ends, starts, side="right") % 2 == 1
-    intersection = int((stops - starts)[both].sum())
-    union = area(first) + area(second) - intersection
-    return intersection / union if union else 0.0
+    if not area(first) or not area(second):
+        return 0.0
+    return float(coco.iou([_coco(first)], [_coco(second)], [0])[0, 0])
 
 
 def cut_reference(
@@ -208,27 +180,18 @@ def cut_reference(
     return Image.fromarray(np.ascontiguousarray(cut))
 
 
-def _checked_size(size: object) -> tuple[int, int]:
-    if (
-        not isinstance(size, tuple)
-        or len(size) != 2
-        or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in size)
-    ):
-        raise ValueError(
-            f"the size of a mask is [height, width] in pixels, both above 0, got {shortened(size)}"
-        )
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(
-            f"a mask of {shortened(size)} has more than {MAX_PIXELS // 1_000_000} megapixels, the limit for pictures"
-        )
-    return size
+def _coco(mask: RunLengthMask) -> dict[str, Any]:
+    """A mask as pycocotools takes it: compressed, and without runs of length 0, which its boxes do not understand."""
+    height, width = mask.size
+    runs = mask.runs
+    if runs[1:].all():
+        if isinstance(mask.counts, str):
+            return {"size": [height, width], "counts": mask.counts.encode("ascii")}
+        return coco.frPyObjects({"size": [height, width], "counts": list(mask.counts)}, height, width)
+    return coco.encode(np.asfortranarray(decode(mask), np.uint8))
 
 
-def _is_length(count: object) -> bool:
-    # Negative integers pass here and are named with their place where the mask is checked.
-    return isinstance(count, int) and not isinstance(count, bool) and abs(count) <= MAX_PIXELS
-
-
+@lru_cache(maxsize=64)  # a converter meets each mask when it reads, joins and writes its clip
 def _lengths(text: str) -> np.ndarray:
     """Run lengths [n] int64 of a compressed string; they may be negative if the string is damaged."""
     try:
@@ -257,25 +220,5 @@ def _lengths(text: str) -> np.ndarray:
     values[2::2] = np.cumsum(values[2::2])
     if np.abs(values).max() > MAX_PIXELS:
         raise ValueError(f"the counts of the mask hold a run of more than {MAX_PIXELS} pixels")
+    values.setflags(write=False)  # they are kept
     return values
-
-
-def _compressed(runs: np.ndarray) -> str:
-    values = runs.astype(np.int64)
-    values[3:] -= runs[1:-2]
-    groups = (values[:, None] >> _SHIFTS) & 31  # [n, groups]
-    rest = values[:, None] >> (_SHIFTS + 5)
-    # Another group follows unless all that is left is the sign that bit 16 of this one already says.
-    goes_on = np.where(groups & 16, rest != -1, rest != 0)
-    used = np.concatenate([np.ones((len(values), 1), bool), goes_on[:, :-1]], 1)
-    used = np.logical_and.accumulate(used, 1)
-    codes = groups + _FIRST_CHARACTER + 32 * goes_on
-    return codes[used].astype(np.uint8).tobytes().decode("ascii")
-
-
-def shortened(value: Any) -> str:
-    """A value as an error shows it: at most 60 characters."""
-    with suppress(ValueError, RecursionError):  # integers too long, objects too deep
-        text = repr(value)
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    return "a value that is too large to print"

@@ -23,21 +23,37 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
+
+import msgspec
+from msgspec import Meta
 
 from refalign_ext.data.boxes import BOX_SPACES, Box
-from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask, parse_mask, shortened
+from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask
+from refalign_ext.errors import shortened
 from refalign_ext.request import MAX_REFERENCES
 
 SOURCES = ("opens2v", "phantom", "custom")
 KINDS = ("human", "face", "object", "background")
 PAIRS = ("regular", "cross", "generated")
 
-_LARGEST = 1e12  # no number in a manifest comes near
+_LARGEST = 10**12  # no number in a manifest comes near
+# At least one letter that is no space, and no half of a surrogate pair.
+_Text = Annotated[str, Meta(pattern=r"(?s)\A(?=.*\S)[^\ud800-\udfff]+\Z")]
+_Index = Annotated[int, Meta(ge=0, lt=_LARGEST)]
+_Count = Annotated[int, Meta(ge=1, lt=_LARGEST)]
+# Whole numbers stay whole, so that a line comes back as it was.
+_Number = (
+    Annotated[int, Meta(gt=-_LARGEST, lt=_LARGEST)]
+    | Annotated[float, Meta(gt=-float(_LARGEST), lt=float(_LARGEST))]
+)
+_Positive = Annotated[int, Meta(ge=0, lt=_LARGEST)] | Annotated[float, Meta(ge=0, lt=float(_LARGEST))]
+_Share = Annotated[int, Meta(ge=0, lt=1)] | Annotated[float, Meta(ge=0, lt=1)]
+_Box = tuple[_Number, _Number, _Number, _Number]
 
 
 @dataclass(frozen=True)
@@ -52,15 +68,15 @@ class VideoSpan:
         crop_xyxy: the part of the frame that is used, in whole pixels, ends exclusive.
     """
 
-    path: str
-    start_frame: int | None = None
-    end_frame: int | None = None
-    start_s: float | None = None
-    end_s: float | None = None
-    fps: float | None = None
-    width: int | None = None
-    height: int | None = None
-    crop_xyxy: tuple[int, int, int, int] | None = None
+    path: _Text
+    start_frame: _Index | None = None
+    end_frame: _Count | None = None
+    start_s: _Positive | None = None
+    end_s: _Positive | None = None
+    fps: _Positive | None = None
+    width: _Count | None = None
+    height: _Count | None = None
+    crop_xyxy: tuple[_Index, _Index, _Index, _Index] | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -72,19 +88,19 @@ class VideoSpan:
 class ClipScores:
     """Quality of a clip as its data set scored it."""
 
-    aesthetic: float | None = None
-    motion: float | None = None
-    tech: float | None = None
+    aesthetic: _Number | None = None
+    motion: _Number | None = None
+    tech: _Number | None = None
 
 
 @dataclass(frozen=True)
 class ReferenceScores:
     """Quality of a reference: text match, aesthetics, likeness to the subject, and share of the frame's area."""
 
-    gme: float | None = None
-    aes: float | None = None
-    sim: float | None = None
-    area_ratio: float | None = None
+    gme: _Number | None = None
+    aes: _Number | None = None
+    sim: _Number | None = None
+    area_ratio: _Number | None = None
 
 
 @dataclass(frozen=True)
@@ -96,10 +112,10 @@ class Target:
         bbox_xyxy: box in pixels of `box_space`; mask_rle: mask of that space.
     """
 
-    frame: int | None = None
-    frame_frac: float | None = None
-    bbox_xyxy: Box | None = None
-    box_space: str | None = None
+    frame: _Index | None = None
+    frame_frac: _Share | None = None
+    bbox_xyxy: _Box | None = None
+    box_space: Literal[BOX_SPACES] | None = None
     mask_rle: RunLengthMask | None = None
 
 
@@ -116,28 +132,28 @@ class Reference:
         source_id: id of the clip that it comes from; source_group: that clip's group, which must not be split from it.
     """
 
-    pair: str
-    image: str | None = None
+    pair: Literal[PAIRS]
+    image: _Text | None = None
     video: VideoSpan | None = None
-    frame: int | None = None
-    frame_frac: float | None = None
-    bbox_xyxy: Box | None = None
-    box_space: str | None = None
+    frame: _Index | None = None
+    frame_frac: _Share | None = None
+    bbox_xyxy: _Box | None = None
+    box_space: Literal[BOX_SPACES] | None = None
     mask_rle: RunLengthMask | None = None
-    bg: str | None = None
+    bg: Literal[BACKGROUNDS] | None = None
     scores: ReferenceScores = ReferenceScores()
-    source_id: str | None = None
-    source_group: str | None = None
+    source_id: _Text | None = None
+    source_group: _Text | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
     """One thing or person of a clip and the references that may stand for it; ids are unique within the clip."""
 
-    subject_id: str
-    phrase: str | None = None
-    cls: str | None = None
-    kind: str = "object"
+    subject_id: _Text
+    phrase: _Text | None = None
+    cls: _Text | None = None
+    kind: Literal[KINDS] = "object"
     target: Target | None = None
     refs: tuple[Reference, ...] = ()
 
@@ -146,13 +162,13 @@ class Subject:
 class Clip:
     """One line of a manifest."""
 
-    id: str
-    source: str
+    id: _Text
+    source: Literal[SOURCES]
     video: VideoSpan
-    prompt: str
+    prompt: _Text
     subjects: tuple[Subject, ...]
-    group_id: str | None = None
-    prompt_alt: tuple[str, ...] = ()
+    group_id: _Text | None = None
+    prompt_alt: tuple[_Text, ...] = ()
     scores: ClipScores = ClipScores()
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -162,9 +178,36 @@ class Clip:
         return self.id if self.group_id is None else self.group_id
 
 
+@dataclass(frozen=True)
+class _SimpleClip:
+    """The simple form of a line."""
+
+    id: _Text
+    video: _Text
+    prompt: _Text
+    references: Annotated[tuple[_Text, ...], Meta(max_length=MAX_REFERENCES)]
+    group_id: _Text | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
 # The order of a line's keys is that of the description above, not of the fields, which defaults come last in.
 _CLIP_KEYS = ("id", "source", "group_id", "video", "prompt", "prompt_alt", "scores", "subjects", "meta")
-_SIMPLE_KEYS = ("id", "group_id", "video", "prompt", "references", "meta")
+_NESTED: dict[type, dict[str, type]] = {
+    Clip: {"video": VideoSpan, "scores": ClipScores, "subjects": Subject},
+    Subject: {"target": Target, "refs": Reference},
+    Target: {"mask_rle": RunLengthMask},
+    Reference: {"video": VideoSpan, "mask_rle": RunLengthMask, "scores": ReferenceScores},
+}
+_WORDS = {"`int | float`": "a finite number", "`float`": "a finite number", "`int`": "a whole number"}
+_WORDS |= {"`array`": "a list", "`object`": "an object"}
+_CHOICES = {"source": SOURCES, "kind": KINDS, "pair": PAIRS, "bg": BACKGROUNDS, "box_space": BOX_SPACES}
+
+
+class _Problem(ValueError):
+    """What is wrong with which field."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"{where}: {message}" if where else message)
 
 
 def parse(entry: object, place: str) -> Clip:
@@ -177,28 +220,17 @@ def parse(entry: object, place: str) -> Clip:
     Raises:
         ValueError: `place: field: what is wrong`, such as `place: subjects[1].refs[0].box_space: is missing`.
     """
-    if isinstance(entry, dict) and (isinstance(entry.get("video"), str) or "references" in entry):
-        return _parse_simple(_Fields(entry, place, "", _SIMPLE_KEYS))
-    clip = _Fields(entry, place, "", _CLIP_KEYS)
-    subjects = tuple(_parse_subject(item) for item in clip.objects("subjects", _names(Subject)))
-    seen: set[str] = set()
-    for index, subject in enumerate(subjects):
-        if subject.subject_id in seen:
-            clip.fail(f"subjects[{index}].subject_id", f"{subject.subject_id!r} is used twice in this clip")
-        seen.add(subject.subject_id)
-    video = _parse_video(clip.object("video", _names(VideoSpan), required=True))
-    _check_targets(clip, video, subjects)
-    return Clip(
-        id=clip.text("id", required=True),
-        source=clip.choice("source", SOURCES),
-        group_id=clip.text("group_id"),
-        video=video,
-        prompt=clip.text("prompt", required=True),
-        prompt_alt=clip.texts("prompt_alt"),
-        scores=_parse_scores(clip, ClipScores),
-        subjects=subjects,
-        meta=clip.free("meta"),
-    )
+    is_simple = isinstance(entry, dict) and (isinstance(entry.get("video"), str) or "references" in entry)
+    try:
+        clip = _convert(entry, _SimpleClip if is_simple else Clip)
+        if isinstance(clip, _SimpleClip):
+            clip = _full_clip(clip)
+        _check_clip(clip, entry)
+    except _Problem as problem:
+        text = f"{place}: {problem}" if place else str(problem)
+        # A key may hold half of a surrogate pair, which no log takes.
+        raise ValueError(text.encode("utf-8", "backslashreplace").decode("utf-8")) from None
+    return clip
 
 
 def to_dict(clip: Clip) -> dict[str, Any]:
@@ -206,9 +238,8 @@ def to_dict(clip: Clip) -> dict[str, Any]:
 
     `parse(to_dict(clip), place) == clip`, and a full line without absent values comes back as it was.
     """
-    return _plain({key: getattr(clip, key) for key in _CLIP_KEYS if key != "meta"}) | (
-        {"meta": clip.meta} if clip.meta else {}
-    )
+    plain = {key: _to_plain(getattr(clip, key)) for key in _CLIP_KEYS if key != "meta"} | {"meta": clip.meta}
+    return {key: value for key, value in plain.items() if not _is_absent(value)}
 
 
 def parse_line(line: bytes, place: str) -> Clip:
@@ -257,281 +288,195 @@ def resolve_inside(root: Path, name: str) -> Path:
     return inside
 
 
-class _Fields:
-    """One object of a line: takes typed values by key and names the place of whatever is wrong."""
-
-    def __init__(self, value: object, place: str, where: str, known: Sequence[str]) -> None:
-        self.place, self.where = place, where
-        if not isinstance(value, dict):
-            self.fail("", f"expected an object with {', '.join(known)}, got {shortened(value)}")
-        self.values = {key: item for key, item in value.items() if item is not None and item not in ([], {})}
-        for key in value:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-                self.fail(str(key)[:60], f"unknown key; {hint}")
-
-    def fail(self, key: str, message: str) -> NoReturn:
-        where = ".".join(filter(None, (self.where, key)))
-        text = ": ".join(filter(None, (self.place, where, message)))
-        # A key may hold half of a surrogate pair, which no log takes.
-        raise ValueError(text.encode("utf-8", "backslashreplace").decode("utf-8"))
-
-    def has(self, key: str) -> bool:
-        return key in self.values
-
-    def need(self, key: str) -> Any:
-        if key not in self.values:
-            self.fail(key, "is missing")
-        return self.values[key]
-
-    def text(self, key: str, *, required: bool = False) -> str | None:
-        if not required and key not in self.values:
-            return None
-        return self._checked_text(key, self.need(key))
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        return tuple(self._checked_text(f"{key}[{i}]", item) for i, item in enumerate(self._list(key)))
-
-    def _checked_text(self, key: str, value: object) -> str:
-        if not isinstance(value, str) or not value.strip():
-            self.fail(key, f"expected text that is not empty, got {shortened(value)}")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            self.fail(key, f"holds half of a surrogate pair, which is not text: {shortened(value)}")
-        return value
-
-    def path(self, key: str) -> str | None:
-        value = self.text(key)
-        return None if value is None else self.checked_path(key, value)
-
-    def checked_path(self, key: str, value: object) -> str:
-        name = self._checked_text(key, value)
-        problem = relative_path_problem(name)
-        if problem:
-            self.fail(key, problem)
-        return name
-
-    def choice(self, key: str, options: Sequence[str]) -> str:
-        value = self.need(key)
-        if value not in options or not isinstance(value, str):
-            self.fail(key, f"expected one of {', '.join(options)}, got {shortened(value)}")
-        return value
-
-    def integer(self, key: str, least: int) -> int | None:
-        value = self.values.get(key)
-        if value is not None and not (_is_number(value) and isinstance(value, int) and value >= least):
-            self.fail(key, f"expected a whole number, at least {least}, got {shortened(value)}")
-        return value
-
-    def number(self, key: str, least: float = -_LARGEST, below: float = _LARGEST) -> float | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not _is_number(value):
-            self.fail(key, f"expected a finite number, got {shortened(value)}")
-        if not least <= value < below:
-            limits = f"at least {least:g}" + (f" and below {below:g}" if below < _LARGEST else "")
-            self.fail(key, f"expected a number of {limits}, got {shortened(value)}")
-        return value
-
-    def box(self, key: str, *, pixels: bool = False) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != 4 or not all(_is_number(item) for item in value):
-            self.fail(key, f"expected four finite numbers [x0, y0, x1, y1], got {shortened(value)}")
-        if value[0] >= value[2] or value[1] >= value[3]:
-            self.fail(key, f"expected x0 < x1 and y0 < y1, got {shortened(value)}")
-        if pixels and not all(isinstance(item, int) and item >= 0 for item in value):
-            self.fail(key, f"expected whole pixels, none negative, got {shortened(value)}")
-        return tuple(value)
-
-    def mask(self, key: str) -> RunLengthMask | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        inner = _Fields(value, self.place, ".".join(filter(None, (self.where, key))), ("size", "counts"))
-        try:
-            return parse_mask(inner.values)
-        except ValueError as error:
-            self.fail(key, str(error))
-
-    def object(self, key: str, known: Sequence[str], *, required: bool = False) -> _Fields | None:
-        value = self.need(key) if required else self.values.get(key)
-        if value is None:
-            return None
-        return _Fields(value, self.place, ".".join(filter(None, (self.where, key))), known)
-
-    def objects(self, key: str, known: Sequence[str]) -> list[_Fields]:
-        self.need(key)
-        prefix = ".".join(filter(None, (self.where, key)))
-        return [_Fields(item, self.place, f"{prefix}[{i}]", known) for i, item in enumerate(self._list(key))]
-
-    def _list(self, key: str) -> list[Any]:
-        value = self.values.get(key, [])
-        if not isinstance(value, list):
-            self.fail(key, f"expected a list, got {shortened(value)}")
-        return value
-
-    def free(self, key: str) -> dict[str, Any]:
-        value = self.values.get(key, {})
-        if not isinstance(value, dict):
-            self.fail(key, f"expected an object, got {shortened(value)}")
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        except (TypeError, ValueError, RecursionError) as error:
-            self.fail(key, f"cannot be written as JSON ({error})")
-        return value
+def _convert(entry: object, kind: type) -> Any:
+    """An object of type `kind`, its types and ranges checked by msgspec."""
+    present = _present(entry, kind, "")
+    try:
+        return msgspec.convert(present, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        path = path.removeprefix(".").removesuffix("`")
+        missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
+        if missing:
+            raise _Problem(".".join(filter(None, (path, missing[1]))), "is missing") from None
+        raise _Problem(path, _explanation(message, path, present)) from None
+    except UnicodeEncodeError as error:  # where msgspec looks a text up
+        raise _Problem("", f"holds half of a surrogate pair: {shortened(error.object)}") from None
+    except RecursionError:
+        raise _Problem("", "is nested too deeply") from None
 
 
-def _parse_simple(line: _Fields) -> Clip:
-    line.need("references")
-    names = line._list("references")
-    if len(names) > MAX_REFERENCES:
-        line.fail("references", f"{len(names)} references; 1 to {MAX_REFERENCES} are possible")
-    pictures = [line.checked_path(f"references[{i}]", name) for i, name in enumerate(names)]
-    line.need("video")
-    return Clip(
-        id=line.text("id", required=True),
-        source="custom",
-        group_id=line.text("group_id"),
-        video=VideoSpan(line.path("video")),
-        prompt=line.text("prompt", required=True),
-        subjects=tuple(
-            Subject(subject_id=str(number), refs=(Reference(pair="cross", image=name, bg="raw"),))
-            for number, name in enumerate(pictures, 1)
-        ),
-        meta=line.free("meta"),
-    )
-
-
-def _parse_video(span: _Fields) -> VideoSpan:
-    span.need("path")
-    video = VideoSpan(
-        path=span.path("path"),
-        start_frame=span.integer("start_frame", 0),
-        end_frame=span.integer("end_frame", 1),
-        start_s=span.number("start_s", 0),
-        end_s=span.number("end_s", 0),
-        fps=span.number("fps", 0),
-        width=span.integer("width", 1),
-        height=span.integer("height", 1),
-        crop_xyxy=span.box("crop_xyxy", pixels=True),
-    )
-    by_frames = [key for key in ("start_frame", "end_frame") if span.has(key)]
-    by_seconds = [key for key in ("start_s", "end_s") if span.has(key)]
-    if by_frames and by_seconds:
-        span.fail(by_seconds[0], f"the span is already given in frames by {by_frames[0]}: use one of the two")
-    for start, end, key in (
-        (video.start_frame, video.end_frame, "end_frame"),
-        (video.start_s, video.end_s, "end_s"),
-    ):
-        if end is not None and end <= (start or 0):
-            span.fail(
-                key, f"{end} is not after the start {0 if start is None else start}; ends are exclusive"
-            )
-    if video.fps == 0:
-        span.fail("fps", "expected a number above 0, got 0")
-    if span.has("width") != span.has("height"):
-        span.fail("height" if span.has("width") else "width", "is missing: give width and height, or neither")
-    crop, size = video.crop_xyxy, (video.width, video.height)
-    if crop and None not in size and (crop[2] > size[0] or crop[3] > size[1]):
-        span.fail("crop_xyxy", f"{list(crop)} exceeds the frame of {size[0]}x{size[1]} pixels")
-    return video
-
-
-def _parse_subject(subject: _Fields) -> Subject:
-    target = subject.object("target", _names(Target))
-    return Subject(
-        subject_id=subject.text("subject_id", required=True),
-        phrase=subject.text("phrase"),
-        cls=subject.text("cls"),
-        kind=subject.choice("kind", KINDS),
-        target=None if target is None else _parse_target(target),
-        refs=tuple(_parse_reference(item) for item in subject.objects("refs", _names(Reference))),
-    )
-
-
-def _parse_region(item: _Fields) -> dict[str, Any]:
-    """The keys that say what part of which frame: shared by targets and references."""
-    if item.has("frame") and item.has("frame_frac"):
-        item.fail("frame_frac", "the frame is already given by frame: use one of the two")
-    box, mask = item.box("bbox_xyxy"), item.mask("mask_rle")
-    space = item.choice("box_space", BOX_SPACES) if box or mask or item.has("box_space") else None
-    if space and not (box or mask):
-        item.fail("box_space", "has no bbox_xyxy or mask_rle that it could apply to")
-    frame, share = item.integer("frame", 0), item.number("frame_frac", 0, 1)
-    return {
-        "frame": frame,
-        "frame_frac": share,
-        "bbox_xyxy": box,
-        "box_space": space,
-        "mask_rle": mask,
-    }
-
-
-def _parse_target(item: _Fields) -> Target:
-    target = Target(**_parse_region(item))
-    if target.frame is None and target.frame_frac is None:
-        item.fail("frame", "is missing: give frame or frame_frac")
-    if target.box_space is None:
-        item.fail("bbox_xyxy", "is missing: a target has a bbox_xyxy or a mask_rle")
-    return target
-
-
-def _parse_reference(item: _Fields) -> Reference:
-    span = item.object("video", _names(VideoSpan))
-    reference = Reference(
-        pair=item.choice("pair", PAIRS),
-        image=item.path("image"),
-        video=None if span is None else _parse_video(span),
-        **_parse_region(item),
-        bg=item.choice("bg", BACKGROUNDS) if item.has("bg") else None,
-        scores=_parse_scores(item, ReferenceScores),
-        source_id=item.text("source_id"),
-        source_group=item.text("source_group"),
-    )
-    if reference.image and reference.video:
-        item.fail("video", "the reference is already given by image: use one of the two")
-    if reference.image:
-        for key in ("frame", "frame_frac"):
-            if item.has(key):
-                item.fail(key, "a picture has no frames")
-        if reference.box_space == "cropped_frame":
-            item.fail("box_space", "a picture has no cropped_frame: use frame")
-    elif reference.video:
-        if reference.frame is None and reference.frame_frac is None:
-            item.fail("frame", "is missing: a video needs frame or frame_frac")
-        _check_frame(item, "", reference.video, reference)
-        if reference.bg == "white" and reference.mask_rle is None:
-            item.fail("mask_rle", 'is missing: bg "white" cannot be cut from a video without it')
+def _explanation(message: str, path: str, entry: Any) -> str:
+    """What msgspec found wrong at `path` of an entry, with what is expected there and what stands there."""
+    steps = re.findall(r"\[(\d+)\]|(\w+)", path)
+    for number, key in steps:
+        entry = entry[int(number)] if number else entry[key]
+    name = next((key for _, key in reversed(steps) if key), "")
+    if name in ("bbox_xyxy", "crop_xyxy"):
+        kind = "whole pixels, none negative," if name == "crop_xyxy" else "finite numbers"
+        message = f"expected four {kind} [x0, y0, x1, y1]"
+    elif "matching regex" in message or re.match(r"Expected `str( \| null)?`", message):
+        is_text = isinstance(entry, str) and entry.strip()
+        message = "holds half of a surrogate pair" if is_text else "expected text that is not empty"
+    elif name == "frame_frac":
+        message = "expected a number, at least 0 and below 1"
+    elif message.startswith("Expected"):
+        message = message.split(", got")[0].replace(" | null", "").replace("Expected", "expected", 1)
+        for type_name, words in _WORDS.items():
+            message = message.replace(type_name, words)
     else:
-        item.fail("image", "is missing: give image or video")
-    return reference
+        return message  # of a mask
+    return f"{message}, got {shortened(entry)}"
 
 
-def _check_targets(clip: _Fields, video: VideoSpan, subjects: Sequence[Subject]) -> None:
-    for index, subject in enumerate(subjects):
+def _present(value: Any, kind: type, where: str) -> Any:
+    """An object, or a list of them, without the keys that count as absent; unknown keys and choices are problems."""
+    if isinstance(value, list):
+        return [
+            _present(item, kind, f"{where}[{index}]") if isinstance(item, dict) else item
+            for index, item in enumerate(value)
+        ]
+    if not isinstance(value, dict):
+        return value
+    known, nested, present = _names(kind), _NESTED.get(kind, {}), {}
+    for key, item in value.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise _Problem(f"{where}.{str(key)[:60]}" if where else str(key)[:60], f"unknown key; {hint}")
+        if not _is_absent(item):
+            if key in _CHOICES and item not in _CHOICES[key]:
+                raise _Problem(path, f"expected one of {', '.join(_CHOICES[key])}, got {shortened(item)}")
+            is_nested = key in nested and isinstance(item, list) == (key in ("subjects", "refs"))
+            present[key] = _present(item, nested[key], path) if is_nested else item
+    return present
+
+
+def _full_clip(line: _SimpleClip) -> Clip:
+    for index, name in enumerate(line.references):
+        _check_path(name, f"references[{index}]")
+    subjects = tuple(
+        Subject(subject_id=str(number), refs=(Reference(pair="cross", image=name, bg="raw"),))
+        for number, name in enumerate(line.references, 1)
+    )
+    return Clip(
+        line.id, "custom", VideoSpan(line.video), line.prompt, subjects, line.group_id, meta=line.meta
+    )
+
+
+# What msgspec cannot know: rules between fields.
+
+
+def _check_clip(clip: Clip, entry: Any) -> None:
+    if not clip.subjects:
+        raise _Problem("subjects", "is missing")
+    is_simple = isinstance(entry["video"], str)
+    _check_video(clip.video, "video", "video" if is_simple else "video.path")
+    seen: set[str] = set()
+    for index, subject in enumerate(clip.subjects):
+        where = f"subjects[{index}]"
+        if subject.subject_id in seen:
+            raise _Problem(f"{where}.subject_id", f"{subject.subject_id!r} is used twice in this clip")
+        seen.add(subject.subject_id)
+        if not is_simple and _is_absent(entry["subjects"][index].get("kind")):
+            raise _Problem(f"{where}.kind", "is missing")
         if subject.target is not None:
-            _check_frame(clip, f"subjects[{index}].target.", video, subject.target)
+            _check_target(subject.target, clip.video, f"{where}.target")
+        if not subject.refs:
+            raise _Problem(f"{where}.refs", "is missing")
+        for number, reference in enumerate(subject.refs):
+            _check_reference(reference, f"{where}.refs[{number}]")
+    try:
+        json.dumps(clip.meta, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _Problem("meta", f"cannot be written as JSON ({error})") from None
 
 
-def _check_frame(item: _Fields, prefix: str, video: VideoSpan, region: Target | Reference) -> None:
-    """What a frame's region needs of the video that it is in."""
-    if region.frame is not None:
-        end = video.end_frame
-        if region.frame < (video.start_frame or 0) or (end is not None and region.frame >= end):
-            span = f"[{video.start_frame or 0}, {'end' if end is None else end})"
-            item.fail(f"{prefix}frame", f"{region.frame} lies outside the span {span} of its video")
+def _check_path(name: str, where: str) -> None:
+    problem = relative_path_problem(name)
+    if problem:
+        raise _Problem(where, problem)
+
+
+def _check_video(video: VideoSpan, where: str, path_field: str) -> None:
+    _check_path(video.path, path_field)
+    frames, seconds = (video.start_frame, video.end_frame), (video.start_s, video.end_s)
+    if frames != (None, None) and seconds != (None, None):
+        given = "start_frame" if video.start_frame is not None else "end_frame"
+        extra = "start_s" if video.start_s is not None else "end_s"
+        raise _Problem(
+            f"{where}.{extra}", f"the span is already given in frames by {given}: use one of the two"
+        )
+    for (start, end), key in ((frames, "end_frame"), (seconds, "end_s")):
+        if end is not None and end <= (start or 0):
+            start = 0 if start is None else start
+            raise _Problem(f"{where}.{key}", f"{end} is not after the start {start}; ends are exclusive")
+    if video.fps == 0:
+        raise _Problem(f"{where}.fps", "expected a number above 0, got 0")
+    if (video.width is None) != (video.height is None):
+        absent = "width" if video.width is None else "height"
+        raise _Problem(f"{where}.{absent}", "is missing: give width and height, or neither")
+    if video.crop_xyxy is not None:
+        _check_box(video.crop_xyxy, f"{where}.crop_xyxy")
+        if video.size and (video.crop_xyxy[2] > video.width or video.crop_xyxy[3] > video.height):
+            raise _Problem(
+                f"{where}.crop_xyxy",
+                f"{list(video.crop_xyxy)} exceeds the frame of {video.width}x{video.height} pixels",
+            )
+
+
+def _check_box(box: Box, where: str) -> None:
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise _Problem(where, f"expected x0 < x1 and y0 < y1, got {shortened(list(box))}")
+
+
+def _check_region(region: Target | Reference, video: VideoSpan | None, where: str) -> None:
+    """What part of which frame of a video or, where it is None, of a picture."""
+    if region.frame is not None and region.frame_frac is not None:
+        raise _Problem(f"{where}.frame_frac", "the frame is already given by frame: use one of the two")
+    if region.bbox_xyxy is not None:
+        _check_box(region.bbox_xyxy, f"{where}.bbox_xyxy")
+    is_marked = region.bbox_xyxy is not None or region.mask_rle is not None
+    if is_marked and region.box_space is None:
+        raise _Problem(f"{where}.box_space", "is missing")
+    if region.box_space is not None and not is_marked:
+        raise _Problem(f"{where}.box_space", "has no bbox_xyxy or mask_rle that it could apply to")
+    if video is None:
+        return
+    if region.frame is None and region.frame_frac is None:
+        raise _Problem(f"{where}.frame", "is missing: a video needs frame or frame_frac")
+    start, end = video.start_frame or 0, video.end_frame
+    if region.frame is not None and (region.frame < start or (end is not None and region.frame >= end)):
+        span = f"[{start}, {'end' if end is None else end})"
+        raise _Problem(f"{where}.frame", f"{region.frame} lies outside the span {span} of its video")
     if region.box_space == "cropped_frame" and video.crop_xyxy is None:
-        item.fail(f"{prefix}box_space", "is cropped_frame, but its video has no crop_xyxy")
+        raise _Problem(f"{where}.box_space", "is cropped_frame, but its video has no crop_xyxy")
 
 
-def _parse_scores(item: _Fields, kind: type) -> Any:
-    scores = item.object("scores", _names(kind))
-    return kind() if scores is None else kind(**{key: scores.number(key) for key in _names(kind)})
+def _check_target(target: Target, video: VideoSpan, where: str) -> None:
+    _check_region(target, video, where)
+    if target.box_space is None:
+        raise _Problem(f"{where}.bbox_xyxy", "is missing: a target has a bbox_xyxy or a mask_rle")
+
+
+def _check_reference(reference: Reference, where: str) -> None:
+    if reference.image is None and reference.video is None:
+        raise _Problem(f"{where}.image", "is missing: give image or video")
+    if reference.image is not None and reference.video is not None:
+        raise _Problem(f"{where}.video", "the reference is already given by image: use one of the two")
+    if reference.video is not None:
+        _check_video(reference.video, f"{where}.video", f"{where}.video.path")
+    _check_region(reference, reference.video, where)
+    if reference.image is not None:
+        _check_path(reference.image, f"{where}.image")
+        for key in ("frame", "frame_frac"):
+            if getattr(reference, key) is not None:
+                raise _Problem(f"{where}.{key}", "a picture has no frames")
+        if reference.box_space == "cropped_frame":
+            raise _Problem(f"{where}.box_space", "a picture has no cropped_frame: use frame")
+    elif reference.bg == "white" and reference.mask_rle is None:
+        raise _Problem(f"{where}.mask_rle", 'is missing: bg "white" cannot be cut from a video without it')
 
 
 @cache
@@ -539,33 +484,23 @@ def _names(kind: type) -> tuple[str, ...]:
     return tuple(item.name for item in fields(kind))
 
 
-def _plain(value: Any) -> Any:
+def _is_absent(value: Any) -> bool:
+    return value is None or value in ([], {})
+
+
+def _to_plain(value: Any) -> Any:
     """Dataclasses and tuples as JSON's objects and lists, absent values left out."""
-    if value is None or isinstance(value, (str, int, float)):
-        return value
     if is_dataclass(value):
-        value = {name: getattr(value, name) for name in _names(type(value))}
-    if isinstance(value, dict):
-        plain = {key: _plain(item) for key, item in value.items()}
-        return {key: item for key, item in plain.items() if item is not None and item not in ([], {})}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _is_number(value: object) -> bool:
-    # Comparing comes first: an integer of a thousand digits does not fit into a float.
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return -_LARGEST < value < _LARGEST
+        plain = {name: _to_plain(getattr(value, name)) for name in _names(type(value))}
+        return {name: item for name, item in plain.items() if not _is_absent(item)}
+    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"key {key!r} occurs twice in one object")
-            seen.add(key)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return result
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO, Literal
+
+import msgspec
 
 from refalign_ext.atomic_io import atomic_open
 
@@ -26,7 +27,6 @@ _MAX_LISTING_BYTES = 256 << 20
 _MAX_MEMBERS = 1 << 20  # of one shard
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_.-]{1,64})")  # key and extension
-_SHARD_NAME = re.compile(r"shards/[0-9]{5,9}\.tar")
 _VERSION = 1
 
 
@@ -34,10 +34,16 @@ _VERSION = 1
 class ShardInfo:
     """One line of `shards.json`: the shard's name relative to the folder, its samples, bytes and SHA-256."""
 
-    name: str
+    name: Annotated[str, msgspec.Meta(pattern=r"^shards/[0-9]{5,9}\.tar\Z")]
+    samples: Annotated[int, msgspec.Meta(ge=0, le=_MAX_MEMBERS)]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class _Listing(msgspec.Struct):
+    version: Literal[1]
     samples: int
-    bytes: int
-    sha256: str
+    shards: list[ShardInfo]
 
 
 def shard_name(number: int) -> str:
@@ -63,7 +69,7 @@ class ShardTable:
     members: dict[str, tuple[int, int] | str] = field(default_factory=dict)
     damage: str | None = None
 
-    def place_of(self, member: str) -> tuple[int, int]:
+    def member_range(self, member: str) -> tuple[int, int]:
         """Offset and bytes of a member.
 
         Raises:
@@ -83,7 +89,7 @@ class ShardTable:
         Raises:
             ValueError: if the shard has no such member, or it is no plain file, too large or cut off.
         """
-        offset, size = self.place_of(member)
+        offset, size = self.member_range(member)
         if size > limit:
             raise ValueError(f"{self.name}: member {member!r} has {size} bytes; {limit} are the most")
         blocks: list[bytes] = []
@@ -132,7 +138,7 @@ def scan_shard(path: Path) -> ShardTable:
             if name[1] not in seen:
                 seen.add(name[1])
                 table.keys.append(name[1])
-            table.members[header.name] = _place(header, offset, total, header.name in table.members)
+            table.members[header.name] = _checked_range(header, offset, total, header.name in table.members)
         offset += -(-header.size // _BLOCK) * _BLOCK
         if offset > total:
             table.damage = f"cut off at byte {total}"
@@ -141,7 +147,7 @@ def scan_shard(path: Path) -> ShardTable:
     return table
 
 
-def _place(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
+def _checked_range(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
     if is_known:
         return "occurs twice"
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -182,15 +188,11 @@ class ShardWriter:
 
 
 def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
-    """Writes `shards.json`, aside and then renamed."""
+    """Writes `shards.json`, whole or not at all."""
     infos = list(shards)
-    listing = {
-        "version": _VERSION,
-        "samples": sum(info.samples for info in infos),
-        "shards": [asdict(info) for info in infos],
-    }
+    listing = _Listing(_VERSION, sum(info.samples for info in infos), infos)
     with atomic_open(folder / LISTING) as file:
-        file.write(json.dumps(listing, indent=1).encode("utf-8") + b"\n")
+        file.write(msgspec.json.format(msgspec.json.encode(listing), indent=1) + b"\n")
 
 
 def read_listing(folder: Path) -> list[ShardInfo]:
@@ -204,33 +206,14 @@ def read_listing(folder: Path) -> list[ShardInfo]:
         with path.open("rb") as file:
             data = file.read(_MAX_LISTING_BYTES + 1)
         if len(data) > _MAX_LISTING_BYTES:
-            raise ValueError(f"it has more than {_MAX_LISTING_BYTES} bytes")
-        listing = json.loads(data)
+            raise ValueError(f"{path}: has more than {_MAX_LISTING_BYTES} bytes")
+        return msgspec.json.decode(data, type=_Listing).shards
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a list of shards ({error}): pack the folder again") from None
-    if not isinstance(listing, dict) or listing.get("version") != _VERSION:
-        raise ValueError(f"{path}: is not a list of shards of version {_VERSION}: pack the folder again")
-    entries = listing.get("shards")
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: has no list of shards: pack the folder again")
-    return [_parse_info(entry, f"{path}, shard {number}") for number, entry in enumerate(entries, 1)]
-
-
-def _parse_info(entry: object, place: str) -> ShardInfo:
-    if not isinstance(entry, dict) or set(entry) != {"name", "samples", "bytes", "sha256"}:
-        raise ValueError(f"{place}: expected name, samples, bytes and sha256")
-    if not isinstance(entry["name"], str) or not _SHARD_NAME.fullmatch(entry["name"]):
-        raise ValueError(f"{place}: its name is not like {shard_name(0)!r}")
-    for key in ("samples", "bytes"):
-        if type(entry[key]) is not int or not 0 <= entry[key] < 1 << 60:
-            raise ValueError(f"{place}: its {key} are not a number")
-    if entry["samples"] > _MAX_MEMBERS:
-        raise ValueError(f"{place}: {entry['samples']} samples; {_MAX_MEMBERS} are the most")
-    if not isinstance(entry["sha256"], str) or not re.fullmatch(r"[0-9a-f]{64}", entry["sha256"]):
-        raise ValueError(f"{place}: its sha256 is not one")
-    return ShardInfo(**entry)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: is not a list of shards of version {_VERSION} ({error}): pack the folder again"
+        ) from None
 
 
 def verify_shard(folder: Path, info: ShardInfo) -> str | None:
@@ -249,8 +232,8 @@ def verify_shard(folder: Path, info: ShardInfo) -> str | None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file as hexadecimal digits."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()

@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from refalign_ext.data.media_source import Media
 from refalign_ext.data.schema import VideoSpan
@@ -20,38 +18,11 @@ _ROUNDED = Fraction(1, 1000)  # seconds by which written times are rounded
 _END_TOLERANCE = 1  # frames that a data set's end of a span may lie beyond the end of the file
 
 
-@dataclass(frozen=True)
-class Part:
-    """The frames of a file that may be used, in frames or in seconds, as `decoding.read_clip` describes it."""
+def frame_range(path: Media, times: list[Fraction], span: VideoSpan) -> tuple[int, int]:
+    """First frame and end (exclusive) of a span.
 
-    start_frame: int | None
-    end_frame: int | None
-    start_s: float | None
-    end_s: float | None
-    end_tolerance: int
-
-    @property
-    def in_seconds(self) -> bool:
-        return self.start_s is not None or self.end_s is not None
-
-
-def span_arguments(span: VideoSpan) -> dict[str, Any]:
-    """The part of a file that a span means, as keyword arguments of `decoding.read_clip` and `read_frame`.
-
-    Seconds count from the first frame and are turned into frames by the file's own times. An end that lies at most
-    one frame beyond the end of the file is rounding and means the end of the file.
-    """
-    return {
-        "start_frame": span.start_frame,
-        "end_frame": span.end_frame,
-        "start_s": span.start_s,
-        "end_s": span.end_s,
-        "end_tolerance": _END_TOLERANCE,
-    }
-
-
-def frame_range(path: Media, times: list[Fraction], part: Part) -> tuple[int, int]:
-    """First frame and end (exclusive) of a part.
+    Seconds count from the first frame. An end that lies at most one frame beyond the end of the file is rounding and
+    means the end of the file.
 
     Args:
         path: for errors; times: when each frame of the file is shown, in seconds, ascending.
@@ -59,14 +30,14 @@ def frame_range(path: Media, times: list[Fraction], part: Part) -> tuple[int, in
     Raises:
         ValueError: if the file does not have these frames.
     """
-    if not part.in_seconds:
-        return _range_of_frames(path, len(times), part)
+    if not _is_in_seconds(span):
+        return _range_of_frames(path, len(times), span)
     step = _usual_step(times)
 
     def frame_at(second: Fraction) -> int:
         return bisect_left(times, times[0] + second - _ROUNDED)
 
-    return _range_of_seconds(path, len(times), step, times[-1] - times[0] + step, frame_at, part)
+    return _range_of_seconds(path, len(times), step, times[-1] - times[0] + step, frame_at, span)
 
 
 def steady_range(span: VideoSpan, fps: float, frames: int | None) -> tuple[int, int]:
@@ -79,15 +50,14 @@ def steady_range(span: VideoSpan, fps: float, frames: int | None) -> tuple[int, 
     Raises:
         ValueError: if the file does not have these frames.
     """
-    part = Part(**span_arguments(span))
-    if not part.in_seconds:
-        return _range_of_frames(span.path, frames, part)
+    if not _is_in_seconds(span):
+        return _range_of_frames(span.path, frames, span)
     if not fps > 0:
         raise ValueError(f"{span.path}: it tells no frame rate: give the span in frames, not in seconds")
     rate = Fraction(fps)
     step = Fraction(0) if frames == 1 else 1 / rate  # nothing tells for how long a single frame stands
     length = None if frames is None else (frames - 1) / rate + step
-    return _range_of_seconds(span.path, frames, step, length, lambda second: steady_frame(second, rate), part)
+    return _range_of_seconds(span.path, frames, step, length, lambda second: steady_frame(second, rate), span)
 
 
 def steady_frame(second: Fraction | float, fps: Fraction | float) -> int:
@@ -95,10 +65,14 @@ def steady_frame(second: Fraction | float, fps: Fraction | float) -> int:
     return max(0, math.ceil((Fraction(second) - _ROUNDED) * Fraction(fps)))
 
 
-def _range_of_frames(path: Media | str, frames: int | None, part: Part) -> tuple[int, int]:
-    start, end = part.start_frame or 0, frames if part.end_frame is None else part.end_frame
+def _is_in_seconds(span: VideoSpan) -> bool:
+    return span.start_s is not None or span.end_s is not None
+
+
+def _range_of_frames(path: Media | str, frames: int | None, span: VideoSpan) -> tuple[int, int]:
+    start, end = span.start_frame or 0, frames if span.end_frame is None else span.end_frame
     frames = end if frames is None else frames
-    usable = frames if frames < end <= frames + part.end_tolerance else end
+    usable = frames if frames < end <= frames + _END_TOLERANCE else end
     if not 0 <= start < usable <= frames:
         raise ValueError(f"{path}: frames {start} to {end} are asked for, the file has {frames}")
     return start, usable
@@ -110,18 +84,16 @@ def _range_of_seconds(
     step: Fraction,
     length: Fraction | None,
     frame_at: Callable[[Fraction], int],
-    part: Part,
+    span: VideoSpan,
 ) -> tuple[int, int]:
     """`frame_at`: the first frame shown from a second on; `length`: of the file in seconds, None if unknown."""
-    if part.start_frame is not None or part.end_frame is not None:
-        raise ValueError(f"{path}: the range is given in frames or in seconds, not both")
-    start_s = Fraction(part.start_s or 0)
-    end_s = length if part.end_s is None else Fraction(part.end_s)
+    start_s = Fraction(span.start_s or 0)
+    end_s = length if span.end_s is None else Fraction(span.end_s)
     start = frame_at(start_s)
-    end = frames if part.end_s is None else frame_at(end_s)
+    end = frames if span.end_s is None else frame_at(end_s)
     if frames is not None:
         end = min(end, frames)
-    is_beyond = length is not None and end_s > length + part.end_tolerance * step + _ROUNDED
+    is_beyond = length is not None and end_s > length + _END_TOLERANCE * step + _ROUNDED
     if start >= end or is_beyond:
         has = "" if length is None else f", the file has {frames} over {float(length):.2f} s"
         raise ValueError(f"{path}: frames from {float(start_s):g} s to {float(end_s):g} s are asked for{has}")
@@ -137,7 +109,7 @@ def _usual_step(times: list[Fraction]) -> Fraction:
 def choose_frames(
     path: Media,
     times: list[Fraction],
-    part: Part,
+    span: VideoSpan,
     frame_num: int,
     start_share: float,
     fps: float | None,
@@ -148,16 +120,16 @@ def choose_frames(
     Arguments are those of `frame_range` and `decoding.read_clip`.
 
     Raises:
-        ValueError: if the part is not in the file or is too short.
+        ValueError: if the span is not in the file or is too short.
     """
-    start, end = frame_range(path, times, part)
+    start, end = frame_range(path, times, span)
     inside = "" if (start, end) == (0, len(times)) else f" from {start} to {end}"
     if fps is None:
-        spared = end - start - ((frame_num - 1) * stride + 1)
-        if spared < 0:
+        left_over = end - start - ((frame_num - 1) * stride + 1)
+        if left_over < 0:
             possible = "" if stride == 1 else f" are {-(-(end - start) // stride)} at stride {stride}"
             raise ValueError(f"{path}: {end - start} frames{inside}{possible}, {frame_num} are needed")
-        first = start + int(start_share * spared)
+        first = start + int(start_share * left_over)
         return list(range(first, first + frame_num * stride, stride))
     times, interval = times[start:end], 1 / Fraction(fps)
     # The last frame stands for half a step after its time, as every other one does.

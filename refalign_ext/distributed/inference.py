@@ -17,7 +17,7 @@ from refalign_ext.distributed.mesh import DATA, Parallel
 from refalign_ext.distributed.parallelize import can_shard_on_cpu
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.xfuser_backend import attach_xfuser
-from refalign_ext.pipeline import SingleProcess
+from refalign_ext.parallelism import SingleProcess
 
 
 class VideoRanks(SingleProcess):

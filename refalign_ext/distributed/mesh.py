@@ -19,6 +19,15 @@ SHARDS = "shards"  # data, ring and ulysses flattened: over this FSDP shards and
 SEQUENCE = "sequence"  # ring and ulysses flattened: these ranks share one sample
 
 
+def failure_on_any_rank(reason: str | None) -> str | None:
+    """Why something failed (None: it did not), on the first rank on which it did; the same on all ranks."""
+    if not dist.is_initialized():
+        return reason
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((text for text in reasons if text is not None), None)
+
+
 class Parallel:
     """This rank's place in the device mesh, and the process groups it belongs to. Without a mesh: a single process."""
 

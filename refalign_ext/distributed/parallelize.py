@@ -17,7 +17,7 @@ from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.config import TrainConfig
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
-from refalign_ext.projectors import ReferenceProjectors, TeacherInput
+from refalign_ext.projectors import ReferenceProjectors
 
 # The residual stream is never changed in place, which is what this warns of for every linear layer at a unit's end.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -27,22 +27,29 @@ _FLOAT32_PARTS = ("time_embedding", "time_projection", "head")
 
 
 class TrainedModules(nn.Module):
-    """What a checkpoint holds: the DiT and, unless training runs without alignment, the projectors.
+    """What a checkpoint holds: the DiT, the projectors (None without alignment) and extra modules by name.
 
-    Only a container, so that both have a name in one state dict; each is a sharding root of its own, because the
-    projectors run outside the DiT's forward. `teacher_input` exists in one ablation, which is never sharded.
+    Only a container, so that all have a name in one state dict; each is a sharding root of its own, because projectors
+    and extra modules run outside the DiT's forward. Extra modules come from outside, such as from an ablation, and are
+    never sharded.
     """
 
     def __init__(
         self,
         dit: nn.Module,
         projectors: ReferenceProjectors | None,
-        teacher_input: TeacherInput | None = None,
+        extra: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.dit = dit
         self.projectors = projectors
-        self.teacher_input = teacher_input
+        for name, module in (extra or {}).items():
+            self.add_module(name, module)
+
+    @property
+    def extra(self) -> dict[str, nn.Module]:
+        """The extra modules by name."""
+        return {name: part for name, part in self.named_children() if name not in ("dit", "projectors")}
 
 
 def parallelize(

@@ -1,8 +1,8 @@
-"""xfuser's long-context attention in place of our exchange, for generation on GPUs. Optional, and tried before it is used.
+"""xfuser's long-context attention in place of our exchange of tokens: optional, for generation on GPUs.
 
 API: xdit-project/xDiT, xfuser/core/distributed/parallel_state.py and xfuser/core/long_ctx_attention/hybrid/attn_layer.py.
 Its groups are ours: Ulysses ranks are neighbours, ring ranks stride over them, branches of the guidance are its data
-parallelism.
+parallelism. It is compared with our exchange before it is used.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import ReferenceBackbone
-from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.distributed.mesh import Parallel, failure_on_any_rank
 
 logger = logging.getLogger(__name__)
 
 # What packages raise that are absent, older or newer than expected, or made for another device.
 _FAILURES = (
-    ImportError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    TypeError,
-    ValueError,
-    LookupError,
-    OSError,
+    *(ImportError, AttributeError, RuntimeError, AssertionError),
+    *(TypeError, ValueError, LookupError, OSError),
 )
 _TOLERANCE = 2e-2  # of attention over normal values in bf16, whose results are of the order of 1
 _PROBE_TOKENS = 16  # per rank
 
 
 class XfuserCore(nn.Module):
-    """Stands for the attention core of a block whose exchange is attached already.
+    """Attention core of a block in which xfuser exchanges the tokens.
 
     xfuser knows no padding: where there is some (`k_lens`), and only there, the core that this one holds answers.
     """
@@ -56,42 +50,38 @@ class XfuserCore(nn.Module):
 def attach_xfuser(backbone: ReferenceBackbone, parallel: Parallel, dtype: torch.dtype) -> bool:
     """Let xfuser exchange tokens where `attach_sequence_parallel` has been attached; all ranks call it together.
 
-    It is imported, set up and compared with our exchange on a few tokens. If any of this fails on any rank, a warning on
-    rank 0 says why, nothing is changed and False is returned.
+    If it cannot be imported, set up or does not give our numbers on any rank, a warning on rank 0 says why, nothing is
+    changed and False is returned.
     """
     if parallel.sizes.sequence == 1:
         return False
     cores = [block.self_attn.core for block in backbone.model.blocks]
-    made: list[Callable[..., Tensor]] = []
-    stages: tuple[Callable[[], None], ...] = (
-        _import,
-        lambda: made.append(_set_up(parallel)),
-        lambda: _compare(backbone.model, cores[0], made[0], parallel, dtype),
+    attentions: list[Callable[..., Tensor]] = []
+    # One after another on all ranks: a rank on which one fails would leave the others waiting in the next.
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: _import("xfuser.core.distributed", "xfuser.core.long_ctx_attention"),
+        lambda: attentions.append(_set_up(parallel)),
+        lambda: _require_same_numbers(backbone.model, XfuserCore(cores[0], attentions[0]), parallel, dtype),
     )
-    for stage in stages:
-        reason = _first_reason(stage, parallel)
-        if reason:
+    for step in steps:
+        reason = None
+        try:
+            step()
+        except _FAILURES as error:
+            reason = f"on rank {parallel.rank}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = failure_on_any_rank(reason)
+        if reason is not None:
             logger.warning("xfuser cannot be used (%s): the torch backend exchanges tokens instead", reason)
             return False
     for block, core in zip(backbone.model.blocks, cores, strict=True):
-        block.self_attn.core = XfuserCore(core, made[0])
+        block.self_attn.core = XfuserCore(core, attentions[0])
     logger.info("xfuser exchanges tokens among the sequence ranks")
     return True
 
 
-def _first_reason(stage: Callable[[], None], parallel: Parallel) -> str | None:
-    """Why a stage failed, on the first rank on which it did; known to all ranks."""
-    reason = None
-    try:
-        stage()
-    except _FAILURES as error:
-        reason = f"on rank {parallel.rank}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return next((text for text in parallel.gather_objects(reason) if text), None)
-
-
-def _import() -> None:
-    importlib.import_module("xfuser.core.distributed")
-    importlib.import_module("xfuser.core.long_ctx_attention")
+def _import(*names: str) -> None:
+    for name in names:
+        importlib.import_module(name)
 
 
 def _set_up(parallel: Parallel) -> Callable[..., Tensor]:
@@ -109,18 +99,17 @@ def _set_up(parallel: Parallel) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def _compare(
-    model: nn.Module,
-    core: nn.Module,
-    attention: Callable[..., Tensor],
-    parallel: Parallel,
-    dtype: torch.dtype,
+def _require_same_numbers(
+    model: nn.Module, candidate: XfuserCore, parallel: Parallel, dtype: torch.dtype
 ) -> None:
+    """Compare with our exchange on a few tokens.
+
+    Raises:
+        ValueError: if the results differ.
+    """
     generator = torch.Generator().manual_seed(parallel.rank)
     shape = (3, 1, _PROBE_TOKENS, model.num_heads, model.dim // model.num_heads)
     q, k, v = torch.randn(shape, generator=generator).to(parallel.device, dtype).unbind(0)
-    expected = core(q, k, v, None)
-    found = XfuserCore(core, attention)(q, k, v, None)
-    difference = (found.float() - expected.float()).abs().max().item()
+    difference = (candidate(q, k, v, None).float() - candidate.core(q, k, v, None).float()).abs().max().item()
     if not difference <= _TOLERANCE:
         raise ValueError(f"its attention differs from ours by {difference:.2g}")

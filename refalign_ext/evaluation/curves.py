@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import save_figure
 
 PANELS = (
     ("flow-matching loss", ("loss/flow",)),
@@ -54,8 +54,7 @@ def draw_curves(metrics: Path, out: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    with atomic_open(out) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_figure(figure, out, dpi=110)
 
 
 def _smooth(values: list[float], share: float = 0.95) -> list[float]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import save_figure
 from refalign_ext.evaluation.features import Sample
 from refalign_ext.evaluation.separability import METRICS, Numbers, Place, SampleTokens
 
@@ -86,8 +86,7 @@ def draw(
     bar.close()
     _draw_curves(parts[-1], timestep, blocks, numbers)
     parts[-1].supxlabel(footer, fontsize=8, color="grey")
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_figure(figure, path, dpi=110)
 
 
 def _color(reference: int) -> tuple[float, float, float]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refalign_ext.backbone import ReferenceBackbone, build_dit, latent_shape, resolve_device
+from refalign_ext.atomic_io import write_json
+from refalign_ext.backbone import (
+    REFUSED_TASKS,
+    WAN_CONFIGS,
+    ReferenceBackbone,
+    build_dit,
+    latent_shape,
+    resolve_device,
+)
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.evaluation.feature_drawing import draw
-from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode, reference_tokens, sprite_samples
+from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode, reference_tokens
 from refalign_ext.evaluation.separability import Numbers, Place, SampleTokens, difference, summary
-from refalign_ext.pipeline import R2VPipeline, prepare_references, r2v_config
-from refalign_ext.sprites.judged import write_json
+from refalign_ext.pipeline import R2VPipeline
+from refalign_ext.references import prepare_reference
+from refalign_ext.tasks import TASKS, find_task
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -54,8 +64,13 @@ class PlotRequest:
     dtype: str = "auto"
 
 
-def plot_features(request: PlotRequest, out: Path) -> dict[str, Any]:
+def plot_features(
+    request: PlotRequest, out: Path, *, make_samples: Callable[..., list[Sample]]
+) -> dict[str, Any]:
     """Draw and measure the reference tokens of one or two checkpoints.
+
+    Args:
+        make_samples: (task's settings, clips=, subjects=, views=, seed=) -> samples, for a request without pictures.
 
     Writes `features.json` and, for each noise level, `features-t<level>.png` to `out`.
 
@@ -68,12 +83,12 @@ def plot_features(request: PlotRequest, out: Path) -> dict[str, Any]:
     """
     from tqdm import tqdm
 
-    config = r2v_config(request.task)
+    config = WAN_CONFIGS[find_task(request.task, family="r2v", refused=REFUSED_TASKS).name]
     blocks = _checked_blocks(request, config)
     for timestep in request.timesteps:
         if not 0 < timestep <= MAX_TIMESTEP:
             raise ValueError(f"--timestep {timestep:g}: noise levels lie above 0 and up to 1000 (pure noise)")
-    samples = _samples(request, config)
+    samples = _samples(request, config, make_samples)
     frames = config.frame_num if request.frame_num is None or not request.references else request.frame_num
     shape = latent_shape(tuple(config.size), frames, config)
     pipeline: R2VPipeline | None = None
@@ -81,7 +96,7 @@ def plot_features(request: PlotRequest, out: Path) -> dict[str, Any]:
     passes = sum(len(sample.views) for sample in samples)
     for name, checkpoint in request.checkpoints.items():
         if pipeline is None:
-            pipeline = _load(request, config, checkpoint)
+            pipeline = _load(request, checkpoint)
             encoded, count = encode(pipeline, samples, most_tokens=request.most_tokens, seed=request.seed)
         else:
             _replace_model(pipeline, checkpoint or request.ckpt_dir)
@@ -128,26 +143,28 @@ def _checked_blocks(request: PlotRequest, config: EasyDict) -> tuple[int, ...]:
     return tuple(sorted(set(blocks)))
 
 
-def _samples(request: PlotRequest, config: EasyDict) -> list[Sample]:
+def _samples(
+    request: PlotRequest, config: EasyDict, make_samples: Callable[..., list[Sample]]
+) -> list[Sample]:
     if request.references:
         if len(request.references) < 2:
             raise ValueError(
                 "--ref: references are told apart between two pictures or more: give another one"
             )
-        images = prepare_references(request.references, tuple(config.size))
+        images = [prepare_reference(path, tuple(config.size)) for path in request.references]
         return [Sample(request.prompt, [images])]
-    if request.task != "r2v-tiny":
+    if TASKS[request.task].bundled is None:
         raise ValueError(f"--task {request.task} needs pictures: give --ref PATH --ref PATH")
-    return sprite_samples(
+    return make_samples(
         config, clips=request.clips, subjects=request.subjects, views=request.views, seed=request.seed
     )
 
 
-def _load(request: PlotRequest, config: EasyDict, checkpoint: Path | None) -> R2VPipeline:
+def _load(request: PlotRequest, checkpoint: Path | None) -> R2VPipeline:
     device = resolve_device(request.device)
-    return R2VPipeline.load(
-        config,
+    return R2VPipeline.from_pretrained(
         request.ckpt_dir,
+        task=request.task,
         device=device,
         dtype=request.dtype,
         dit_ckpt=checkpoint,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,13 +22,12 @@ from refalign_ext.backbone import ReferenceBackbone, initial_noise, placed
 from refalign_ext.encoders import token_stride
 from refalign_ext.evaluation.separability import Place, SampleTokens
 from refalign_ext.layout import TokenLayout
-from refalign_ext.pipeline import Conditions, R2VPipeline
+from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import reference_to_tensor
-from refalign_ext.sprites.dataset import to_video_tensor
-from refalign_ext.sprites.world import render_clip, render_cross_reference, sample_clip, subjects_of
+from refalign_ext.tasks import Conditions
 
 if TYPE_CHECKING:
-    from easydict import EasyDict
+    pass
 
 WHITE_LEVEL = 250 / 127.5 - 1  # in [-1, 1]; a patch is white if nothing in it is darker
 MAX_TIMESTEP = 1000.0
@@ -59,38 +57,11 @@ class EncodedView:
 
 
 @dataclass(frozen=True)
-class EncodedSample:
+class EncodedViews:
     """A sample as the model sees it: the clip's latents [C, F, h, w] or None, and the views."""
 
     latents: Tensor | None
     views: list[EncodedView]
-
-
-def sprite_samples(
-    task: EasyDict, *, clips: int, subjects: int, views: int, seed: int, split: str = "held_out"
-) -> list[Sample]:
-    """Clips of the sprite world with several views of each of their subjects.
-
-    Raises:
-        ValueError: for fewer than 2 subjects, which leaves nothing to tell apart, or more than 3.
-    """
-    if not 2 <= subjects <= 3:
-        raise ValueError(f"--subjects {subjects}: references are told apart between 2 or 3")
-    width, height = task.size
-    samples = []
-    for index in range(clips):
-        rng = np.random.default_rng([seed, index])
-        clip = sample_clip(rng, subjects_of(split), subjects)
-        video, _ = render_clip(clip, task.frame_num, height, width)
-        pictures = [
-            [
-                Image.fromarray(render_cross_reference(rng, performance.subject, height, width)[0])
-                for performance in clip.performances
-            ]
-            for _ in range(views)
-        ]
-        samples.append(Sample(clip.caption, pictures, to_video_tensor(video)))
-    return samples
 
 
 def tokens_with_content(image: Image.Image, stride: tuple[int, int]) -> Tensor:
@@ -106,7 +77,7 @@ def tokens_with_content(image: Image.Image, stride: tuple[int, int]) -> Tensor:
 
 def encode(
     pipeline: R2VPipeline, samples: Sequence[Sample], *, most_tokens: int, seed: int
-) -> tuple[list[EncodedSample], dict[str, int]]:
+) -> tuple[list[EncodedViews], dict[str, int]]:
     """Encodes texts, references and clips, and chooses the tokens that count.
 
     Args:
@@ -134,13 +105,12 @@ def encode(
             count["total"] += sum(len(row) for row in rows)
             count["white"] += sum(int((~row).sum()) for row in rows)
             count["kept"] += sum(int(row.sum()) for row in thin)
-            conditions = pipeline.prepare(sample.prompt, images, size=images[0].size)
-            views.append(EncodedView(conditions, torch.stack(thin)))
+            request = pipeline.task.request(sample.prompt, images, size=images[0].size)
+            views.append(EncodedView(pipeline.prepare(request), torch.stack(thin)))
         latents = None
         if sample.video is not None:
-            with placed(pipeline.vae.model, pipeline.device, offload=pipeline.offload_model):
-                latents = pipeline.vae.encode([sample.video.to(pipeline.device)])[0].float()
-        encoded.append(EncodedSample(latents, views))
+            latents = pipeline.encode_videos([sample.video])[0].float()
+        encoded.append(EncodedViews(latents, views))
     count["thinned"] = count["total"] - count["white"] - count["kept"]
     return encoded, count
 
@@ -157,7 +127,7 @@ def _thinned(row: Tensor, most: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def reference_tokens(
     pipeline: R2VPipeline,
-    samples: Sequence[EncodedSample],
+    samples: Sequence[EncodedViews],
     *,
     blocks: Sequence[int],
     timesteps: Sequence[float],
@@ -202,7 +172,7 @@ def reference_tokens(
 
 def _noisy_latents(
     backbone: ReferenceBackbone,
-    sample: EncodedSample,
+    sample: EncodedViews,
     view: EncodedView,
     noise: Tensor,
     timesteps: Sequence[float],

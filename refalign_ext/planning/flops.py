@@ -11,13 +11,12 @@ attention computes again in its backward, and the blocks that activation checkpo
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-CHECKPOINTING = ("none", "full", "selective")
+from refalign_ext.lora import select_layers
 
 # Dense bf16 tensor throughput with float32 accumulation, without sparsity, from the vendors' data sheets and architecture
 # white papers. The first entry of which all words occur in the device's name counts.
@@ -173,7 +172,7 @@ class _Cost(NamedTuple):
 
 
 def lora_layers(shape: ModelShape, targets: str) -> dict[str, Linear]:
-    """The layers of the whole model that `targets` selects, as `refalign_ext.lora.matching_layers` does.
+    """The layers of the whole model that `targets` selects, see `refalign_ext.lora.add_lora`.
 
     Raises:
         ValueError: if a target selects nothing or is no regular expression.
@@ -184,34 +183,12 @@ def lora_layers(shape: ModelShape, targets: str) -> dict[str, Linear]:
     }
     for index in range(shape.num_layers):
         layers |= {f"blocks.{index}.{name}": layer for name, layer in shape.block_linears.items()}
-    entries = [targets] if targets.startswith("re:") else [entry.strip() for entry in targets.split(",")]
-    chosen: set[str] = set()
-    for entry in entries:
-        if entry.startswith("re:"):
-            try:
-                pattern = re.compile(entry.removeprefix("re:"))
-            except re.error as error:
-                raise ValueError(f"LoRA target {entry!r} is no regular expression: {error}") from error
-            found = {name for name in layers if pattern.fullmatch(name)}
-        else:
-            found = {name for name in layers if entry and f".{entry}." in f".{name}."}
-        if not found:
-            listed = ", ".join(shape.block_linears)
-            raise ValueError(
-                f"LoRA target {entry!r} matches no linear layer: in each block there are {listed}"
-            )
-        chosen |= found
-    return {name: layer for name, layer in layers.items() if name in chosen}
+    return {name: layers[name] for name in select_layers(list(layers), targets)}
 
 
 def lora_parameters(shape: ModelShape, rank: int, targets: str) -> int:
     """Parameters of all adapters."""
     return rank * sum(layer.inputs + layer.outputs for layer in lora_layers(shape, targets).values())
-
-
-def forward_flops(shape: ModelShape, video_tokens: int, reference_tokens: int = 0) -> int:
-    """One pass over one sample; reference tokens skip the cross-attention."""
-    return step_flops(shape, video_tokens, reference_tokens).forward
 
 
 def step_flops(
@@ -237,12 +214,8 @@ def step_flops(
         lora_rank, lora_targets: with a rank only adapters get gradients of weights.
 
     Raises:
-        ValueError: for an unknown kind of checkpointing or LoRA target.
+        ValueError: for an unknown LoRA target.
     """
-    if checkpointing not in CHECKPOINTING:
-        raise ValueError(
-            f"activation_checkpointing {checkpointing!r}: choose one of {', '.join(CHECKPOINTING)}"
-        )
     tokens = {
         "all": video_tokens + reference_tokens,
         "video": video_tokens,
@@ -326,8 +299,3 @@ def peak_flops(device: torch.device | str) -> float | None:
         if all(word.lower() in words for word in wanted):
             return peak
     return None
-
-
-def model_flops_utilization(flops: float, seconds: float, devices: int, peak: float | None) -> float | None:
-    """MFU: `flops` (model FLOPs of all devices together) in `seconds` as a share of the peak; None without a peak."""
-    return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)

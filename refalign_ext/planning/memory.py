@@ -25,16 +25,6 @@ from refalign_ext.planning.flops import AlignmentShape, Linear, ModelShape
 
 FULL, HALF = 4, 2  # bytes of float32 and bfloat16
 
-# Frozen vision models by their name in `refalign_ext.teachers`: parameters (of the vision tower) and feature width.
-TEACHER_SIZES: Mapping[str, tuple[int, int]] = {
-    "dinov3-b": (85_660_416, 768),
-    "dinov3-l": (303_129_600, 1024),
-    "dinov3-h+": (840_592_640, 1280),
-    "siglip2-so400m": (428_772_800, 1152),
-    "qwen2.5-vl-7b": (676_550_144, 3584),
-    "dinov3-tiny": (820_000, 128),
-    "siglip2-tiny": (1_020_800, 128),
-}
 _WAN_VAE_PARAMETERS, _WAN_VAE_WIDTH = 126_892_531, 96
 
 

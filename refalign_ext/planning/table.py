@@ -1,4 +1,4 @@
-"""A plan as a table of plain text: who holds what, memory by item, bytes received, what would make it fit."""
+"""The table of a plan in plain text: who holds what, memory by item, bytes received, what would make it fit."""
 
 from __future__ import annotations
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 
+from refalign_ext.atomic_io import atomic_path, write_json
 from refalign_ext.backbone import (
     WAN_CONFIGS,
     build_dit,
@@ -59,16 +59,12 @@ def write_dit(folder: Path, checkpoint: Path) -> None:
     found = read_any_dit(checkpoint)
     model = build_dit(found, WAN_CONFIGS[TASK], checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{DIT_FILE}.part"
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, aside, metadata={"format": "pt"})
-    aside.replace(folder / DIT_FILE)
-    aside = folder / "config.json.part"
-    aside.write_text(json.dumps(found.config, indent=2) + "\n")
-    aside.replace(folder / "config.json")
+    with atomic_path(folder / DIT_FILE) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    write_json(folder / "config.json", found.config, indent=2)
 
 
 def _save_pth(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    aside = path.with_name(path.name + ".part")
-    torch.save(tensors, aside)
-    aside.replace(path)
+    with atomic_path(path) as unfinished:
+        torch.save(tensors, unfinished)

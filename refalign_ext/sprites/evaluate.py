@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,18 +20,16 @@ from refalign_ext.backbone import (
     make_solver,
     resolve_device,
 )
-from refalign_ext.checkpoint.checkpointer import read_meta
-from refalign_ext.checkpoint.reading import read_any_dit, read_teacher_input
-from refalign_ext.config import recipe, with_overrides
-from refalign_ext.encoders import on_grid, teacher_folder, text_encoder
+from refalign_ext.checkpoint.reading import read_any_dit
+from refalign_ext.encoders import text_encoder
 from refalign_ext.guidance import NULL, TEXT_IMAGE, combine_branches, required_branches
-from refalign_ext.projectors import teacher_input_from_tensors
 from refalign_ext.sampler import denoise
+from refalign_ext.sprites.ablations.teacher_input import NAME as TEACHER_INPUT
+from refalign_ext.sprites.ablations.teacher_input import ReferenceContext, saved_reference_context
 from refalign_ext.sprites.dataset import to_frames, to_video_tensor
 from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
 from refalign_ext.sprites.vae_onepass import decode_latents, encode_latents, lay_channels_last
 from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
-from refalign_ext.teachers import load_teacher
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 REFERENCES = ("own", "shuffled")
 SHEET_FRAMES = 5  # of a clip in a contact sheet
 Reference = tuple[np.ndarray, float, float]  # image [H, W, 3] uint8, angle in radians, scale
-ReferenceInput = Callable[[Tensor], Tensor]
-"""Images [K, 3, H, W] in [-1, 1] -> what goes into the DiT beside their latents, [K, N, dim]."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +148,12 @@ class SpriteEvaluator:
         job: Job,
         batch_size: int = 16,
         progress: bool = False,
-        reference_input: ReferenceInput | None = None,
+        reference_context: ReferenceContext | None = None,
     ) -> Evaluation:
         """Generate and judge a job's clips; clip `index` has its own seed, whatever the batch size.
 
         Args:
-            reference_input: of a model that was trained with `teacher_input`; see `reference_input_of`.
+            reference_context: of a model that was trained with `teacher_input`; see `ablations.teacher_input`.
         """
         from tqdm import tqdm
 
@@ -165,7 +162,7 @@ class SpriteEvaluator:
         try:
             for start in range(0, job.clips, batch_size):
                 drawn = everything[start : start + batch_size]
-                videos = self._sample(backbone, job, start, drawn, reference_input)
+                videos = self._sample(backbone, job, start, drawn, reference_context)
                 for (clip, references), video in zip(drawn, videos, strict=True):
                     self._add(result, clip, to_frames(video), references)
                 bar.update(len(drawn))
@@ -188,7 +185,7 @@ class SpriteEvaluator:
         job: Job,
         start: int,
         drawn: list,
-        reference_input: ReferenceInput | None,
+        reference_context: ReferenceContext | None,
     ) -> Tensor:
         task, device = self.task, self.vae.device
         image_scale = task.ref_guide_scale if job.ref_guide_scale is None else job.ref_guide_scale
@@ -219,15 +216,15 @@ class SpriteEvaluator:
         names = required_branches(image_scale, text_scale)
         context = [text for name in names for text in (prompts if name == TEXT_IMAGE else negative)]
         clean = [row for name in names for row in references * (name != NULL)]
-        added = None
-        if reference_input is not None:
-            tokens = reference_input(images[:, :, :, 0].flatten(0, 1)).unflatten(0, images.shape[:2])
-            added = torch.cat([tokens * (name != NULL) for name in names])  # [B, M, N, dim] of each branch
+        around_pass = nullcontext
+        if reference_context is not None:
+            around_pass = reference_context(images[:, :, :, 0], [name != NULL for name in names])
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             times = timestep.expand(len(clean)).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                output = backbone(list(latents) * len(names), times, context, clean, reference_input=added)
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+            with autocast, around_pass():
+                output = backbone(list(latents) * len(names), times, context, clean)
             chunks = torch.stack(output.prediction).float().chunk(len(names))
             return combine_branches(dict(zip(names, chunks, strict=True)), image_scale, text_scale)
 
@@ -265,35 +262,10 @@ def judge_folder(
         return evaluator.reconstruct(job, through_vae=what == "reconstruction", progress=progress)
     lay_channels_last(vae.model)
     source = dit_ckpt or folder
-    checkpoint = read_any_dit(source, with_teacher_input=True)
+    checkpoint = read_any_dit(source, extra=(TEACHER_INPUT,))
     model = build_dit(checkpoint, task, source, device=place, dtype=torch.float32).requires_grad_(False)
-    reference_input = reference_input_of(source, task, folder, place, model.dim)
-    return evaluator.generate(model, job, progress=progress, reference_input=reference_input)
-
-
-def reference_input_of(
-    source: Path, task: EasyDict, folder: Path, device: torch.device, dim: int
-) -> ReferenceInput | None:
-    """What a checkpoint that was trained with `teacher_input` adds to its references, or None for any other.
-
-    Args:
-        source: the DiT's checkpoint; its settings name the teacher.
-        folder: of the frozen parts, with the task's own teacher.
-        dim: width of the DiT.
-
-    Raises:
-        ValueError: if the teacher is not there or is another one.
-    """
-    tensors = read_teacher_input(source)
-    if not tensors:
-        return None
-    named = read_meta(source)["settings"]["alignment"]
-    overrides = {f"alignment.{name}": named[name] for name in ("teacher", "teacher_path")}
-    path = teacher_folder(with_overrides(recipe("tiny"), overrides), task, folder)
-    teacher = load_teacher(named["teacher"], path, device=device)
-    module = teacher_input_from_tensors(tensors, teacher_dim=teacher.dim, dim=dim, source=str(source))
-    module, features = module.to(device).requires_grad_(False), on_grid(teacher, task)
-    return lambda images: module(features(images))
+    context = saved_reference_context(source, folder, model, place)
+    return evaluator.generate(model, job, progress=progress, reference_context=context)
 
 
 def contact_sheet(

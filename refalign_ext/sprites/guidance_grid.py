@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import save_figure, write_json, write_text
 from refalign_ext.sprites.evaluate import Job
 from refalign_ext.sprites.judge import wilson
-from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares, percent, write_json, write_text
+from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,8 +216,7 @@ def _draw(cells: Cells, axes: Sequence[Sequence[float]], path: Path) -> None:
         panel.legend(fontsize=8)
     for panel, metric in zip(bottom.subplots(1, len(SHOWN)), SHOWN, strict=True):
         _heat_map(panel, cells, axes, metric)
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_figure(figure, path, dpi=110)
 
 
 def _heat_map(panel: Axes, cells: Cells, axes: Sequence[Sequence[float]], metric: str) -> None:

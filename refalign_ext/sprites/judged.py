@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import atomic_open, write_json
 from refalign_ext.backbone import (
     WAN_CONFIGS,
     checkpoint_files,
@@ -148,18 +148,6 @@ def percent(row: dict[str, float] | None) -> str:
         return "-"
     low = max(row["low"], 0.0)  # by rounding it can be less
     return f"{100 * row['share']:.1f} [{100 * low:.0f}-{100 * row['high']:.0f}]"
-
-
-def write_json(path: Path, entry: dict[str, Any], *, indent: int | None = 1) -> None:
-    """Write a JSON file whole or not at all; `indent` None puts all on one line, for many answers."""
-    with atomic_open(path) as file:
-        file.write((json.dumps(entry, indent=indent, allow_nan=False) + "\n").encode())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with atomic_open(path) as file:
-        file.write(text.encode())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.atomic_io import write_json, write_text
 from refalign_ext.sprites.evaluate import Job
-from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, percent, write_json, write_text
+from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, percent
 from refalign_ext.sprites.world import WORLD_VERSION, subjects_of
 
 

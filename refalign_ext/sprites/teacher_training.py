@@ -13,8 +13,6 @@ from refalign_ext.training.muon import Muon
 
 SIDE = 48  # pixels of a view, as of a clip of r2v-tiny
 PATCH = 8  # pixels: VAE stride 4 times DiT patch 2, so that teacher and DiT grids match
-HIDDEN = {"small": 64, "tiny": 128, "large": 256}
-"""Width by size: a quarter, all and four times the parameters of the embedded teacher."""
 LAYERS, HEAD = 4, 32  # blocks, channels of a head
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refalign_ext.sprites.teacher_training import HEAD, HIDDEN, LAYERS, PATCH, SIDE, to_images
+from refalign_ext.sprites.teacher_settings import HIDDEN
+from refalign_ext.sprites.teacher_training import HEAD, LAYERS, PATCH, SIDE, to_images
 from refalign_ext.sprites.text import write_tokenizer
 from refalign_ext.sprites.world import Clip, Subject, render_clip, sample_clip, sample_reference, subjects_of
 from refalign_ext.teachers import SIGLIP_MEAN, SIGLIP_STD

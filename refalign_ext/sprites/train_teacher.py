@@ -13,16 +13,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import atomic_folder, atomic_open
 from refalign_ext.sprites.teacher_probe import feature_picture, linear_probe
-from refalign_ext.sprites.teacher_training import HEAD, HIDDEN, LAYERS, PATCH, SIDE, to_images, train
+from refalign_ext.sprites.teacher_settings import HIDDEN, KINDS, TeacherSettings
+from refalign_ext.sprites.teacher_training import HEAD, LAYERS, PATCH, SIDE, to_images, train
 from refalign_ext.sprites.train_siglip import CaptionLesson
 from refalign_ext.sprites.world import (
     BACKGROUNDS,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from transformers import DINOv3ViTModel
 
 LARGEST_TILT = REFERENCE_TILT[1]
-KINDS = {"dinov3": "dinov3-tiny", "siglip2": "siglip2-tiny"}
-"""What can be trained and its name in `refalign_ext.teachers`."""
 
 
 def build_teacher(seed: int = 0, size: str = "tiny") -> DINOv3ViTModel:
@@ -172,33 +170,13 @@ class ViewLesson:
         return f"cross-view retrieval: trained subjects {shares[0]}, held-out {shares[1]}"
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--kind", type=click.Choice(list(KINDS)), default="dinov3", help="What it is and learns from.")
-@click.option(
-    "--size", type=click.Choice(list(HIDDEN)), default="tiny", help="A quarter, 0.8 M or four times."
-)
-@click.option("--steps", type=click.IntRange(0), default=1500, help="0 writes an untrained one.")
-@click.option(
-    "--batch_size", type=click.IntRange(2), default=64, help="Subjects a step; dinov3 sees each twice."
-)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs/teacher"))
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--learning_rate", default=2e-3, help="Of AdamW.")
-@click.option("--muon_learning_rate", default=5e-3, help="Of Muon, on the blocks' matrices.")
-def main(
-    kind: str,
-    size: str,
-    steps: int,
-    batch_size: int,
-    out: Path,
-    seed: int,
-    learning_rate: float,
-    muon_learning_rate: float,
-) -> None:
-    """Train a teacher, write it as a transformers folder, and read back what it knows."""
+def train_teacher(settings: TeacherSettings, out: Path) -> None:
+    """Train a teacher, write it as a transformers folder `teacher`, and write down what a linear probe reads from it."""
     from PIL import Image
 
-    lesson = (ViewLesson if kind == "dinov3" else CaptionLesson)(seed, size, batch_size)
+    kind, size = settings.kind, settings.size
+    lesson_class = ViewLesson if kind == "dinov3" else CaptionLesson
+    lesson = lesson_class(settings.seed, size, settings.batch_size)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("w", buffering=1) as log:
 
@@ -207,14 +185,22 @@ def main(
             log.write(line + "\n")
 
         count = sum(parameter.numel() for parameter in lesson.model.parameters())
-        write(f"{kind} {size}, {count / 1e6:.2f} M parameters, {steps} steps of {batch_size}, seed {seed}")
-        rates = {"learning_rate": learning_rate, "muon_learning_rate": muon_learning_rate}
-        train(lesson, steps=steps, seed=seed, write=write, **rates)
-        folder, aside = out / "teacher", out / "teacher.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        lesson.model.to(torch.bfloat16).save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        write(
+            f"{kind} {size}, {count / 1e6:.2f} M parameters, {settings.steps} steps of {settings.batch_size}, "
+            f"seed {settings.seed}"
+        )
+        train(
+            lesson,
+            steps=settings.steps,
+            seed=settings.seed,
+            write=write,
+            learning_rate=settings.learning_rate,
+            muon_learning_rate=settings.muon_learning_rate,
+        )
+        folder = out / "teacher"
+        with atomic_folder(folder) as unfinished:
+            lesson.model.to(torch.bfloat16).save_pretrained(unfinished)
+            shutil.rmtree(folder, ignore_errors=True)
         teacher = load_teacher(KINDS[kind], folder)
         known = [
             f"{name} {share:.1%} (chance {chance:.1%})"
@@ -223,8 +209,3 @@ def main(
         write(f"linear probe on held-out subjects, features averaged over the patches: {', '.join(known)}")
         with atomic_open(out / "features.png") as file:
             Image.fromarray(feature_picture(teacher)).save(file, format="PNG")
-    click.echo(f"wrote {folder}, log.txt and features.png")
-
-
-if __name__ == "__main__":
-    main()

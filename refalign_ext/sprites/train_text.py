@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -120,11 +119,7 @@ def read_back(
     return shares, time.monotonic() - began
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--steps", type=click.IntRange(1), default=2000)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs/text"))
-@click.option("--seed", type=click.IntRange(0), default=0)
-def main(steps: int, out: Path, seed: int) -> None:
+def train_text_encoder(out: Path, *, steps: int, seed: int) -> None:
     """Train the embedded text encoder and write `text.pt`, a state dict in transformers' names."""
     from transformers import PreTrainedTokenizerFast
 
@@ -142,7 +137,7 @@ def main(steps: int, out: Path, seed: int) -> None:
         names = ("present", "order", "shape", "size", "motion")
         answers = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
         lines.append(f"{label}: {answers} ({count} steps, {seconds:.0f} s)")
-        click.echo(lines[-1])
+        print(lines[-1], flush=True)
         if train:
             with atomic_path(out / "text.pt") as aside:
                 torch.save(encoder.state_dict(), aside)

@@ -1,4 +1,4 @@
-"""Train the embedded VAE on sprites: `python -m refalign_ext.sprites.train_vae`. Resumes by itself.
+"""Train the embedded VAE on sprites: `python -m refalign_ext sprites train-vae`. Resumes by itself.
 
 Single images first (a Wan VAE encodes a reference as one frame), then nine-frame clips mixed with images, then whole frames
 while some channels learn to tell places (`vae_latents`). In an earlier trial the library's own initialisation with a usual
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
@@ -234,27 +233,12 @@ def run_stage(vae: AutoencoderKLWan, stage: Stage, out: Path, save_every: int, d
                 torch.save(state, aside)
 
 
-@click.command(context_settings={"show_default": True})
-@click.option(
-    "--image_steps", type=click.IntRange(0), default=200, help="Steps on single images before clips join."
-)
-@click.option("--steps", type=click.IntRange(1), default=2400, help="Steps on pictures.")
-@click.option(
-    "--place_steps", type=click.IntRange(1), default=700, help="Steps on pictures and places, after them."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("outputs/vae"), help="Folder for the state."
-)
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--size", default=48, help="Side of the rendered frames in pixels.")
-@click.option("--frames", type=click.IntRange(1), default=9)
-@click.option("--crop", default=32, help="Side of the training crops of clips in pixels.")
-@click.option("--save_every", type=click.IntRange(1), default=200)
-def main(
+def train_vae(
+    out: Path,
+    *,
     image_steps: int,
     steps: int,
     place_steps: int,
-    out: Path,
     seed: int,
     size: int,
     frames: int,
@@ -298,8 +282,3 @@ def main(
     run_stage(vae, Stage("places", place_steps, (0.01, 1.5e-3), whole_frames, places), out, save_every, data)
     with atomic_path(out / "vae.pt") as aside:
         torch.save(vae.eval().state_dict(), aside)
-    click.echo(f"wrote {out / 'vae.pt'}")
-
-
-if __name__ == "__main__":
-    main()

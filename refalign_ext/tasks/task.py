@@ -42,22 +42,16 @@ class Conditions:
 
 
 class ConditionEncoders(Protocol):
-    """What `Task.prepare` encodes with; `R2VPipeline` is one."""
+    """What `Task.prepare` encodes with: the methods of `R2VPipeline` by these names."""
 
     config: EasyDict
     device: Any
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
-        """Embeddings [L, text_dim], one per text."""
-        ...
+    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]: ...
 
-    def encode_videos(self, videos: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [C, f, h, w] of videos [3, F, H, W] in [-1, 1], each encoded alone."""
-        ...
+    def encode_videos(self, videos: Sequence[Tensor]) -> list[Tensor]: ...
 
-    def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int, int]:
-        """[C, f, h, w] of the request's video."""
-        ...
+    def latent_shape(self, request: GenerationRequest) -> tuple[int, int, int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +119,7 @@ class Task:
         Args:
             prompt: what happens.
             references: pictures or their files.
-            roles: one per reference; None: all are subjects.
+            roles: one per reference, or one for all; None: all are subjects.
             given: further fields of `GenerationRequest`.
 
         Raises:
@@ -137,10 +131,13 @@ class Task:
             raise ValueError(
                 f"{len(references)} references given: at most {MAX_REFERENCES} are possible, drop some"
             )
-        if roles is None:
-            roles = ["subject"] * len(references)
+        roles = roles or ["subject"]
+        if len(roles) == 1:
+            roles = list(roles) * len(references)
         if len(roles) != len(references):
-            raise ValueError(f"{len(roles)} roles for {len(references)} references: give one role each")
+            raise ValueError(
+                f"{len(roles)} roles for {len(references)} references: give one role each, or one for all"
+            )
         pairs = tuple(
             Reference(image, parse_role(role)) for image, role in zip(references, roles, strict=True)
         )
@@ -188,6 +185,36 @@ class Task:
                 f"size {width}*{height} is not one that task {self.name} makes: the nearest is {nearest} "
                 f"(of {', '.join(self.sizes)})"
             )
+
+    def require_inputs(self, request: GenerationRequest) -> None:
+        """Refuses a request of a program's user that lacks something; Python callers may leave references out.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        for name in self.needs:
+            if not (request.references if name == "references" else dict(request.inputs).get(name)):
+                raise ValueError(f"task {self.name} needs {name.replace('_', ' ')}: pass {flag_of(name)}")
+        if not request.prompt.strip():
+            raise ValueError(f"task {self.name} needs a prompt: pass --prompt 'what happens'")
+
+    def checkpoint_folder(self, given: Path | None) -> Path:
+        """The checkpoint folder: the one given, else the bundled one.
+
+        Raises:
+            ValueError: if there is none, with the command that downloads it.
+        """
+        folder = given or self.bundled
+        if folder is None:
+            assert self.download is not None
+            local = self.download.partition("/")[2]
+            raise ValueError(
+                f"task {self.name} needs --ckpt_dir: get the folder with "
+                f"`hf download {self.download} --local-dir {local}`"
+            )
+        if not folder.is_dir():
+            raise ValueError(f"checkpoint folder {folder} does not exist: download it or correct --ckpt_dir")
+        return folder
 
     def open(self, request: GenerationRequest) -> GenerationRequest:
         """The request with its files read and prepared; a bad one is found before any weights are loaded.

@@ -1,127 +1,124 @@
-"""Build a `Trainer` from a configuration: load the frozen parts, make or load the DiT, open the data."""
+"""Build a `Trainer` from a configuration: open the data, make or load the trained modules, attach what runs beside them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from refalign_ext.backbone import ReferenceBackbone, WanModel, WanVAE, build_dit, dit_arguments
-from refalign_ext.checkpoint.reading import read_any_dit, read_teacher_input
+from refalign_ext.backbone import ReferenceBackbone, WanModel, build_dit, dit_arguments
+from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.config import TrainConfig
-from refalign_ext.data.cache.reader import CachedText
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
-from refalign_ext.encoders import checkpoint_folder, task_config, teacher_folder, text_encoder
+from refalign_ext.encoders import Encoders
 from refalign_ext.lora import TARGETS, add_lora
-from refalign_ext.projectors import (
-    ReferenceProjectors,
-    TeacherInput,
-    projectors_from_tensors,
-    teacher_input_from_tensors,
-)
-from refalign_ext.teachers import Teacher, load_teacher
-from refalign_ext.training.sources import (
-    clip_sources,
-    open_caches,
-    require_clip_sets,
-    sampling_of,
-    sprite_sources,
-    with_cached_variants,
-)
-from refalign_ext.training.trainer import EncodeText, Trainer
+from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
+from refalign_ext.training.data_source import DataSource
+from refalign_ext.training.extra_module import ExtraModule
+from refalign_ext.training.trainer import Trainer, TrainerHooks
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
 
-def build_trainer(config: TrainConfig, parallel: Parallel) -> Trainer:
-    """Everything a run needs, on this rank. Nothing is written: that begins with `Source.prepare`.
+def build_trainer(
+    config: TrainConfig,
+    parallel: Parallel,
+    source: DataSource,
+    encoders: Encoders,
+    *,
+    extra_modules: Sequence[ExtraModule] = (),
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Trainer:
+    """The trainer of a run, on this rank. Nothing is written: that begins with `Source.prepare`.
+
+    Args:
+        config: every setting; those that the data decides are filled in.
+        source: the kind of data.
+        encoders: of the same configuration.
+        extra_modules: those that exist; the configuration says which of them are used.
+        stop_requested: see `TrainerHooks`.
 
     Raises:
         ValueError: for missing or unfitting files and settings, named one by one.
     """
-    task, folder, device = task_config(config), checkpoint_folder(config), parallel.device
-    if config.data is None and config.task != "r2v-tiny":
-        raise ValueError(f"--task {config.task} needs --data MANIFEST.jsonl (docs/data.md)")
     if config.recipe == "paper_stage2" and config.dit_ckpt is None:
         raise ValueError(
             "--recipe paper_stage2 goes on from the first stage: name its result with --dit_ckpt"
         )
     if config.lora_rank and config.from_scratch:
         raise ValueError("--lora_rank adapts weights that exist: leave --from_scratch out")
-    require_clip_sets(config)
-    config = with_cached_variants(config)
-    sampling = sampling_of(config, task)
-    caches = open_caches(config, sampling, parallel)
-    teacher = None
-    if config.needs_teacher:
-        path = teacher_folder(config, task, folder)
-        teacher = load_teacher(config.alignment.teacher, path, device=device)
-    vae = WanVAE(vae_pth=folder / task.vae_checkpoint, device=device, config=task.vae)
-    model, projectors = build_trained_modules(config, task, folder, teacher, parallel)
+    config = source.complete(config)
+    data = source.open(config, encoders, parallel)
+    wanted = [extra for extra in extra_modules if getattr(config, extra.name)]
+    teacher_dim = encoders.teacher.dim if encoders.teacher is not None and config.alignment.weight else None
+    model, projectors = build_trained_modules(
+        config, encoders.task, encoders.folder, teacher_dim, parallel, extra=[extra.name for extra in wanted]
+    )
     if config.lora_rank:
         alpha = config.lora_alpha or float(config.lora_rank)
         add_lora(model, config.lora_rank, alpha, config.lora_targets or TARGETS, seed=config.seed)
     backbone = ReferenceBackbone(model.train())
     trained = parallelize(backbone, projectors, parallel, config)
-    if config.teacher_input:
+    hooks = TrainerHooks(stop_requested)
+    for extra in wanted:
         assert parallel.is_alone, "the plan refuses several ranks"
-        trained.teacher_input = _teacher_input(config, folder, model.dim, teacher).to(device)
-
-    if config.data is None:
-        source, validation = sprite_sources(config, task, folder, vae, teacher)
-    else:
-        source, validation = clip_sources(config, task, sampling, vae, teacher, caches, parallel)
-
-    def load_text_encoder() -> EncodeText:
-        return text_encoder(folder, task, torch.device("cpu") if config.t5_cpu else device, device)
-
-    encode_text = CachedText(caches, device, load_text_encoder) if caches else load_text_encoder()
-    return Trainer(config, backbone, trained, source, encode_text, parallel, validation)
+        attached = extra.attach(config, model, encoders)
+        trained.add_module(extra.name, attached.module)
+        hooks = TrainerHooks(stop_requested, attached.around_forward)
+    return Trainer(
+        config, backbone, trained, data.training, data.encode_text, parallel, data.validation, hooks
+    )
 
 
 def build_trained_modules(
-    config: TrainConfig, task: EasyDict, folder: Path, teacher: Teacher | None, parallel: Parallel
+    config: TrainConfig,
+    task: EasyDict,
+    folder: Path,
+    teacher_dim: int | None,
+    parallel: Parallel,
+    *,
+    extra: Collection[str] = (),
 ) -> tuple[torch.nn.Module, ReferenceProjectors | None]:
+    """The DiT and its projectors, new or from the checkpoint that the run starts from.
+
+    Args:
+        folder: of the checkpoint, where `dit_ckpt` names no other.
+        teacher_dim: width of the features to align to; None: no projectors.
+        extra: extra modules that the run uses, without which their checkpoints would be other models.
+
+    Raises:
+        ValueError: for weights that do not fit.
+    """
     saved_projectors = {}
     if config.from_scratch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = WanModel(**dit_arguments(task))
     else:
-        checkpoint = read_any_dit(Path(config.dit_ckpt or folder), with_teacher_input=config.teacher_input)
+        source = Path(config.dit_ckpt or folder)
+        checkpoint = read_any_dit(source, extra=extra)
         saved_projectors = checkpoint.projectors
         # Several ranks leave the weights in the file: sharding reads each rank's part and makes float32 of it.
         dtype = None
         if parallel.is_alone:
             frozen_half = config.lora_rank and config.precision == "bf16"
             dtype = torch.bfloat16 if frozen_half else torch.float32
-        model = build_dit(checkpoint, task, source=str(config.dit_ckpt or folder), device="cpu", dtype=dtype)
-    depth = config.alignment.depth
-    if not config.alignment.weight:
-        teacher = None
-    if teacher is not None and depth > len(model.blocks):
+        model = build_dit(checkpoint, task, source=str(source), device="cpu", dtype=dtype)
+    depth, projectors = config.alignment.depth, None
+    if teacher_dim is not None and depth > len(model.blocks):
         raise ValueError(f"--alignment.depth {depth}: {config.task} has {len(model.blocks)} blocks")
-    projectors = None
-    if teacher is not None and saved_projectors and not config.alignment.new_projectors:
+    if teacher_dim is not None and saved_projectors and not config.alignment.new_projectors:
         projectors = projectors_from_tensors(
-            saved_projectors, student_dim=model.dim, teacher_dim=teacher.dim, depth=depth, source="--dit_ckpt"
+            saved_projectors, student_dim=model.dim, teacher_dim=teacher_dim, depth=depth, source="--dit_ckpt"
         )
-    elif teacher is not None:
+    elif teacher_dim is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + 1)
-            projectors = ReferenceProjectors(model.dim, teacher.dim, depth)
+            projectors = ReferenceProjectors(model.dim, teacher_dim, depth)
     if parallel.is_alone:
         model.to(parallel.device)
     return model, None if projectors is None else projectors.to(parallel.device, torch.float32)
-
-
-def _teacher_input(config: TrainConfig, folder: Path, dim: int, teacher: Teacher) -> TeacherInput:
-    """That of the checkpoint that the run starts from, or a new one."""
-    source = Path(config.dit_ckpt or folder)
-    saved = {} if config.from_scratch else read_teacher_input(source)
-    if not saved:
-        return TeacherInput(teacher.dim, dim)
-    return teacher_input_from_tensors(saved, teacher_dim=teacher.dim, dim=dim, source=str(source))

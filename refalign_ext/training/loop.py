@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from tqdm import tqdm
 
 from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import TARGETS
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, peak_flops, step_flops
-from refalign_ext.training.logging import LossSpikeDetector, RunLog, Throughput, TimestepBins
+from refalign_ext.training.data_source import Preview
+from refalign_ext.training.metrics import LossSpikeDetector, Throughput, TimestepBins
+from refalign_ext.training.run_log import RunLog
 from refalign_ext.training.trainer import StepReport, Trainer
 
 logger = logging.getLogger(__name__)
-
-Preview = Callable[[int], dict[str, float]]
 
 
 def train_loop(
@@ -57,7 +56,7 @@ def train_loop(
             bar.set_postfix_str(_summary(report.values), refresh=False)
             bar.update()
             if spikes.is_spike(report.values["loss/total"]):
-                _tell_spike(trainer, report)
+                _warn_of_spike(trainer, report)
             if step % config.log_every == 0 or ends:
                 log.log(step, {**report.values, **meter.values()})
             if step % config.save_every == 0 or ends:
@@ -85,7 +84,7 @@ def _summary(values: dict[str, float]) -> str:
     )
 
 
-def _tell_spike(trainer: Trainer, report: StepReport) -> None:
+def _warn_of_spike(trainer: Trainer, report: StepReport) -> None:
     names = trainer.parallel.gather_objects(report.samples)
     if trainer.parallel.is_main:
         every = list(dict.fromkeys(name for rank in names for name in rank))
@@ -102,7 +101,6 @@ class _Meter:
         peak, world = peak_flops(trainer.device), trainer.parallel.sizes.world
         self.trainer = trainer
         self.speed = Throughput(trainer.device, peak_flops=None if peak is None else peak * world)
-        trainer.waiting = self.speed.waiting
         self._shape = ModelShape.of(trainer.trained.dit)
         projectors, alignment = trainer.trained.projectors, trainer.config.alignment
         self._alignment = None
@@ -115,7 +113,7 @@ class _Meter:
         data = self.trainer.parallel.sizes.data
         tokens = sum(layout.tokens for layout in report.layouts)
         flops = sum(self._flops(layout) for layout in report.layouts)
-        self.speed.step(self.trainer.clips_per_step, tokens * data, flops * data)
+        self.speed.step(self.trainer.clips_per_step, tokens * data, flops * data, data_wait=report.data_wait)
 
     def _flops(self, layout: SampleLayout) -> int:
         if layout not in self._costs:

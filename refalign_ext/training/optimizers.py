@@ -5,28 +5,27 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from refalign_ext.config import TrainConfig
+from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.training.muon import Muon
 
 
-def build_optimizers(
-    model: nn.Module, projectors: nn.Module | None, config: TrainConfig
-) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the blocks' matrices and AdamW over the rest.
+def build_optimizers(trained: TrainedModules, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the matrices of the DiT's blocks and AdamW over the rest.
 
     Every group keeps its full learning rate as `base_lr`; `set_learning_rates` scales from it.
     """
     matrices, others = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.dit.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = ".blocks." in f".{name}" and parameter.ndim == 2
         (matrices if config.optimizer == "muon" and is_matrix else others).append(parameter)
     groups = [{"params": others}]
-    if projectors is not None:
-        groups.append({"params": list(projectors.parameters())})
+    beside = [p for name, part in trained.named_children() if name != "dit" for p in part.parameters()]
+    if beside:
+        groups.append({"params": beside})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay

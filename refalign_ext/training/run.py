@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from refalign_ext.backbone import resolve_device
-from refalign_ext.checkpoint.checkpointer import resolve_resume, set_aside_after
+from refalign_ext.checkpoint.checkpointer import abandon_checkpoints_after, resolve_resume
 from refalign_ext.config import TrainConfig, configure
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
@@ -27,13 +27,15 @@ from refalign_ext.distributed.process_group import (
     start_process_group,
     stop_process_group,
 )
-from refalign_ext.encoders import task_config
-from refalign_ext.planning.plan import Plan, make_training_plan
+from refalign_ext.encoders import Encoders, task_config
+from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import describe
+from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.training.build import build_trainer
-from refalign_ext.training.logging import RunLog
+from refalign_ext.training.data_source import DataSource, choose_data_source
+from refalign_ext.training.extra_module import ExtraModule
 from refalign_ext.training.loop import train_loop
-from refalign_ext.training.previews import make_preview
+from refalign_ext.training.run_log import RunLog
 from refalign_ext.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ def run_training(
     recipe_name: str | None,
     overrides: dict[str, Any],
     *,
+    sources: Sequence[DataSource],
+    extra_modules: Sequence[ExtraModule] = (),
     device: str = "auto",
     resume: str = "auto",
     threads: int | None = None,
@@ -54,6 +58,8 @@ def run_training(
     Under torchrun every rank calls it.
 
     Args:
+        sources: the kinds of data that there are; the first that accepts the configuration is used.
+        extra_modules: those that there are; see `build_trainer`.
         dry_run: print the plan and stop; nothing is loaded, written or needed.
         world_size: ranks to plan for in a dry run; None: those that there are.
 
@@ -76,7 +82,7 @@ def run_training(
         return None
     assert place is not None
     with _ranks(plan, place, config) as parallel:
-        return _train(config, parallel, resume)
+        return _train(config, parallel, resume, sources, extra_modules)
 
 
 def _plan(config: TrainConfig, device: torch.device | None, world_size: int | None) -> Plan:
@@ -110,12 +116,28 @@ def _ranks(plan: Plan, device: torch.device, config: TrainConfig) -> Iterator[Pa
     stop_process_group()
 
 
-def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
+def _train(
+    config: TrainConfig,
+    parallel: Parallel,
+    resume: str,
+    sources: Sequence[DataSource],
+    extra_modules: Sequence[ExtraModule],
+) -> Trainer:
     out = Path(config.out)
     # Rank 0 decides, so that all go on from the same place even if one looks a moment later.
     checkpoint = parallel.broadcast_from_rank0(lambda: resolve_resume(out / "checkpoints", resume))
     parallel.broadcast_from_rank0(lambda: _check_writable(out))
-    trainer = build_trainer(config, parallel)
+    encoders = Encoders(config, parallel.device)
+    source = choose_data_source(config, sources)
+    received: list[int] = []  # signals
+    trainer = build_trainer(
+        config,
+        parallel,
+        source,
+        encoders,
+        extra_modules=extra_modules,
+        stop_requested=lambda: bool(received),
+    )
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
@@ -129,13 +151,13 @@ def _train(config: TrainConfig, parallel: Parallel, resume: str) -> Trainer:
     _prepare_data(trainer)
     if parallel.is_main:
         out.mkdir(parents=True, exist_ok=True)
-        for moved in set_aside_after(out / "checkpoints", trainer.step):
+        for moved in abandon_checkpoints_after(out / "checkpoints", trainer.step):
             logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
         (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
     parallel.barrier()
-    with log, _stop_on_signal(parallel.is_main) as received:
-        trainer.stop_requested = lambda: bool(received)
-        train_loop(trainer, log, preview=make_preview(trainer, log))
+    with log, _stop_on_signal(received, parallel.is_main):
+        preview = source.make_preview(trainer, encoders, log) if config.preview_every else None
+        train_loop(trainer, log, preview=preview)
     if trainer.step < config.steps:
         raise KeyboardInterrupt(128 + (received[0] if received else signal.SIGINT))
     logger.info("done: %s", out / "checkpoints")
@@ -167,12 +189,11 @@ def _check_writable(out: Path) -> None:
 
 
 @contextmanager
-def _stop_on_signal(says_so: bool) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM lets the running step finish and be saved; a second Ctrl-C stops at once.
+def _stop_on_signal(received: list[int], says_so: bool) -> Iterator[None]:
+    """Adds signals to `received`: the first Ctrl-C or SIGTERM lets the running step finish and be saved.
 
-    Yields the list to which received signals are added.
+    A second Ctrl-C stops at once.
     """
-    received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
         received.append(int(number))
@@ -186,14 +207,14 @@ def _stop_on_signal(says_so: bool) -> Iterator[list[int]]:
 
     # Handlers belong to the main thread, and a job in the background ignores the terminal's Ctrl-C.
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,16 +15,17 @@ from torch import Tensor
 from refalign_ext.backbone import WAN_CONFIGS, WanModel, build_dit, dit_arguments
 from refalign_ext.checkpoint.checkpointer import (
     Checkpointer,
+    abandon_checkpoints_after,
     checkpoints_in,
     is_checkpoint,
     read_meta,
     read_model_config,
     resolve_resume,
-    set_aside_after,
 )
-from refalign_ext.checkpoint.reading import read_any_dit, read_dit, read_projectors
+from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.distributed.mesh import Parallel
+from tests.helpers.checkpoints import read_dit, read_projectors
 from tests.helpers.tiny_checkpoint import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -122,9 +123,9 @@ def test_latest_never_names_what_is_not_there(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(Path, "rename", watch)
     for step in (5, 6, 7, 7, 8):
         save(tmp_path, step)
-    set_aside_after(tmp_path, 7)
+    abandon_checkpoints_after(tmp_path, 7)
     assert latest(tmp_path) == "step-00000007"
-    set_aside_after(tmp_path, 0)
+    abandon_checkpoints_after(tmp_path, 0)
     assert not (tmp_path / "latest").exists()
     assert len(seen) > 8 and all(seen)
 
@@ -158,7 +159,7 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
 
     targets = {
         "shards": "torch.save",
-        "trainer.json": "refalign_ext.checkpoint.checkpointer._write_text",
+        "trainer.json": "refalign_ext.checkpoint.checkpointer.write_text",
         "rename": "pathlib.Path.rename",
     }
     with monkeypatch.context() as patch:
@@ -194,15 +195,15 @@ def test_resume_from_a_folder(tmp_path: Path) -> None:
 def test_checkpoints_beyond_the_resumed_step_are_set_aside(tmp_path: Path) -> None:
     for step in (5, 6, 7):
         save(tmp_path, step, keep_last=3)
-    moved = set_aside_after(tmp_path, 5)
+    moved = abandon_checkpoints_after(tmp_path, 5)
     assert [path.name for path in moved] == ["abandoned-step-00000006", "abandoned-step-00000007"]
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000005"]
     assert read_meta(moved[1])["step"] == 7
     save(tmp_path, 6, keep_last=1, settings={"steps": 2})
     assert resolve_resume(tmp_path, "auto") == tmp_path / "step-00000006"
-    assert [path.name for path in set_aside_after(tmp_path, 0)] == ["abandoned-step-00000006"]
+    assert [path.name for path in abandon_checkpoints_after(tmp_path, 0)] == ["abandoned-step-00000006"]
     assert read_meta(moved[0])["settings"] == {"steps": 2}
-    assert set_aside_after(tmp_path / "none", 0) == []
+    assert abandon_checkpoints_after(tmp_path / "none", 0) == []
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "trainer.json", "config.json"])
@@ -245,9 +246,9 @@ def test_the_folder_is_a_model_for_generation(tmp_path: Path) -> None:
     config = tiny_config()
     model = WanModel(**dit_arguments(config))
     average = {key: torch.randn_like(value) for key, value in model.state_dict().items()}
-    from refalign_ext.training.trainer import _plain_config
+    from refalign_ext.training.trainer import dit_settings
 
-    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=_plain_config(model))
+    path = save(tmp_path, 5, dit=model.state_dict(), average=average, dit_config=dit_settings(model))
     loaded = build_dit(read_any_dit(path), config, path)
     assert loaded.state_dict().keys() == average.keys()
     assert all(torch.equal(value, average[key]) for key, value in loaded.state_dict().items())

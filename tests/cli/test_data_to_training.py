@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from refalign_ext.cli import main
+from refalign_ext.training.clip_data import CLIP_DATA
 from refalign_ext.training.run import run_training
 from tests.helpers.opens2v_fixture import BLUE, FRAMES, RED, SIZE, NativeSet, render_video, write_native_set
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
@@ -108,6 +109,7 @@ def train_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[flo
         run_training(
             None,
             EXACT | VARIANTS | settings | {"data": str(data), "out": str(out), "steps": steps},
+            sources=(CLIP_DATA,),
             device="cpu",
             threads=1,
         )

@@ -6,7 +6,6 @@ networks call the same `main` in this process, which spares each of them the imp
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,14 +17,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from refalign_ext.cli import generate as program
+from refalign_ext.pipeline import R2VPipeline, Result
+from refalign_ext.tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a large circle moves right"
@@ -51,15 +54,6 @@ def error_line(stderr: str) -> str:
     return lines[0].removeprefix("generate.py: error: ")
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    """generate.py as a module."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A folder with reference pictures, good and bad, and `out`, which stays empty when nothing is written."""
@@ -73,7 +67,6 @@ def run_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fails(
-    program: ModuleType,
     run_folder: Path,
     tiny_checkpoint: Path,
     capfd: pytest.CaptureFixture[str],
@@ -93,9 +86,7 @@ def fails(
         before = entries(run_folder)
         monkeypatch.chdir(run_folder)
         capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            program.main([*map(str, arguments), *flags])
-        assert stop.value.code == 2
+        assert program.main([*map(str, arguments), *flags]) == 2
         assert entries(run_folder) == before
         error = capfd.readouterr().err
         # A progress bar may stand before the error when sampling had begun.
@@ -104,14 +95,17 @@ def fails(
     return call
 
 
-def test_help_is_quick_and_complete(tmp_path: Path) -> None:
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        result = run("--help", folder=tmp_path)
-        durations.append(time.perf_counter() - start)
-    assert result.returncode == 0
-    assert min(durations) < 0.5
+def test_help_is_complete_and_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, runpy\nsys.argv = ['generate.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print(sorted({'torch', 'numpy', 'PIL', 'transformers', 'diffusers', 'av'} & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stderr.strip() == "[]"
     upstream = (
         "task size frame_num ckpt_dir offload_model ulysses_size ring_size t5_fsdp t5_cpu dit_fsdp save_file src_video "
         "src_mask src_ref_images prompt use_prompt_extend prompt_extend_method prompt_extend_model "
@@ -126,32 +120,25 @@ def test_help_is_quick_and_complete(tmp_path: Path) -> None:
     assert set(upstream.split()) | set(ours.split()) <= shown
 
 
-def test_help_imports_nothing_heavy(program: ModuleType) -> None:
-    script = (
-        "import sys, runpy\nsys.argv = ['generate.py', '--help']\n"
-        f"try: runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'torch', 'numpy', 'PIL', 'transformers', 'diffusers', 'av'} & set(sys.modules)), file=sys.stderr)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert result.stderr.strip() == "[]"
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_defaults_in_the_help_are_those_that_are_used(task: Task) -> None:
+    request = task.request("a prompt")
+    for option in program.command.params:
+        value = getattr(request, option.name, None)
+        if option.name not in (*task.SETTINGS, *task.scales):
+            continue
+        words = option.help.partition("default: ")[2].split(", ")
+        shown = dict(word.split(" ") for word in words[1:]).get(task.name, words[0])
+        assert shown == ("{}*{}".format(*value) if option.name == "size" else str(value)), option.name
 
 
-def test_tasks_are_those_of_the_configurations(program: ModuleType) -> None:
-    from refalign_ext.backbone import WAN_CONFIGS
-    from refalign_ext.request import MAX_REFERENCES, Role
-    from wan.utils.media import IMAGE_SUFFIXES
-    from wan.utils.runtime import DTYPE_NAMES
-
-    assert set(program.TASKS) == set(WAN_CONFIGS)
-    assert not set(program.TASKS) & set(program.LATER_TASKS)
-    assert set(program.BUNDLED_CHECKPOINTS) | set(program.DOWNLOADS) == set(program.TASKS)
-    assert program.MAX_REFERENCES == MAX_REFERENCES
-    assert program.IMAGE_SUFFIXES == IMAGE_SUFFIXES
-    assert tuple(role.value for role in Role) == program.ROLES
-    assert set(DTYPE_NAMES) == {"auto", "bf16", "fp32"}
+def test_values_are_read_as_upstreams() -> None:
+    words = ["--ref", "a.png", "b.png", "--offload_model", "no", "--save_references", "--ref_role=face"]
+    flags = program.command.make_context("x", [*words, "--base_seed", "-1", "--size", "64x48"]).params
+    assert flags["ref"] == (Path("a.png"), Path("b.png")) and flags["ref_role"] == ("face",)
+    assert (flags["offload_model"], flags["save_references"], flags["size"]) == (False, "", (64, 48))
+    flags = program.command.make_context("x", ["--save_references", "out", "--offload_model", "T"]).params
+    assert (flags["offload_model"], flags["save_references"], flags["base_seed"]) == (True, "out", -1)
 
 
 @pytest.mark.timeout(600)
@@ -219,19 +206,25 @@ def test_a_complete_run(run_folder: Path, tiny_checkpoint: Path) -> None:
 EARLY_MISTAKES = {
     "unknown task": (["--task", "r2v-tny"], r"r2v-tny.*did you mean r2v-tiny\?"),
     "later task": (["--task", "i2v-14B"], "i2v-14B is not available yet"),
-    "no reference": (["--prompt", "x"], r"r2v-tiny needs reference images: pass --ref"),
+    "no reference": (["--prompt", "x"], "r2v-tiny needs references: pass --ref"),
     "no prompt": (["--ref", "red.png"], "needs a prompt"),
-    "missing reference": (["--ref", "red.png", "none.png", "--prompt", "x"], r"none\.png does not exist"),
-    "nine references": (["--ref", *["red.png"] * 9, "--prompt", "x"], "9 references given, at most 8"),
+    "missing reference": (
+        ["--ref", "red.png", "none.png", "--prompt", "x"],
+        r"--ref none\.png does not exist",
+    ),
+    "nine references": (["--ref", *["red.png"] * 9, "--prompt", "x"], "9 references given: at most 8"),
     "roles": (
         ["--ref", *["red.png"] * 3, "--ref_role", "face", "face", "--prompt", "x"],
         "2 roles for 3 references",
     ),
-    "reference for t2v": (["--task", "t2v-1.3B", "--ref", "red.png"], "t2v-1.3B takes no references"),
+    "reference for t2v": (
+        ["--task", "t2v-1.3B", "--ref", "red.png"],
+        "--ref: task t2v-1.3B does not take it",
+    ),
     "no weights": (["--task", "t2v-1.3B"], "needs --ckpt_dir.*hf download Wan-AI/Wan2.1-T2V-1.3B"),
     "no folder": (["--ref", "red.png", "--prompt", "x", "--ckpt_dir", "none"], "folder none does not exist"),
     "size": (["--size", "48"], r"'48' is not width\*height"),
-    "steps": (["--ref", "red.png", "--prompt", "x", "--sample_steps", "0"], "--sample_steps is 0"),
+    "steps": (["--ref", "red.png", "--prompt", "x", "--sample_steps", "0"], "sample_steps is 0"),
     "guidance": (["--ref_guide_scale", "nan"], "'nan' is not a number"),
     "one scale": (
         ["--ref", "red.png", "--prompt", "x", "--sample_guide_scale", "4"],
@@ -242,7 +235,7 @@ EARLY_MISTAKES = {
         ["--ref", "red.png", "--prompt", "x", "--save_file", "red.png/a.mp4"],
         r"cannot write red\.png/a\.mp4: red\.png is not a folder",
     ),
-    "later flag": (["--use_prompt_extend"], "--use_prompt_extend: .* not available yet"),
+    "later flag": (["--use_prompt_extend"], "--use_prompt_extend: not available yet"),
     "one process": (["--ulysses_size", "2"], "--ulysses_size needs several processes: run torchrun"),
     "sharding alone": (["--dit_fsdp"], "--dit_fsdp needs several processes: run torchrun"),
     "no ranks": (["--cfg_size", "0"], "--cfg_size is 0: give 1 or more"),
@@ -251,27 +244,43 @@ EARLY_MISTAKES = {
         ["--offload_model", "True", "--t5_fsdp"],
         "does not go with --dit_fsdp or --t5_fsdp",
     ),
-    "text encoder in two places": (["--t5_cpu", "--t5_fsdp"], "--t5_cpu and --t5_fsdp"),
+    "text encoder in two places": (["--t5_cpu", "--t5_fsdp"], "--t5_cpu does not go with --t5_fsdp"),
     "impossible plan": (
         ["--dry-run", "--task", "r2v-14B", "--world_size", "4", "--cfg_size", "3"],
         "choose cfg x Ulysses x ring from 1 x 1 x 4, 1 x 2 x 2, 1 x 4 x 1, 2 x 1 x 2, 2 x 2 x 1$",
     ),
-    "later input": (["--image", "red.png"], "--image: .*--ref"),
+    "later input": (["--image", "red.png"], "--image: task r2v-tiny does not take it"),
     "unknown flag": (["--speed", "9"], "--speed"),
 }
 
 
 @pytest.mark.parametrize("case", EARLY_MISTAKES)
-def test_early_mistakes(run_folder: Path, case: str) -> None:
+def test_early_mistakes(
+    run_folder: Path, case: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments, message = EARLY_MISTAKES[case]
     if "--ckpt_dir" not in arguments and case not in ("no weights", "unknown task", "later task"):
         arguments = [*arguments, "--ckpt_dir", "out"]
     before = entries(run_folder)
-    result = run(*arguments, folder=run_folder)
-    assert result.returncode == 2
-    assert re.search(message, error_line(result.stderr)), result.stderr
-    assert result.stdout == ""
+    monkeypatch.chdir(run_folder)
+    assert program.main(arguments) == 2
+    out, error = capfd.readouterr()
+    assert re.search(message, error_line(error)), error
+    assert out == ""
     assert entries(run_folder) == before
+
+
+def test_mistakes_cost_no_torch(run_folder: Path) -> None:
+    script = (
+        "import sys\nfrom refalign_ext.cli.generate import main\n"
+        "for arguments in (['--task', 'r2v-tny'], ['--prompt', 'x'], ['--size', '48'],\n"
+        "                  ['--ref', 'red.png', '--prompt', 'x', '--save_file', 'red.png/a.mp4']):\n"
+        "    assert main(arguments) == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=run_folder, env=environment, check=False)
+    assert done.returncode == 0
 
 
 def test_traceback_on_request(run_folder: Path) -> None:
@@ -279,7 +288,9 @@ def test_traceback_on_request(run_folder: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" in result.stderr
     assert (
-        result.stderr.strip().splitlines()[-1].startswith("generate.py: error: task r2v-tiny needs reference")
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith("generate.py: error: task r2v-tiny needs references")
     )
 
 
@@ -332,8 +343,6 @@ def test_weights_of_another_task(
 
 
 def test_out_of_memory_names_the_flags_that_help(fails, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refalign_ext.pipeline import R2VPipeline
-
     def exhaust(*args: object, **kwargs: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB.")
 
@@ -356,13 +365,13 @@ def test_a_failure_while_writing_leaves_nothing(fails, monkeypatch: pytest.Monke
 
 
 def test_text_to_image_and_default_names(
-    program: ModuleType, tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from refalign_ext.backbone import WAN_CONFIGS
-    from wan.configs import SUPPORTED_SIZES
 
     monkeypatch.setitem(WAN_CONFIGS, "t2i-14B", WAN_CONFIGS["r2v-tiny"])
-    monkeypatch.setitem(SUPPORTED_SIZES, "t2i-14B", ("48*48",))
+    small = replace(TASKS["t2i-14B"], sizes=("48*48",), size=(48, 48), magnify=8)
+    monkeypatch.setitem(TASKS, "t2i-14B", small)
     monkeypatch.chdir(run_folder / "out")
     arguments = [
         "--task",
@@ -387,7 +396,7 @@ def test_text_to_image_and_default_names(
 
 
 def test_the_same_seed_writes_the_same_video(
-    program: ModuleType, tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run_folder)
     flags = [
@@ -418,7 +427,6 @@ def test_a_dry_run_needs_nothing(tmp_path: Path) -> None:
 
 
 def run_on_ranks(
-    program: ModuleType,
     world_size: int,
     arguments: list[object],
     folder: Path,
@@ -489,9 +497,9 @@ def keep_values(name: str) -> Callable[[int], None]:
 
         write = generation.write_outputs
 
-        def write_and_keep(paths: object, video: torch.Tensor, **others: object) -> None:
-            np.save(name, video.numpy())
-            write(paths, video, **others)
+        def write_and_keep(paths: object, result: Result, **others: object) -> None:
+            np.save(name, result.video.numpy())
+            write(paths, result, **others)
 
         generation.write_outputs = write_and_keep
 
@@ -506,17 +514,17 @@ def assert_same_values(folder: Path) -> None:
 COMMON = ["--prompt", PROMPT, "--sample_steps", "1", "--device", "cpu", "--base_seed", "5"]
 
 
-def test_ranks_write_the_video_of_one(program: ModuleType, tiny_checkpoint: Path, run_folder: Path) -> None:
+def test_ranks_write_the_video_of_one(tiny_checkpoint: Path, run_folder: Path) -> None:
     flags = ["--ref", "red.png", "blue.jpg", "--ckpt_dir", tiny_checkpoint, *COMMON]
     from refalign_ext.distributed.parallelize import can_shard_on_cpu
 
     divided = ["--cfg_size", "2", *(("--dit_fsdp", "--t5_fsdp") if can_shard_on_cpu() else ())]
     ((code, _, error),) = run_on_ranks(
-        program, 1, [*flags, "--save_file", "out/a.mp4"], run_folder, keep_values("one")
+        1, [*flags, "--save_file", "out/a.mp4"], run_folder, keep_values("one")
     )
     assert code == 0, error
     (main, other) = run_on_ranks(
-        program, 2, [*flags, *divided, "--save_file", "out/b.mp4"], run_folder, keep_values("two")
+        2, [*flags, *divided, "--save_file", "out/b.mp4"], run_folder, keep_values("two")
     )
     assert (main[0], other[0]) == (0, 0), main[2] + other[2]
     assert "guidance 2 x sequence parallel 1" in main[1] and "1/1" in main[2]
@@ -527,12 +535,12 @@ def test_ranks_write_the_video_of_one(program: ModuleType, tiny_checkpoint: Path
 
 
 def test_text_to_video_on_ranks(
-    program: ModuleType, tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from refalign_ext.backbone import SUPPORTED_SIZES, WAN_CONFIGS
+    from refalign_ext.backbone import WAN_CONFIGS
 
     monkeypatch.setitem(WAN_CONFIGS, "t2v-1.3B", WAN_CONFIGS["r2v-tiny"])
-    monkeypatch.setitem(SUPPORTED_SIZES, "t2v-1.3B", ("48*48",))
+    monkeypatch.setitem(TASKS, "t2v-1.3B", replace(TASKS["t2v-1.3B"], sizes=("48*48",), size=(48, 48)))
     flags = [
         "--task",
         "t2v-1.3B",
@@ -546,7 +554,7 @@ def test_text_to_video_on_ranks(
     ]
     monkeypatch.chdir(run_folder / "out")
     results = [
-        run_on_ranks(program, ranks, flags, run_folder / "out", keep_values(name))
+        run_on_ranks(ranks, flags, run_folder / "out", keep_values(name))
         for ranks, name in ((1, "one"), (2, "two"))
     ]
     assert [code for ranks in results for code, _, _ in ranks] == [0] * 3, results
@@ -555,7 +563,7 @@ def test_text_to_video_on_ranks(
     assert_same_values(run_folder / "out")
 
 
-def test_a_mistake_is_told_once(program: ModuleType, tiny_checkpoint: Path, run_folder: Path) -> None:
+def test_a_mistake_is_told_once(tiny_checkpoint: Path, run_folder: Path) -> None:
     flags = ["--ckpt_dir", tiny_checkpoint, "--save_file", "out/a.mp4", *COMMON]
     before = entries(run_folder)
     cases = {
@@ -566,17 +574,14 @@ def test_a_mistake_is_told_once(program: ModuleType, tiny_checkpoint: Path, run_
             "--ulysses_size",
             "4",
         ],
-        "needs reference images": [],
-        "--speed": ["--speed"],
+        "needs references": [],
     }
     for message, wrong in cases.items():
-        assert message in only_error(run_on_ranks(program, 2, [*flags, *wrong], run_folder))
+        assert message in only_error(run_on_ranks(2, [*flags, *wrong], run_folder))
         assert entries(run_folder) == before
 
 
-def test_what_one_rank_lacks_ends_all(program: ModuleType, tiny_checkpoint: Path, run_folder: Path) -> None:
-    from refalign_ext.pipeline import R2VPipeline
-
+def test_what_one_rank_lacks_ends_all(tiny_checkpoint: Path, run_folder: Path) -> None:
     flags = ["--ref", "red.png", "--ckpt_dir", tiny_checkpoint, "--save_file", "out/a.mp4", *COMMON]
     before = entries(run_folder)
 
@@ -587,7 +592,7 @@ def test_what_one_rank_lacks_ends_all(program: ModuleType, tiny_checkpoint: Path
         if rank == 1:
             R2VPipeline.prepare = fail
 
-    line = only_error(run_on_ranks(program, 2, flags, run_folder, exhaust))
+    line = only_error(run_on_ranks(2, flags, run_folder, exhaust))
     assert line.startswith("out of memory on cpu: try --dit_fsdp, --t5_fsdp")
 
     def no_space(rank: int) -> None:
@@ -596,7 +601,7 @@ def test_what_one_rank_lacks_ends_all(program: ModuleType, tiny_checkpoint: Path
 
         Image.Image.save = fail
 
-    assert "No space left" in only_error(run_on_ranks(program, 2, flags, run_folder, no_space))
+    assert "No space left" in only_error(run_on_ranks(2, flags, run_folder, no_space))
     assert entries(run_folder) == before
 
 

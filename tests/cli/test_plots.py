@@ -73,7 +73,7 @@ def test_grid(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("plot-features", "--blocks", "7"), "--blocks 7: r2v-tiny has the blocks 0 to 5"),
-        (("plot-features", "--blocks", "first"), "give numbers with commas between them"),
+        (("plot-features", "--blocks", "first"), "numbers with commas between them"),
         (("plot-features", "--timestep", "0"), "--timestep 0"),
         (("plot-features", "--labels", "a,b"), "--labels: 1 different names"),
         (("plot-features", "--task", "r2v-1.3B"), "needs --ckpt_dir FOLDER"),

@@ -266,7 +266,7 @@ def test_checkpoints_are_exchanged_both_ways(tree: WanTree, pair: Callable, tmp_
 
 def test_a_few_guided_steps_make_the_same_video(tree: WanTree, tmp_path: Path) -> None:
     config = tiny_config()
-    loaded = R2VPipeline.load(config, build(tmp_path / "checkpoint", config), device="cpu")
+    loaded = R2VPipeline.from_pretrained(build(tmp_path / "checkpoint", config), config=config, device="cpu")
     references = [Image.new("RGB", (48, 48), colour) for colour in ("red", "blue")]
     videos = []
     for adopted in (False, True):

@@ -12,9 +12,9 @@ from PIL import Image
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.manifest_file import write_manifest
-from refalign_ext.data.pixels import from_levels, load_reference, to_uint8
+from refalign_ext.data.pixels import from_uint8, load_reference, to_uint8
 from refalign_ext.data.sampling.augment import augment
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 from refalign_ext.references import letterbox, reference_to_tensor
 
@@ -130,9 +130,9 @@ def test_a_reference_follows_from_its_clip_and_its_number(folder: Path) -> None:
     clips, sampling = open_clip_set(folder), Sampling((BUCKET,))
 
     def load(row: int, *choice: int | None, settings: Sampling = sampling) -> bytes:
-        pixels = load_reference(clips, row, clips[row], ReferenceChoice(*choice), BUCKET, settings)
+        pixels = load_reference(clips, row, clips[row], ReferenceSpec(*choice), BUCKET, settings)
         assert pixels.shape == (3, 48, 64) and pixels.dtype == torch.float32
-        assert torch.equal(from_levels(to_uint8(pixels)), pixels)
+        assert torch.equal(from_uint8(to_uint8(pixels)), pixels)
         return pixels.numpy().tobytes()
 
     assert load(0, 0, 0, 5) == load(0, 0, 0, 5)
@@ -147,7 +147,7 @@ def test_a_reference_follows_from_its_clip_and_its_number(folder: Path) -> None:
 
 def test_a_reference_as_it_is_is_letterboxed_and_no_more(folder: Path) -> None:
     clips = open_clip_set(folder)
-    found = load_reference(clips, 0, clips[0], ReferenceChoice(0, 1, None), BUCKET, Sampling((BUCKET,)))
+    found = load_reference(clips, 0, clips[0], ReferenceSpec(0, 1, None), BUCKET, Sampling((BUCKET,)))
     expected = reference_to_tensor(letterbox(Image.open(folder.parent / "a.png"), BUCKET.size))
     assert torch.equal(found, expected)
     assert (found[:, 0] == 1).all() and (found[:, -1] == 1).all()
@@ -155,5 +155,5 @@ def test_a_reference_as_it_is_is_letterboxed_and_no_more(folder: Path) -> None:
 
 def test_levels_are_kept_exactly() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8)
-    assert torch.equal(to_uint8(from_levels(levels)), levels)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
     assert to_uint8(torch.tensor([[-1.5, -1.0], [1.0, 1.5]])).tolist() == [[0, 0], [255, 255]]

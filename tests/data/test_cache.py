@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -17,8 +18,9 @@ import torch
 from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.checkpoint.lazy_tensors import EMBEDDED
 from refalign_ext.config import TrainConfig, tiny, with_overrides
+from refalign_ext.data.cache import build as caching
+from refalign_ext.data.cache.build import build_cache, fill_cache
 from refalign_ext.data.cache.files import (
     CacheError,
     CacheHeader,
@@ -39,19 +41,18 @@ from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import LoadedItem, LoadedRow, RowLoader, check_rows
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
-from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import parse
-from refalign_ext.data.work import Share
-from refalign_ext.encoders import frozen_fingerprint, on_grid, text_encoder
+from refalign_ext.encoders import Encoders, on_grid, text_encoder
+from refalign_ext.tasks import TASKS
 from refalign_ext.teachers import load_teacher
-from refalign_ext.training import precompute as caching
-from refalign_ext.training.precompute import FrozenParts, build_cache, fill_cache
 
 BUCKET = Bucket(48, 48, 9)
 SAMPLING = Sampling((BUCKET,), clip_variants=1, seed=3)
 FILES = {"VAE": "a" * 64, "text encoder": "b" * 64, "tokenizer": "c" * 64, "teacher": "d" * 64}
-PLAIN = ReferenceChoice(0, 0, None)
+PLAIN = ReferenceSpec(0, 0, None)
 
 
 def fingerprint(sampling: Sampling = SAMPLING, dtype: str | None = "float32", **files: str) -> dict[str, Any]:
@@ -93,19 +94,20 @@ class Rows:
         return LoadedRow(clip_id, digest, (f"dog {row % 4}",), [video, reference])
 
 
-def parts(stop_after: int = 10**9) -> FrozenParts:
-    """Stand-ins that only scale; the encoder is interrupted after so many calls."""
+def stand_ins(stop_after: int = 10**9) -> SimpleNamespace:
+    """Encoders that only scale; the VAE is interrupted after so many calls."""
     calls = iter(range(stop_after))
 
-    def encode(video: torch.Tensor) -> torch.Tensor:
+    def encode(videos: list[torch.Tensor]) -> list[torch.Tensor]:
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        return video * 3
+        return [video * 3 for video in videos]
 
-    return FrozenParts(
-        encode,
-        lambda image: image.flatten(1) * 5,
-        lambda prompt: torch.full((len(prompt) + 1, 2), float(len(prompt)), dtype=torch.bfloat16),
+    return SimpleNamespace(
+        task=SimpleNamespace(t5_dtype=torch.bfloat16),
+        vae=SimpleNamespace(encode=encode),
+        features=lambda images: images.flatten(2) * 5,
+        encode_text=lambda prompts: [torch.full((len(text) + 1, 2), float(len(text))) for text in prompts],
     )
 
 
@@ -113,7 +115,7 @@ def fill(folder: Path, rows: Rows, stop_after: int = 10**9, **options: Any) -> c
     made_from = options.pop("made_from", fingerprint())
     header = CacheHeader(made_from, len(rows), options.pop("chunk_rows", 4))
     options.setdefault("share", Share(0, 1))
-    return fill_cache(rows, folder, header, lambda: parts(stop_after), **options)
+    return fill_cache(rows, folder, header, stand_ins(stop_after), **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -126,7 +128,7 @@ def test_what_is_read_is_what_was_computed(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path, fingerprint(dtype=None))
     for row in (0, 3, 4, 9):
         levels = np.random.default_rng(row).integers(0, 256, (3, 2, 4, 4), np.uint8)
-        pixels = from_levels(torch.from_numpy(levels))
+        pixels = from_uint8(torch.from_numpy(levels))
         assert torch.equal(cache.video(f"dog-{row}", BUCKET, 0), pixels * 3)
         latents, features = cache.reference(
             f"dog-{row}", Bucket(48, 48, 5), PLAIN
@@ -138,13 +140,27 @@ def test_what_is_read_is_what_was_computed(tmp_path: Path) -> None:
     assert cache.text("").shape == (1, 2)
 
 
+RECORDED = {
+    "cache.json": "2a9fe029f83216f5",
+    "chunk-000000.safetensors": "2fd8d030265c9846",
+    "chunk-000001.safetensors": "f911f14cda4f2131",
+}
+
+
+def test_files_are_the_same_as_ever(tmp_path: Path) -> None:
+    """Digests of what the first version wrote: caches on disk stay readable."""
+    fill(tmp_path, Rows(3, broken=(1,)), chunk_rows=2)
+    digests = {name: hashlib.sha256(data).hexdigest()[:16] for name, data in contents(tmp_path).items()}
+    assert digests == RECORDED
+
+
 def test_what_a_cache_does_not_have_is_none(tmp_path: Path) -> None:
     fill(tmp_path, Rows(3))
     cache = LatentCache(tmp_path)
     assert cache.video("dog-0", BUCKET, 1) is None
     assert cache.video("dog-0", Bucket(48, 48, 13), 0) is None
     assert cache.video("cat", BUCKET, 0) is None
-    assert cache.reference("dog-0", BUCKET, ReferenceChoice(0, 0, 2)) is None
+    assert cache.reference("dog-0", BUCKET, ReferenceSpec(0, 0, 2)) is None
     assert cache.text("cat") is None
 
 
@@ -237,7 +253,7 @@ def test_shares_give_equal_files(tmp_path: Path) -> None:
 def test_a_complete_share_loads_no_models(tmp_path: Path) -> None:
     fill(tmp_path, Rows(6))
     header = CacheHeader(fingerprint(), 6, 4)
-    summary = fill_cache(Rows(6), tmp_path, header, lambda: pytest.fail("loaded"), share=Share(0, 1))
+    summary = fill_cache(Rows(6), tmp_path, header, None, share=Share(0, 1))
     assert (summary.made, summary.kept, summary.rows) == (0, 2, 6)
 
 
@@ -270,8 +286,9 @@ def test_what_failed_says_why_and_can_be_tried_again(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_finite_are_failures(tmp_path: Path) -> None:
-    broken = replace(parts(), encode=lambda video: video / 0)
-    fill_cache(Rows(1), tmp_path, CacheHeader(fingerprint(), 1, 4), lambda: broken, share=Share(0, 1))
+    broken = stand_ins()
+    broken.vae.encode = lambda videos: [video / 0 for video in videos]
+    fill_cache(Rows(1), tmp_path, CacheHeader(fingerprint(), 1, 4), broken, share=Share(0, 1))
     with pytest.raises(ValueError, match=r"row 1 \(dog-0\): what the encoders give is not finite"):
         LatentCache(tmp_path).video("dog-0", BUCKET, 0)
 
@@ -457,7 +474,14 @@ def tiny_config(**changes: Any) -> TrainConfig:
     return with_overrides(tiny(), changes)
 
 
+EMBEDDED = TASKS["r2v-tiny"].bundled
 CPU = torch.device("cpu")
+
+
+def made_from(config: TrainConfig, sampling: Sampling) -> dict[str, Any]:
+    return cache_fingerprint(sampling, **Encoders(config, CPU, dit=False).fingerprint())
+
+
 REAL = Sampling((BUCKET,), clip_variants=2, reference_variants=1, prompt_alternatives=True, seed=5)
 
 
@@ -478,22 +502,22 @@ def test_cached_tensors_equal_encoding_directly(clips: Path, built: Path) -> Non
     vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
     teacher = load_teacher("dinov3-tiny", EMBEDDED / task.teacher_folder)
     clip_set = open_clip_set(clips)
-    cache = LatentCache(built, frozen_fingerprint(tiny_config(), REAL))
+    cache = LatentCache(built, made_from(tiny_config(), REAL))
     check_rows(cache, clip_set, progress=False)
     starts = []
     for row in range(2):
         clip = clip_set[row]
         for cut in range(2):
-            video = from_levels(video_uint8(clip_set, row, clip, BUCKET, cut, REAL))
+            video = from_uint8(video_uint8(clip_set, row, clip, BUCKET, cut, REAL))
             latents = vae.encode([video])[0]
             starts.append(latents)
             assert (cache.video(clip.id, BUCKET, cut) - latents).abs().max() < 1e-6
-        for choice in (ReferenceChoice(0, 0, None), ReferenceChoice(0, 1, 0)):
+        for choice in (ReferenceSpec(0, 0, None), ReferenceSpec(0, 1, 0)):
             image = load_reference(clip_set, row, clip, choice, BUCKET, REAL)
             latents, features = cache.reference(clip.id, BUCKET, choice)
             assert (latents - vae.encode([image[:, None]])[0]).abs().max() < 1e-6
             assert (features - teacher(image[None], (6, 6))[0]).abs().max() < 1e-6
-        assert cache.reference(clip.id, BUCKET, ReferenceChoice(0, 1, None)) is None
+        assert cache.reference(clip.id, BUCKET, ReferenceSpec(0, 1, None)) is None
     assert not torch.equal(starts[0], starts[2])
     encode_text = text_encoder(EMBEDDED, task, CPU, CPU)
     for prompt in ("a red square", "it moves", "", task.sample_neg_prompt):
@@ -521,7 +545,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
         return vae.encode(videos)
 
     samples = []
-    for caches in ([None], [LatentCache(folder, frozen_fingerprint(config, sampling))]):
+    for caches in ([None], [LatentCache(folder, made_from(config, sampling))]):
         encoded.clear()
         source = ClipSource(
             [open_clip_set(clips)],
@@ -542,7 +566,7 @@ def test_training_sees_the_same_with_and_without_a_cache(
 
 
 def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
-    LatentCache(built, frozen_fingerprint(tiny_config(**{"alignment.weight": 0.0}), REAL))
+    LatentCache(built, made_from(tiny_config(**{"alignment.weight": 0.0}), REAL))
     folder = tmp_path / "other"
     folder.mkdir()
     for path in EMBEDDED.iterdir():
@@ -551,9 +575,9 @@ def test_the_fingerprint_knows_the_files(tmp_path: Path, built: Path) -> None:
     (folder / name).unlink()
     (folder / name).write_bytes((EMBEDDED / name).read_bytes() + b"\0")
     with pytest.raises(ValueError, match="made with another VAE: "):
-        LatentCache(built, frozen_fingerprint(tiny_config(ckpt_dir=str(folder)), REAL))
+        LatentCache(built, made_from(tiny_config(ckpt_dir=str(folder)), REAL))
     with pytest.raises(ValueError, match="unknown teacher 'x'"):
-        frozen_fingerprint(tiny_config(**{"alignment.teacher": "x"}), REAL)
+        made_from(tiny_config(**{"alignment.teacher": "x"}), REAL)
 
 
 def test_changed_files_are_noticed(clips: Path, built: Path) -> None:

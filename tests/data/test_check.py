@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_ext.data.checking import processes as check_processes
-from refalign_ext.data.checking.check import CheckResult, check, report_path
-from refalign_ext.data.checking.row import Finding, RowSettings, check_row
-from refalign_ext.data.checking.spool import Spool
+from refalign_ext.atomic_io import locked
+from refalign_ext.data.check import row as check_rows
+from refalign_ext.data.check import run as module
+from refalign_ext.data.check.row import Finding, RowSettings, check_row
+from refalign_ext.data.check.run import CheckJob, CheckResult, check, report_path
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.masks import encode
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import parse
 from refalign_ext.data.shards import LISTING
 from refalign_ext.data.statistics.stats import Length
-from refalign_ext.data.work import Share
 
 WIDTH, HEIGHT, FRAMES, RATE = 96, 64, 24, 8
 
@@ -254,7 +255,7 @@ def test_ids_are_compared_over_the_whole_file(
     lines[5] = "{}"
     path = put(tmp_path, media, lines)
     # Hashes that collide must not make different ids equal.
-    monkeypatch.setattr(check_processes, "id_hash", lambda name: len(name))
+    monkeypatch.setattr(module, "hash64", lambda name: len(name))
     result = check(path, workers=0, decode="none")
     assert [(item.row, item.reason, item.id) for item in findings(result)] == [
         (6, "schema", None),
@@ -265,7 +266,8 @@ def test_ids_are_compared_over_the_whole_file(
     assert "already used in row 4" in findings(result)[1].message
 
 
-def test_shares_check_each_row_once(tmp_path: Path, media: Path) -> None:
+def test_shares_check_each_row_once(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_ROWS", 16)
     path = put(tmp_path, media, ["{}" for _ in range(70)])
     results = [check(path, workers=0, share=Share(index, 3)) for index in range(3)]
     rows = sorted(item.row for result in results for item in findings(result))
@@ -290,7 +292,8 @@ def test_table_groups_by_reason_and_field(tmp_path: Path, media: Path) -> None:
     assert "row 2 (clip-1), subjects[0].refs[0].image: lost1.png does not exist" in result.table()
 
 
-def test_it_stops_after_too_many_errors(tmp_path: Path, media: Path) -> None:
+def test_it_stops_after_too_many_errors(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_ROWS", 16)
     path = put(tmp_path, media, ["{}" for _ in range(100)])
     result = check(path, workers=0, max_errors=20)
     assert result.stopped
@@ -322,7 +325,8 @@ def test_a_killed_check_goes_on_and_looks_at_bad_rows_again(
             raise KeyboardInterrupt
         return check_row(clip_set, row, settings)
 
-    monkeypatch.setattr(check_processes, "check_row", counted)
+    monkeypatch.setattr(module, "check_row", counted)
+    monkeypatch.setattr(module, "PIECE_ROWS", 16)
     with pytest.raises(KeyboardInterrupt):
         check(path, workers=0, decode="none")
     tried.clear()
@@ -334,20 +338,27 @@ def test_a_killed_check_goes_on_and_looks_at_bad_rows_again(
     assert check(path, workers=0, decode="none").rows == len(tried) == 60
 
 
-def test_a_spool_that_is_cut_off_or_of_another_check_is_not_believed(tmp_path: Path, media: Path) -> None:
+def test_pieces_that_are_cut_off_or_of_another_check_are_not_believed(tmp_path: Path, media: Path) -> None:
     path = put(tmp_path, media, [line(number) for number in range(20)])
-    spool = tmp_path / ".data.jsonl.check.jsonl.part"
-    spool.write_text("another check\n" + json.dumps({"start": 0, "rows": [[[], 1]] * 16}) + "\n")
-    assert check(path, workers=0, decode="none").rows == 20
-    assert not spool.exists()
+    folder = tmp_path / ".data.jsonl.check.jsonl.part"
+    for text in (
+        json.dumps({"key": "another check", "errors": 0}) + "\n" + "[[], 1]\n" * 20,
+        '{"key": "',
+        "",
+    ):
+        folder.mkdir()
+        (folder / "000000.jsonl").write_text(text)
+        (tmp_path / "ref.png").unlink(missing_ok=True)
+        result = check(path, workers=0, decode="none")
+        assert (result.rows, result.errors) == (20, 20)
+        assert not folder.exists()
 
 
 def test_the_same_check_does_not_run_twice_at_once(tmp_path: Path, media: Path) -> None:
     path = put(tmp_path, media, [line()])
-    with (
-        Spool(tmp_path / ".data.jsonl.check.jsonl.part", "the first"),
-        pytest.raises(ValueError, match="the same check is running already"),
-    ):
+    folder = tmp_path / ".data.jsonl.check.jsonl.part"
+    folder.mkdir()
+    with locked(folder / "share-0-of-1"), pytest.raises(ValueError, match="another process .* --shard"):
         check(path, workers=0, decode="none")
     assert check(path, workers=0, decode="none").rows == 1
     with pytest.raises(ValueError, match="has no rows"):
@@ -356,30 +367,35 @@ def test_the_same_check_does_not_run_twice_at_once(tmp_path: Path, media: Path) 
 
 def test_unexpected_errors_are_findings(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path, media, [line()])
-    monkeypatch.setattr("refalign_ext.data.checking.row.read_reference", lambda *_: 1 / 0)
+    monkeypatch.setattr("refalign_ext.data.check.row.read_reference", lambda *_: 1 / 0)
     [finding] = check_row(open_clip_set(path), 0, RowSettings())[0]
     assert (finding.reason, finding.message) == ("unexpected", "ZeroDivisionError: division by zero")
 
 
-def die_at_some_rows(clip_set: Any, row: int, settings: Any) -> tuple[list[Finding], str]:
-    if row == 5:
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return [], f"clip-{row}"
+class DyingCheck(CheckJob):
+    """Its decoder has a fault in row 5."""
 
+    def make(self, rows: range) -> Any:
+        def read(clip_set: Any, row: int, *_: Any) -> Any:
+            if row == 5:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return Image.new("RGB", (64, 64), (row, 0, 90))
 
-def die_in_worker(*arguments: Any) -> Any:
-    """Stands in for the work of a process whose decoder has a fault at row 5."""
-    check_processes.check_row = die_at_some_rows
-    return check_processes.check_part(*arguments)
+        check_rows.read_reference = read
+        return super().make(rows)
 
 
 def test_a_row_that_kills_its_process_is_named(
     tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = put(tmp_path, media, [line(number) for number in range(40)])
-    monkeypatch.setattr(check_processes, "check_part", die_in_worker)
-    result = check(path, workers=1, decode="none")
-    assert [(item.row, item.reason, item.id) for item in findings(result)] == [
+    entries = [
+        {"id": f"clip-{row}", "video": "clip.mp4", "prompt": "x", "references": ["ref.png"]}
+        for row in range(40)
+    ]
+    path = put(tmp_path, media, entries)
+    monkeypatch.setattr(module, "CheckJob", DyingCheck)
+    result = check(path, workers=1)
+    assert [(item.row, item.reason, item.id) for item in findings(result) if item.level == "error"] == [
         (6, "killed_process", "clip-5"),
     ]
     assert result.rows == 40

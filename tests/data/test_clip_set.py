@@ -33,9 +33,9 @@ def sample(key: str) -> list[Member]:
     ]
 
 
-def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+def header(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
-    info.size, info.type, info.linkname = size, kind, link
+    info.size = size
     return info
 
 
@@ -79,7 +79,7 @@ def test_rows_of_a_manifest(tmp_path: Path) -> None:
     clips = open_clip_set(path)
     assert isinstance(clips, ManifestRows) and len(clips) == 3 and clips.path == path
     assert [clips[0].id, clips[1].id] == names
-    assert clips.place(1) == f"{path}, row 2" and clips.windows() == [range(3)]
+    assert clips.place(1) == f"{path}, row 2" and clips.shard_ranges() == [range(3)]
     assert json.loads(clips.line(0))["id"] == "a.mp4"
     with pytest.raises(ValueError, match=r"data\.jsonl, row 3: "):
         clips[2]
@@ -108,7 +108,7 @@ def test_rows_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     contents = [sum((sample(key) for key in some), []) for some in keys]
     clips = pack(tmp_path, [*contents[:2], [], *contents[2:]])
     assert len(clips) == 12
-    assert clips.windows() == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
+    assert clips.shard_ranges() == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
     flat = sum(keys, [])
     for number in (0, 11, 5, 6, 3, 0, 8, -1):
         key = flat[number]
@@ -156,42 +156,6 @@ def test_opened_before_a_fork_it_works_in_the_child(tmp_path: Path) -> None:
         os._exit(0 if clips[1].id == "clip 2" and clips.media(1, "2.mp4").data else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert clips[1].id == "clip 2"
-
-
-HOSTILE = {
-    "link": header("2.mp4", kind=tarfile.SYMTYPE, link="/etc/passwd"),
-    "hard": header("2.mp4", kind=tarfile.LNKTYPE, link="1.mp4"),
-    "folder": header("2.mp4", kind=tarfile.DIRTYPE),
-    "device": header("2.mp4", kind=tarfile.CHRTYPE),
-    "pipe": header("2.mp4", kind=tarfile.FIFOTYPE),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_only_plain_files_are_read(tmp_path: Path, name: str) -> None:
-    second = [("2.json", row("2")), HOSTILE[name], ("2.0.png", b"picture")]
-    clips = pack(tmp_path, [[*sample("1"), *second, *sample("3")]])
-    assert [clips[n].id for n in range(3)] == ["clip 1", "clip 2", "clip 3"]
-    with pytest.raises(ValueError, match=r"00000\.tar, sample 2: .*'2\.mp4' is not a plain file"):
-        clips.media(1, "2.mp4")
-    assert clips.media(1, "2.0.png").data == b"picture"
-    assert clips.media(2, "3.mp4").data
-
-
-def test_names_that_are_paths_do_not_count(tmp_path: Path) -> None:
-    bad = [
-        ("/2.mp4", b"x"),
-        ("../2.mp4", b"x"),
-        ("a/2.mp4", b"x"),
-        ("..", b"x"),
-        (".2.mp4", b"x"),
-        ("2", b"x"),
-    ]
-    clips = pack(tmp_path, [[*bad, *sample("1"), *bad, *sample("3")]], [2])
-    assert [clips[n].id for n in range(2)] == ["clip 1", "clip 3"]
-    for name, _ in bad:
-        with pytest.raises(ValueError, match="sample 1: "):
-            clips.media(0, name)
 
 
 def test_twice_named_members_are_refused(tmp_path: Path) -> None:
@@ -272,13 +236,14 @@ def test_a_listing_that_is_none_is_named(tmp_path: Path) -> None:
     bad += [
         good | {"bytes": "5"},
         good | {"sha256": "x"},
-        good | {"more": 1},
         {"name": "shards/00000.tar"},
         7,
     ]
     for entry in bad:
-        (tmp_path / "shards.json").write_text(json.dumps({"version": 1, "shards": [good, entry]}))
-        with pytest.raises(ValueError, match=r"shards\.json, shard 2: "):
+        (tmp_path / "shards.json").write_text(
+            json.dumps({"version": 1, "samples": 2, "shards": [good, entry]})
+        )
+        with pytest.raises(ValueError, match=r"shards\.json: .*shards\[1\]"):
             read_listing(tmp_path)
     for text in ("", "[]", "{}", "[" * 100_000, '{"version": 2, "shards": []}', '{"version": 1}', "\xff"):
         (tmp_path / "shards.json").write_text(text)

@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from refalign_ext.data.boxes import box_in_frame
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert import phantom
 from refalign_ext.data.convert.phantom import convert_phantom
-from refalign_ext.data.convert.phantom_info import ClipName
-from refalign_ext.data.convert.phantom_pairs import Sighting, phrases_of, sightings
+from refalign_ext.data.convert.phantom_lookup import ClipName
+from refalign_ext.data.convert.phantom_pairs import Detection, PhraseDetections, parse_cross_pair
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import ManifestReader
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import Clip, Target
-from refalign_ext.data.work import Share
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 A, B, C = "-0_aB-c_d_3.5_13.5", "zz-9_100_110", "q__1_0_10"
@@ -40,7 +40,7 @@ class Place:
         (root / "videos").mkdir()
         self.infos = [info_row(A), info_row(B), info_row(C)]
 
-    def convert(self, rows: Sequence[Any] | Path, **options: Any) -> tuple[list[Clip], Report]:
+    def convert(self, rows: Sequence[Any] | Path, **options: Any) -> tuple[list[Clip], ConversionReport]:
         """Converts rows of (vid, caption, cross_pair), or a file of them."""
         pairs = rows if isinstance(rows, Path) else write_pairs(self.root / "pairs.parquet", rows)
         info = write_info(self.root / "info.parquet", self.infos)
@@ -61,7 +61,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def reasons(report: Report, kind: str = "references") -> dict[str, int]:
+def reasons(report: ConversionReport, kind: str = "references") -> dict[str, int]:
     return report.dropped[kind]
 
 
@@ -328,13 +328,13 @@ def test_a_mutual_pair_is_not_doubled(place: Place) -> None:
         (lambda row: row | {"width": None}, None),
         (
             lambda row: {key: value for key, value in row.items() if key != "height"},
-            "no columns width and height",
+            "no column height",
         ),
         (
             lambda row: {key: value for key, value in row.items() if key not in ("fps", "num_frames")},
-            r"no column for the frame rate or the number of frames \(fps, frame_rate",
+            "no column fps or num_frames",
         ),
-        (lambda row: {"id": row["vid"], "fps": 1}, "no column vid or video_id or clip_id"),
+        (lambda row: {"id": row["vid"], "fps": 1}, "no column vid or video_id"),
     ],
 )
 def test_meta_info_without_its_columns(
@@ -348,61 +348,26 @@ def test_meta_info_without_its_columns(
 @pytest.mark.parametrize(
     "form",
     [
-        lambda row: {"Video_ID": row["vid"], "FPS": "30.0", "Duration": 10.0, "resolution": "1280x720"},
-        lambda row: {"vid": row["vid"], "num_frames": 300, "w": 1280.0, "h": 720.0},
-        lambda row: {
-            "vid": row["vid"],
-            "frames": 300,
-            "frame_rate": 30,
-            "resolution": {"height": 720, "width": 1280},
-        },
+        lambda row: {"video_id": row["vid"], "fps": "30.0", "width": 1280, "height": 720},
+        lambda row: {"vid": row["vid"], "num_frames": 300, "width": 1280.0, "height": 720.0},
     ],
 )
-def test_meta_info_under_other_names(place: Place, form: Callable[[Any], Any]) -> None:
+def test_meta_info_of_rate_or_frames_alone(place: Place, form: Callable[[Any], Any]) -> None:
     place.infos = [form(row) for row in place.infos] * 2  # rows that come twice count once
     (clip,), _ = place.convert([(A, "p", {"x": pair([], [referred(B, 0.5, BIG)])})])
     video = clip.video
     assert (video.fps, video.end_frame, video.width, video.height) == (30.0, 300, 1280, 720)
 
 
-def test_pairs_as_structs(place: Place) -> None:
-    rows = [
-        {
-            "video_id": A,
-            "video_caption": "p",
-            "cross_pair": {"x": pair([seen(A, 0.5, BIG)], [referred(B, 0.5, BIG)])},
-        },
-        {
-            "video_id": B,
-            "video_caption": "p",
-            "cross_pair": {"y": pair([seen(B, 0.5, BIG)], [referred(A, 0.5, BIG)])},
-        },
+def test_cells_of_either_nesting() -> None:
+    item = {"vid": "v", "frame_idx": "0.5", "bbox_loc": [[1, 2, 3, 4], [5, "6", 7, 8]], "bbox_cls": " cat "}
+    expected = [
+        Detection("v", 0.5, (1.0, 2.0, 3.0, 4.0), "cat", 0.25),
+        Detection("v", 0.5, (5.0, 6.0, 7.0, 8.0), "cat", None),
     ]
-    path = place.root / "p.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, pa.Table.from_pylist(rows).schema), path)
-    clips, _ = place.convert(path)
-    assert [[item.phrase for item in clip.subjects] for clip in clips] == [["x"], ["y"]]
-
-
-def test_cells_of_every_nesting() -> None:
-    entry = {
-        "vid": "v",
-        "frame_idx": "0.5",
-        "bbox_loc": [1, 2, 3, 4],
-        "bbox_cls": ["cat", "dog"],
-        "scores": {"sim": 0.5},
-    }
-    expected = Sighting("v", 0.5, (1.0, 2.0, 3.0, 4.0), "cat", 0.5)
-    for value in (entry, [entry], [[entry]], [[[entry], None, 3]]):
-        assert list(sightings({"refer_result": value}, "refer_result", "own")) == [expected]
-    two = entry | {"bbox_loc": [[1, 2, 3, 4], [5, 6, 7, 8]], "scores": [0.25, "0.75"]}
-    assert [(item.cls, item.score) for item in sightings({"refer_result": two}, "refer_result", "own")] == [
-        ("cat", 0.25),
-        ("dog", 0.75),
-    ]
-    assert phrases_of(json.dumps(json.dumps({"x": {}}))) == {"x": {}} == phrases_of([("x", {})])
-    nameless = {"obj_from_tgt_video": [{"frame_idx": 0, "bbox_loc": [1, 2, 3, 4]}]}
-    assert [item.vid for item in sightings(nameless, "obj_from_tgt_video", "own")] == ["own"]
+    for references in ([item | {"scores": [0.25]}], [[item | {"scores": [0.25]}, None, 3]]):
+        cell = json.dumps({"x": {"refer_result": references, "obj_from_tgt_video": 3}, "y": None})
+        assert parse_cross_pair(cell) == [PhraseDetections("x", [], expected)]
 
 
 @pytest.mark.parametrize(
@@ -447,15 +412,13 @@ def test_files_that_are_not_what_they_should_be(place: Place) -> None:
     with pytest.raises(ValueError, match=r"gone\.parquet: not a parquet file that can be read"):
         place.convert(place.root / "gone.parquet")
     pq.write_table(pa.table({"video_id": ["x"], "cross_pair": ["{}"]}), path)
-    with pytest.raises(
-        ValueError, match="no column video_caption or caption or prompt; it has video_id, cross_pair"
-    ):
+    with pytest.raises(ValueError, match="no column video_caption; it has video_id, cross_pair"):
         place.convert(path)
     write_pairs(path, [(f"v{number}_0_9", "word " * 50, {}) for number in range(20_000)])
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"p\.parquet: damaged after row|no clip can be used"):
+    with pytest.raises(ValueError, match=r"p\.parquet: .*damaged|no clip can be used"):
         place.convert(path)
 
 
@@ -495,22 +458,22 @@ def test_shares_and_workers_and_a_kill_give_the_same_manifest(
 
     convert_phantom(pairs, info, outs["pool"], workers=1, **options)
 
-    original, done = phantom._convert_piece, []
+    original, done = phantom._PhantomJob.make, []
 
-    def stopping(job: Any, number: int) -> None:
+    def stopping(job: Any, rows: range) -> Any:
         if len(done) == 4:
             raise KeyboardInterrupt
-        done.append(number)
-        original(job, number)
+        done.append(rows.start)
+        return original(job, rows)
 
-    monkeypatch.setattr(phantom, "_convert_piece", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phantom._PhantomJob, "make", stopping)
         convert_phantom(pairs, info, outs["killed"], **options)
     monkeypatch.setattr(
-        phantom, "_convert_piece", lambda job, number: done.append(number) or original(job, number)
+        phantom._PhantomJob, "make", lambda job, rows: done.append(rows.start) or original(job, rows)
     )
     report = convert_phantom(pairs, info, outs["killed"], **options)
-    assert sorted(done) == list(range(10))
+    assert sorted(done) == list(range(0, 100, 10))
     texts = {out.read_bytes() for out in outs.values()}
     assert len(texts) == 1 and report.to_dict() == last.to_dict() == alone.to_dict()
     assert not list(place.root.glob("*.parts")) and not list(place.root.glob(".*"))
@@ -521,14 +484,14 @@ def test_two_shares_that_end_at_once_both_tell_the_whole(
 ) -> None:
     Place(tmp_path)
     pairs, info = many(tmp_path, 10)
-    original = phantom._finish
+    original = phantom._join
 
-    def late(job: Any, out: Path) -> Report:
+    def late(job: Any, out: Path) -> ConversionReport:
         original(job, out)
-        job.parts.mkdir()  # which the other share is removing
+        job.folder.mkdir()  # which the other share is removing
         return original(job, out)
 
-    monkeypatch.setattr(phantom, "_finish", late)
+    monkeypatch.setattr(phantom, "_join", late)
     report = convert_phantom(
         pairs, info, tmp_path / "data.jsonl", video_root=tmp_path / "videos", selection=ANY
     )
@@ -561,7 +524,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from refalign_ext.data.convert.phantom import convert_phantom
-import pyarrow.parquet, sqlite3, tqdm
+import pyarrow.acero, pyarrow.compute, pyarrow.parquet, sqlite3, tqdm
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 root = Path(sys.argv[1])

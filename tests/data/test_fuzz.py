@@ -32,25 +32,26 @@ from refalign_ext.data.cache.names import (
 )
 from refalign_ext.data.cache.reader import CachedText, LatentCache
 from refalign_ext.data.cache.rows import check_rows, file_sizes
-from refalign_ext.data.checking.check import check
-from refalign_ext.data.checking.contact import contact_sheet
+from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.decoding import probe, read_clip, read_frame
+from refalign_ext.data.decoding import read_clip, read_frame
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.sampling.choice import Bucket, Sampling, possible_references
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
+from refalign_ext.data.sheets.contact import contact_sheet
 from refalign_ext.data.statistics.stats import collect_stats
 from refalign_ext.data.statistics.table import stats_table
-from refalign_ext.data.work import Share
+from refalign_ext.data.video_file import probe
 from refalign_ext.references import load_image
 from tests.helpers.clips import entry, render
 from tests.helpers.mutations import CASES_FACTOR, STRANGE, cases, damage, distort, json_text
@@ -216,7 +217,7 @@ def test_damaged_pictures(tmp_path: Path, name: str, mode: str) -> None:
 # --- Conversions: a damaged file or entry costs nothing but itself
 
 
-def listed(out: Path, report: Report) -> set[str]:
+def listed(out: Path, report: ConversionReport) -> set[str]:
     """The ids of a manifest whose rows are all as they should be and as many as its report says."""
     with ManifestReader(out) as reader:
         clips = list(reader)
@@ -239,7 +240,7 @@ class OpenS2V:
         self.places: NativeSet = write_native_set(root)
         self.out = root / "data.jsonl"
 
-    def convert(self) -> tuple[set[str], Report]:
+    def convert(self) -> tuple[set[str], ConversionReport]:
         shutil.rmtree(self.out.with_name(self.out.name + ".staging"), ignore_errors=True)
         report = convert_opens2v(
             self.places.parts,
@@ -279,7 +280,7 @@ def test_opens2v_entries_that_are_distorted(opens2v: OpenS2V) -> None:
         entries = {key: distort(value, rng) if key.endswith("_0") else value for key, value in whole.items()}
         path.write_text(json_text(entries))
         ids, report = opens2v.convert()
-        # The parser of streams goes no further than an integer of more than 64 bits, or a hundred thousand lists.
+        # The decoder goes no further than an integer of thousands of digits, or a hundred thousand lists.
         assert ids >= set(opens2v.ids[2 if report.incomplete else 1 :])
         reasons |= report.dropped["clips"].keys() | report.dropped["references"].keys()
     assert len(reasons) >= 6, reasons
@@ -327,7 +328,7 @@ class Phantom:
             rows.append((vid, "A man.", json_text(change(vid, cell))))
         return write_pairs(self.root / "pairs.parquet", rows)
 
-    def convert(self) -> tuple[set[str], Report]:
+    def convert(self) -> tuple[set[str], ConversionReport]:
         shutil.rmtree(self.out.with_name(self.out.name + ".parts"), ignore_errors=True)
         report = convert_phantom(
             self.pairs, self.info, self.out, video_root=self.root / "videos", both_ways=True

@@ -17,14 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from refalign_ext.data.cache.files import CacheError
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
-from refalign_ext.data.loading.loader import ClipLoader, PlaceBatches, stateful_loader
+from refalign_ext.data.loading.loader import ClipLoader
 from refalign_ext.data.manifest_file import write_manifest
-from refalign_ext.data.pixels import from_levels, video_uint8
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.pixels import from_uint8, video_uint8
 from refalign_ext.data.sampling.order import Order, SetOrder
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKETS = (Bucket(32, 32, 5), Bucket(48, 32, 5))
@@ -77,19 +76,19 @@ def sampling() -> Sampling:
     return Sampling(BUCKETS, prompt_alternatives=True, reference_dropout=0.3, seed=5)
 
 
-def make_order(run: int = 2, rows: int = CLIPS) -> Order:
+def make_order(batch_size: int = 2, rows: int = CLIPS) -> Order:
     buckets = np.arange(rows) % 3 // 2
-    return Order([SetOrder(buckets, BUCKETS, [range(rows)], run, together=1, seed=5, name="0")])
+    return Order([SetOrder(buckets, BUCKETS, [range(rows)], batch_size, mixed_shards=1, seed=5, name="0")])
 
 
 def content(sample: LoadedSample) -> tuple:
     """Everything that a sample is."""
-    pictures = tuple(one.levels.numpy().tobytes() for one in sample.references)
+    pictures = tuple(one.pixels.numpy().tobytes() for one in sample.references)
     return (
-        sample.place,
-        sample.choice,
+        sample.entry,
+        sample.spec,
         sample.clip,
-        sample.levels.numpy().tobytes(),
+        sample.pixels.numpy().tobytes(),
         pictures,
         sample.failures,
     )
@@ -99,7 +98,7 @@ def by_position(loader: Iterator[list[LoadedSample]], batches: int) -> dict[int,
     found = {}
     for _ in range(batches):
         for sample in next(loader):
-            found[sample.place.position] = content(sample)
+            found[sample.entry.position] = content(sample)
     return found
 
 
@@ -146,41 +145,24 @@ def test_loading_goes_on_exactly_where_it_stopped(
         options = {"batch_size": 2, "start_method": "fork"}
         one = ClipLoader(dataset, make_order(), workers=first_workers, **options)
         before = by_position(one, stop)
-        state = one.state_dict()
-        assert state == {"position": 2 * stop}
+        assert one.position == 2 * stop
         one.close()
         after: dict[int, tuple] = {}
         for rank in range(2):  # and on another number of ranks
             other = ClipLoader(
-                dataset, make_order(), data_rank=rank, data_size=2, workers=then_workers, **options
+                dataset,
+                make_order(),
+                data_rank=rank,
+                data_size=2,
+                start=2 * stop,
+                workers=then_workers,
+                **options,
             )
-            other.load_state_dict(state)
             after |= by_position(other, 4)
             other.close()
         last = 2 * stop + 16
         assert sorted(after) == list(range(2 * stop, last))
         assert before | after == {position: expected[position] for position in range(last)}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_stateful_loader_below_keeps_its_own_state(
-    clips: ClipSet, sampling: Sampling, expected: dict[int, tuple], workers: int
-) -> None:
-    def make() -> object:
-        batches = PlaceBatches(make_order(), 4, 2, 2)
-        return stateful_loader(ClipDataset([clips], sampling), batches, workers=workers, start_method="fork")
-
-    one = make()
-    iterator = iter(one)
-    before = by_position(iterator, 3)
-    state = one.state_dict()
-    one_more = by_position(iterator, 1)
-    other = make()
-    other.load_state_dict(state)
-    again = by_position(iter(other), 2)
-    assert list(before) == [4, 5, 6, 7, 8, 9]
-    assert list(one_more) == [10, 11] and list(again) == [10, 11, 12, 13]
-    assert before | again == {position: expected[position] for position in range(4, 14)}
 
 
 def test_a_dataset_is_picklable_and_spawned_workers_give_the_same(
@@ -198,39 +180,27 @@ def test_a_bad_clip_is_replaced_by_its_position(
 ) -> None:
     replaced = {position: item for position, item in expected.items() if item[0].row == 4}
     assert len(replaced) >= 3
-    for place, choice, clip, _, _, failures in replaced.values():
-        assert choice.row != 4 and choice.row in place.spare and clip == f"clip {choice.row}"
-        assert choice.bucket == place.bucket
-        assert [(failure.part, failure.row, failure.clip) for failure in failures] == [(0, 4, "clip 4")]
+    for entry, spec, clip, _, _, failures in replaced.values():
+        assert spec.row != 4 and spec.row in entry.fallback_rows and clip == f"clip {spec.row}"
+        assert spec.bucket == entry.bucket
+        assert [(failure.set_index, failure.row, failure.clip) for failure in failures] == [(0, 4, "clip 4")]
         assert "4.mp4" in failures[0].reason and "cannot be decoded" in failures[0].reason
     assert len({item[1].row for item in replaced.values()}) > 1  # not always the same stand-in
-    for place, choice, *_, failures in expected.values():
-        if place.row != 4:
-            assert choice.row == place.row and not failures
-
-
-def test_nothing_usable_is_handed_over_with_reasons(tmp_path: Path, sampling: Sampling) -> None:
-    subject = Subject("1", refs=(Reference("cross", image="none.png"),))
-    rows = [Clip(name, "custom", VideoSpan(f"{name}.mp4"), "p", (subject,)) for name in "abc"]
-    write_manifest(tmp_path / "m.jsonl", rows)
-    dataset = ClipDataset([open_clip_set(tmp_path / "m.jsonl")], sampling)
-    order = Order([SetOrder(np.zeros(3, int), BUCKETS, [range(3)], 1, together=1, seed=0, name="0")])
-    sample = dataset[order.at(0)]
-    assert sample.choice is None and sample.levels is None
-    assert {failure.clip for failure in sample.failures} == set("abc")
-    assert all("does not exist" in failure.reason for failure in sample.failures)
+    for entry, spec, *_, failures in expected.values():
+        if entry.row != 4:
+            assert spec.row == entry.row and not failures
 
 
 def test_a_cut_follows_from_its_clip_and_its_number(clips: ClipSet, sampling: Sampling) -> None:
-    def load(row: int, cut: int, seed: int = 5) -> torch.Tensor:
+    def load(row: int, variant: int, seed: int = 5) -> torch.Tensor:
         settings = Sampling(BUCKETS, seed=seed)
-        return from_levels(video_uint8(clips, row, clips[row], BUCKETS[0], cut, settings))
+        return from_uint8(video_uint8(clips, row, clips[row], BUCKETS[0], variant, settings))
 
-    starts = [load(9, cut)[0, 0, 0, 0].item() for cut in range(30)]
+    starts = [load(9, variant)[0, 0, 0, 0].item() for variant in range(30)]
     assert len(set(starts)) > 8
     assert torch.equal(load(9, 7), load(9, 7))
-    assert any(not torch.equal(load(9, cut), load(9, cut, seed=6)) for cut in range(5))
-    steps = from_levels(torch.tensor([0, 1], dtype=torch.uint8)).diff().item()
+    assert any(not torch.equal(load(9, variant), load(9, variant, seed=6)) for variant in range(5))
+    steps = from_uint8(torch.tensor([0, 1], dtype=torch.uint8)).diff().item()
     brightness = load(9, 7).mean((0, 2, 3)).diff()
     assert brightness.mean().item() == pytest.approx(steps, rel=0.3)  # frame by frame
 
@@ -238,7 +208,7 @@ def test_a_cut_follows_from_its_clip_and_its_number(clips: ClipSet, sampling: Sa
 def test_fps_and_stride_choose_frames(clips: ClipSet) -> None:
     step = 2 / 255
     for settings, frames in ((Sampling(BUCKETS, stride=3), 3), (Sampling(BUCKETS, fps=4.0), 2)):
-        video = from_levels(video_uint8(clips, 9, clips[9], BUCKETS[0], 1, settings))
+        video = from_uint8(video_uint8(clips, 9, clips[9], BUCKETS[0], 1, settings))
         assert video.mean((0, 2, 3)).diff().mean().item() == pytest.approx(frames * step, rel=0.25)
 
 
@@ -248,11 +218,11 @@ class Cache:
     def __init__(self, names: set[str], has_features: bool) -> None:
         self.names, self.has_features = names, has_features
 
-    def video(self, clip_id: str, bucket: Bucket, cut: int) -> torch.Tensor | None:
-        return torch.full((1,), cut % 7.0) if clip_id in self.names else None
+    def video(self, clip_id: str, bucket: Bucket, variant: int) -> torch.Tensor | None:
+        return torch.full((1,), variant % 7.0) if clip_id in self.names else None
 
     def reference(
-        self, clip_id: str, bucket: Bucket, choice: object
+        self, clip_id: str, bucket: Bucket, spec: object
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         if clip_id not in self.names:
             return None
@@ -268,23 +238,14 @@ def test_what_is_cached_is_not_decoded(clips: ClipSet, sampling: Sampling) -> No
             sample = dataset[order.at(position)]
             is_cached = sample.clip in cache.names
             assert not sample.failures  # row 4 needs no file
-            assert (sample.levels is None) == is_cached == (sample.latents is not None)
+            assert (sample.pixels is None) == is_cached == (sample.latents is not None)
             for one in sample.references:
                 # Features that are missing are computed from pixels.
-                assert (one.levels is None) == (is_cached and has_features)
+                assert (one.pixels is None) == (is_cached and has_features)
                 assert (one.latents is not None) == is_cached
     without = ClipDataset([clips], sampling, caches=[Cache({"clip 4"}, False)], needs_features=False)
-    place = next(order.at(position) for position in range(40) if order.at(position).row == 4)
-    assert all(one.levels is None and one.features is None for one in without[place].references)
-
-
-def test_a_damaged_cache_stops_training_and_costs_no_clip(clips: ClipSet, sampling: Sampling) -> None:
-    class Damaged(Cache):
-        def video(self, clip_id: str, bucket: Bucket, cut: int) -> None:
-            raise CacheError("chunk 3 is damaged")
-
-    sample = ClipDataset([clips], sampling, caches=[Damaged(set(), False)])[make_order().at(0)]
-    assert (sample.stop, sample.failures, sample.choice) == ("chunk 3 is damaged", (), None)
+    entry = next(order.at(position) for position in range(40) if order.at(position).row == 4)
+    assert all(one.pixels is None and one.features is None for one in without[entry].references)
 
 
 def test_a_worker_that_dies_is_a_clear_error(clips: ClipSet, sampling: Sampling) -> None:
@@ -305,7 +266,7 @@ def test_workers_leave_it_to_their_parent_when_to_stop(
         ClipDataset([clips], sampling), make_order(), batch_size=2, workers=2, start_method=method
     )
     found = by_position(loader, 1)
-    workers = loader._batches._workers
+    workers = loader._loaded._workers
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked
     for name in ("-TERM", "-INT", "-TERM"):  # from elsewhere, as a terminal or torchrun sends them to all
         subprocess.run(["kill", name, *(str(worker.pid) for worker in workers)], check=True)
@@ -327,7 +288,7 @@ def test_workers_end_with_their_parent(clips: ClipSet, sampling: Sampling) -> No
             ClipDataset([clips], sampling), make_order(), batch_size=2, workers=2, start_method="fork"
         )
         next(loader)
-        there.send([worker.pid for worker in loader._batches._workers])
+        there.send([worker.pid for worker in loader._loaded._workers])
         time.sleep(60)
 
     parent = context.Process(target=train)
@@ -352,6 +313,6 @@ def is_running(pid: int) -> bool:
 class Deadly(ClipDataset):
     """Kills its own process."""
 
-    def __getitem__(self, place: object) -> LoadedSample:
+    def __getitem__(self, entry: object) -> LoadedSample:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError

@@ -16,16 +16,19 @@ from PIL import Image
 
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.decoding import probe, read_clip
+from refalign_ext.data.crop import read_reference
+from refalign_ext.data.decoding import read_clip
 from refalign_ext.data.masks import encode
 from refalign_ext.data.materialise import run as module
-from refalign_ext.data.materialise.reference import read_reference
+from refalign_ext.data.materialise.files import FilesJob
+from refalign_ext.data.materialise.pack import PackJob
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.materialise.trimming import trim
 from refalign_ext.data.media_source import MediaBytes
+from refalign_ext.data.pieces import Share
 from refalign_ext.data.schema import VideoSpan, parse
 from refalign_ext.data.shards import read_listing, verify_shard
-from refalign_ext.data.work import Share
+from refalign_ext.data.video_file import probe
 from tests.helpers.clips import RATE, SUBJECT, box_of, entry, frame, render
 
 SIZE = (64, 48)
@@ -131,13 +134,11 @@ def check_rows(folder: Path, source: Path) -> None:
     assert np.abs(cut[0] - SUBJECT).max() < 15
     part = clips[4]
     assert len(part.subjects) == 1
-    wanted = read_clip(source.parent / "videos/a.mp4", 20, SIZE, start_frame=50, end_frame=70)
-    span = {"start_frame": part.video.start_frame, "end_frame": part.video.end_frame}
-    assert (read_clip(clips.media(4, part.video.path), 20, SIZE, **span) == wanted).all()
+    wanted = read_clip(source.parent / "videos/a.mp4", 20, SIZE, span=VideoSpan("a.mp4", 50, 70))
+    media, span = clips.media(4, part.video.path), part.video
+    assert (read_clip(media, 20, SIZE, span=VideoSpan("", span.start_frame, span.end_frame)) == wanted).all()
     target = part.subjects[0].target
-    there = read_clip(
-        clips.media(4, part.video.path), 1, SIZE, start_frame=target.frame, end_frame=target.frame + 1
-    )
+    there = read_clip(media, 1, SIZE, span=VideoSpan("", target.frame, target.frame + 1))
     assert (there[:, 0] == wanted[:, 5]).all()
 
 
@@ -230,7 +231,7 @@ def test_packed(source: Path, tmp_path: Path) -> None:
 def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE", 2)
+    monkeypatch.setattr(module, "PIECE_ROWS", 2)
     settings: dict[str, Any] = {"pack": pack, "shard_size": 2}
     whole = tmp_path / "whole"
     first = materialise(source, whole, **settings)
@@ -239,16 +240,16 @@ def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
 
     # Killed while the picture of a row is made, at each row in turn.
     broken, done = tmp_path / "broken", []
-    original = module.cut_piece if not pack else module.pack_piece
-    name = "pack_piece" if pack else "cut_piece"
+    job = PackJob if pack else FilesJob
+    original = job.make
 
-    def killed(place: Any, number: int, rows: range, report: Any) -> Any:
-        done.append(number)
-        if done.count(number) == 1:
+    def killed(self: Any, rows: range) -> Any:
+        done.append(self.number(rows))
+        if done.count(self.number(rows)) == 1:
             raise KeyboardInterrupt
-        return original(place, number, rows, report)
+        return original(self, rows)
 
-    monkeypatch.setattr(module, name, killed)
+    monkeypatch.setattr(job, "make", killed)
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
             materialise(source, broken, **settings)
@@ -256,7 +257,7 @@ def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
     assert materialise(source, broken, **settings).to_dict() == first.to_dict()
     assert done == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert digests(broken) == expected
-    monkeypatch.setattr(module, name, original)
+    monkeypatch.setattr(job, "make", original)
 
     shared = tmp_path / "shared"
     for index in (2, 0):
@@ -283,19 +284,19 @@ def test_a_listing_does_not_outlive_its_shards(
 ) -> None:
     out = tmp_path / "packed"
     materialise(source, out, pack=True, shard_size=2)
-    original = module.pack_piece
+    original = PackJob.make
 
-    def killed(place: Any, number: int, rows: range, report: Any) -> Any:
-        if number == 1:
+    def killed(self: Any, rows: range) -> Any:
+        if rows.start == 3:
             raise KeyboardInterrupt
-        return original(place, number, rows, report)
+        return original(self, rows)
 
-    monkeypatch.setattr(module, "pack_piece", killed)
+    monkeypatch.setattr(PackJob, "make", killed)
     with pytest.raises(KeyboardInterrupt):
         materialise(source, out, pack=True, shard_size=3)
     with pytest.raises(ValueError, match="has neither"):
         open_clip_set(out)
-    monkeypatch.setattr(module, "pack_piece", original)
+    monkeypatch.setattr(PackJob, "make", original)
     materialise(source, out, pack=True, shard_size=3)
     assert all(verify_shard(out, info) is None for info in read_listing(out))
 
@@ -303,12 +304,12 @@ def test_a_listing_does_not_outlive_its_shards(
 def test_rows_broken_off_in_the_middle_leave_nothing_half_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from refalign_ext.data.materialise import row as cut_row
+    from refalign_ext.data.materialise import row as row_module
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     materialise(source, whole)
     calls: list[int] = []
-    original = cut_row.read_reference
+    original = row_module.read_reference
 
     def failing(*args: Any) -> Image.Image:
         calls.append(1)
@@ -318,11 +319,11 @@ def test_rows_broken_off_in_the_middle_leave_nothing_half_written(
 
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(cut_row, "read_reference", failing)
+        monkeypatch.setattr(row_module, "read_reference", failing)
         materialise(source, broken)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert not (broken / "references").exists() and list((broken / ".work/parts").rglob("*.png"))
+    assert not (broken / "manifest.jsonl").exists() and list((broken / "references").rglob("*.png"))
     materialise(source, broken)
     assert digests(broken) == digests(whole)
     assert not list((broken / ".work").glob("parts"))
@@ -331,7 +332,7 @@ def test_rows_broken_off_in_the_middle_leave_nothing_half_written(
 def test_only_pieces_that_changed_or_are_gone_are_done_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PIECE", 2)
+    monkeypatch.setattr(module, "PIECE_ROWS", 2)
     root = tmp_path / "root"
     (root / "videos").mkdir(parents=True)
     (root / "pictures").mkdir()
@@ -340,11 +341,9 @@ def test_only_pieces_that_changed_or_are_gone_are_done_again(
     lines = source.read_text().splitlines(keepends=True)
     (root / "data.jsonl").write_text("".join(lines))
     out, done = tmp_path / "out", []
-    original = module.cut_piece
+    original = FilesJob.make
     monkeypatch.setattr(
-        module,
-        "cut_piece",
-        lambda place, number, *rest: done.append(number) or original(place, number, *rest),
+        FilesJob, "make", lambda self, rows: done.append(self.number(rows)) or original(self, rows)
     )
     materialise(root / "data.jsonl", out)
     done.clear()
@@ -442,7 +441,7 @@ def test_trimmed_files_hold_the_same_frames(tmp_path: Path, name: str, codec: st
         assert (shifted.start_frame, shifted.end_frame, shifted.start_s) == (50 - before, 70 - before, None)
         for options in ({}, {"fps": RATE / 2}):
             new, old = (
-                read_clip(media, 9, SIZE, start_frame=first, end_frame=first + 20, **options)
+                read_clip(media, 9, SIZE, span=VideoSpan(name, first, first + 20), **options)
                 for media, first in ((MediaBytes("copy", data), 50 - before), (path, 50))
             )
             assert (new == old).all()

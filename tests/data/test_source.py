@@ -1,57 +1,34 @@
-"""The source of training samples: indexed once, split, mixed, encoded, and stopped when too much of it is bad."""
+"""The source of training samples: split, mixed, encoded, and stopped when too much of it is bad."""
 
 from __future__ import annotations
 
 import logging
-import pickle
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.data import clip_index as index_module
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.data.cache.files import CacheError
-from refalign_ext.data.clip_index import (
-    BAD_ROW,
-    BAD_VIDEO,
-    USABLE,
-    ClipFacts,
-    clip_index_paths,
-    open_clip_index,
-)
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.hashing import hash64
-from refalign_ext.data.loading import source as source_module
+from refalign_ext.data.loading import bad_clips
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.materialise.run import materialise
-from refalign_ext.data.pixels import from_levels, load_reference, video_uint8
-from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+from refalign_ext.data.pixels import from_uint8, load_reference, video_uint8
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.sampling.split import Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+from tests.helpers.clips import render
 
-BUCKET = Bucket(32, 32, 5)
+BUCKET, SIZE = Bucket(32, 32, 5), (48, 32)
 HERE = LoaderSettings(workers=0)
-
-
-def render(path: Path, frames: int = 12, size: tuple[int, int] = (48, 32), codec: str = "libx264") -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=8)
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for number in range(frames):
-            pixels = np.full((size[1], size[0], 3), 10 * number % 256, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def row(name: str, video: str = "long.mp4", *refs: Reference, **changes: object) -> Clip:
@@ -61,9 +38,9 @@ def row(name: str, video: str = "long.mp4", *refs: Reference, **changes: object)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    render(tmp_path / "long.mp4")
-    render(tmp_path / "tall.mp4", 7, (32, 64))
-    render(tmp_path / "short.mp4", 4)
+    render(tmp_path / "long.mp4", 12, size=SIZE)
+    render(tmp_path / "tall.mp4", 7, size=(32, 64))
+    render(tmp_path / "short.mp4", 4, size=SIZE)
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "text.png").write_text("not a picture")
     Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
@@ -102,8 +79,8 @@ def test_samples_are_encoded_pixels_of_the_choice(folder: Path) -> None:
     clips = clip_set(folder, row("a", "long.mp4", Reference("cross", image="b.png")))
     sampling = Sampling((BUCKET,), clip_variants=1)
     (sample,) = make(clips, sampling=sampling).samples(0, range(1))
-    video = from_levels(video_uint8(clips, 0, clips[0], BUCKET, 0, sampling))
-    picture = load_reference(clips, 0, clips[0], ReferenceChoice(0, 0, None), BUCKET, sampling)
+    video = from_uint8(video_uint8(clips, 0, clips[0], BUCKET, 0, sampling))
+    picture = load_reference(clips, 0, clips[0], ReferenceSpec(0, 0, None), BUCKET, sampling)
     assert (sample.name, sample.prompt) == ("a", "about a")
     assert torch.equal(sample.latents, encode([video])[0])
     assert torch.equal(sample.references, encode([picture[:, None]])[0])
@@ -187,10 +164,10 @@ def test_a_cache_stands_in_for_what_it_has(folder: Path) -> None:
     class Cache:
         def video(self, clip_id: str, bucket: Bucket, cut: int) -> torch.Tensor | None:
             number = "abc".index(clip_id)
-            video = from_levels(video_uint8(clips, number, clips[number], bucket, cut, sampling))
+            video = from_uint8(video_uint8(clips, number, clips[number], bucket, cut, sampling))
             return None if clip_id == "c" else encode([video])[0]
 
-        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceChoice) -> tuple | None:
+        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceSpec) -> tuple | None:
             number = "abc".index(clip_id)
             picture = load_reference(clips, number, clips[number], choice, bucket, sampling)
             found = features(picture[None])[0] if clip_id == "a" else None
@@ -203,7 +180,7 @@ def test_a_cache_stands_in_for_what_it_has(folder: Path) -> None:
 
 
 def test_a_real_size_goes_through_a_vae(folder: Path) -> None:
-    render(folder / "large.mp4", size=(128, 80))
+    render(folder / "large.mp4", 12, size=(128, 80))
     refs = (Reference("cross", image="a.png"), Reference("cross", image="b.png"))
     subjects = tuple(Subject(str(number), refs=(one,)) for number, one in enumerate(refs))
     clips = clip_set(folder, replace(row("a", "large.mp4"), subjects=subjects))
@@ -220,12 +197,12 @@ def test_a_packed_folder_gives_the_samples_of_its_manifest(folder: Path) -> None
     clips = clip_set(folder, *(row(f"{n}") for n in range(9)))
     materialise(folder / "data.jsonl", folder / "packed", pack=True, shard_size=2)
     packed = open_clip_set(folder / "packed")
-    shards = {packed[row].id: shard for shard, rows in enumerate(packed.windows()) for row in rows}
+    shards = {packed[row].id: shard for shard, rows in enumerate(packed.shard_ranges()) for row in rows}
     assert len(set(shards.values())) > 2
     fixed = Sampling((BUCKET,), clip_variants=1, reference_variants=1, cross_pairs=0.0)
 
     def samples(clips: ClipSet) -> list[EncodedSample]:
-        source = make(clips, sampling=fixed, settings=replace(HERE, together=1))
+        source = make(clips, sampling=fixed, settings=replace(HERE, mixed_shards=1))
         return [source.samples(0, range(at, at + 1))[0] for at in range(18)]
 
     from_shards, from_files = samples(packed), {sample.name: sample for sample in samples(clips)}
@@ -283,7 +260,7 @@ def test_nothing_usable_is_an_error(folder: Path) -> None:
 
 
 def test_too_many_bad_clips_stop_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "LEAST_TRIED", 6)
+    monkeypatch.setattr(bad_clips, "LEAST_TRIED", 6)
     bad = Reference("cross", image="text.png")
     rows = [row(f"{n}", "long.mp4", *([bad] if n < 3 else [])) for n in range(12)]
     clips = clip_set(folder, *rows)
@@ -321,7 +298,7 @@ def test_a_cache_that_breaks_stops_training_at_once(folder: Path, workers: int) 
     source.close()
 
 
-@pytest.mark.parametrize("name", ["workers", "prefetch", "together", "max_bad_share"])
+@pytest.mark.parametrize("name", ["workers", "prefetch", "mixed_shards", "max_bad_share"])
 def test_settings_out_of_range_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is -1"):
         LoaderSettings(**{name: -1})
@@ -331,7 +308,7 @@ def test_settings_out_of_range_are_named(name: str) -> None:
 
 
 def holds(split: Split, group: str) -> bool:
-    return bool(split.holds(np.array([hash64(group)], np.uint64))[0])
+    return bool(split.contains(np.array([hash64(group)], np.uint64))[0])
 
 
 def test_training_and_validation_share_no_group(folder: Path) -> None:
@@ -358,9 +335,9 @@ def test_training_and_validation_share_no_group(folder: Path) -> None:
         for _ in range(60):
             (sample,) = next(loader)
             assert not sample.failures
-            clip = rows[sample.choice.row]
-            for choice in sample.choice.references:
-                reference = clip.subjects[0].refs[choice.reference]
+            clip = rows[sample.spec.row]
+            for spec in sample.spec.references:
+                reference = clip.subjects[0].refs[spec.reference]
                 owner = reference.source_group
                 if reference.source_id is not None:
                     owner = rows[int(reference.source_id)].group
@@ -397,122 +374,8 @@ def test_clips_whose_references_are_all_on_the_other_side_are_left_out(
         validation.prepare()
 
 
-# --- clip index
-
-
-def test_a_clip_index_knows_every_clip_and_is_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    render(folder / "ten.mkv", 10, (64, 32))
-    known = VideoSpan("none.mp4", start_frame=5, end_frame=45, fps=25.0, width=640, height=360)
-    cut = VideoSpan("ten.mkv", start_s=0.5, end_s=1.0, crop_xyxy=(0, 0, 16, 32))
-    spans = [
-        known,
-        cut,
-        VideoSpan("ten.mkv", start_frame=4),
-        VideoSpan("text.mp4"),
-        VideoSpan("ten.mkv", end_frame=99),
-        VideoSpan("ten.mkv", end_frame=11),
-    ]
-    rows = [replace(row(f"{n}", group_id="g"), video=span) for n, span in enumerate(spans)]
-    clips = clip_set(folder, *rows)
-    with (folder / "data.jsonl").open("a") as file:
-        file.write("{}\n")
-    clips = open_clip_set(folder / "data.jsonl")
-    with caplog.at_level(logging.WARNING):
-        found = open_clip_index(clips)
-    assert found["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO, BAD_VIDEO, USABLE, BAD_ROW]
-    assert found["frames"].tolist()[:3] == [40, 4, 6] and found["frames"][5] == 10
-    assert found[["width", "height"]].tolist()[:3] == [(640, 360), (16, 32), (64, 32)]
-    assert found["fps"].tolist()[:3] == [25.0, 8.0, 8.0]
-    assert found["group"][0] == hash64("g") and found["id"][1] == hash64("1") and found["is_free"][0]
-    assert sum(message.startswith("skipping ") for message in caplog.messages) == 3
-    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("looked at again"))
-    again = open_clip_index(clips)
-    assert isinstance(again, np.memmap) and again.tobytes() == found.tobytes()
-    monkeypatch.undo()
-    clips = clip_set(folder, rows[0])
-    assert len(open_clip_index(clips)) == 1  # another manifest, another index
-
-
-def test_an_interrupted_clip_index_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_CHUNK", 3)
-    clips = clip_set(folder, *(row(f"{n}") for n in range(10)))
-    original, looked = index_module.measure, []
-
-    def failing(clip_set: ClipSet, number: int, span: VideoSpan) -> ClipFacts:
-        if number == 7 and len(looked) < 10:
-            raise KeyboardInterrupt
-        looked.append(number)
-        return original(clip_set, number, span)
-
-    monkeypatch.setattr(index_module, "measure", failing)
-    with pytest.raises(KeyboardInterrupt):
-        open_clip_index(clips)
-    assert not clip_index_paths(clips)[0].exists()
-    part = clip_index_paths(clips)[0].with_name("data.jsonl.clip_index.part")
-    part.write_bytes(part.read_bytes() + b"half a record")
-    looked += [-1] * 10
-    found = open_clip_index(clips)
-    assert looked[-4:] == [6, 7, 8, 9] and looked[-5] == -1
-    assert (found["state"] == USABLE).all() and len(set(found["id"].tolist())) == 10
-    assert not part.exists()
-
-
-def test_a_clip_index_that_cannot_be_kept_is_made_each_time(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
-
-    def refused(path: Path, mark: bytes) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(index_module, "_continued", refused)
-    assert (open_clip_index(clips)["state"] == USABLE).all()
-    assert "cannot be kept" in caplog.text and not clip_index_paths(clips)[0].exists()
-
-
-def test_a_clip_index_is_kept_fallback_dir_if_the_set_cannot_be_written_to(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clips, original = clip_set(folder, *(row(f"{n}") for n in range(3))), index_module._continued
-
-    def refused(path: Path, mark: bytes) -> object:
-        if path.parent == folder:
-            raise PermissionError(13, "Permission denied")
-        return original(path, mark)
-
-    monkeypatch.setattr(index_module, "_continued", refused)
-    fallback_dir = tmp_path / "run" / "clip_indexes"
-    first = open_clip_index(clips, fallback_dir=fallback_dir)
-    assert (
-        isinstance(first, np.memmap)
-        and list(fallback_dir.iterdir()) == clip_index_paths(clips, fallback_dir)[1:]
-    )
-    monkeypatch.setattr(index_module, "measure", lambda *_: pytest.fail("looked at again"))
-    assert open_clip_index(clips, fallback_dir=fallback_dir).tobytes() == first.tobytes()
-    assert not caplog.messages
-
-
-def test_a_clip_index_needs_no_locks_but_does_not_share_a_file(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
-
-    def without_locks(*_: object) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(index_module.fcntl, "flock", without_locks)
-    assert isinstance(open_clip_index(clips), np.memmap)
-    clip_index_paths(clips)[0].unlink()
-    monkeypatch.undo()
-    with index_module._continued(Path(f"{clip_index_paths(clips)[0]}.part"), b"busy"):
-        assert not isinstance(open_clip_index(clips), np.memmap)
-    assert "cannot be kept" in caplog.text
-
-
 def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "LEAST_TRIED", 2)
+    monkeypatch.setattr(bad_clips, "LEAST_TRIED", 2)
     clips = clip_set(folder, *(row(f"{n}") for n in range(4)))
     (folder / "long.mp4").rename(folder / "away.mp4")
     for share, message in ((0.1, "4 of 4 clips cannot be used, more than"), (1.0, "no clip can be used")):
@@ -520,19 +383,3 @@ def test_clips_that_were_away_are_looked_at_again(folder: Path, monkeypatch: pyt
             make(clips, settings=replace(HERE, max_bad_share=share)).prepare()
     (folder / "away.mp4").rename(folder / "long.mp4")
     assert make(clips).samples(0, range(1))[0].name in "0123"
-
-
-def test_damaged_clip_indexes_are_made_anew(folder: Path) -> None:
-    clips = clip_set(folder, *(row(f"{n}") for n in range(3)))
-    good = open_clip_index(clips).tobytes()
-    for damage in (b"", b"RASURV1\n", clip_index_paths(clips)[0].read_bytes()[:-5], b"x" * 500):
-        clip_index_paths(clips)[0].write_bytes(damage)
-        assert open_clip_index(clips).tobytes() == good
-
-
-def test_looking_at_clips_can_be_passed_to_other_processes(folder: Path) -> None:
-    clips = clip_set(folder, *(row(f"{n}") for n in range(5)), row("bad", "text.mp4"))
-    look = pickle.loads(pickle.dumps(partial(index_module._index_rows, clips, ())))
-    records, reasons = pickle.loads(pickle.dumps(look(range(2, 6))))
-    assert records["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO]
-    assert reasons[0][0] == "bad" and "cannot be decoded" in reasons[0][1]

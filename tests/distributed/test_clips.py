@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional
 
 from refalign_ext.config import tiny, with_overrides
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.data.cache.build import fill_cache
 from refalign_ext.data.cache.files import CacheHeader
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
@@ -24,13 +26,12 @@ from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.loading.source import ClipSource, LoaderSettings
 from refalign_ext.data.manifest_file import write_manifest
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.pieces import Share
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
-from refalign_ext.data.work import Share
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.training import sources as training_data
-from refalign_ext.training.precompute import FrozenParts, fill_cache
+from refalign_ext.training import clip_data as training_data
 from tests.helpers.clips import RATE, render
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_training import CPU, TEACHER_DIM, build, change
@@ -46,7 +47,8 @@ SAMPLING = Sampling(
     reference_dropout=0.3,
     seed=7,
 )
-FINGERPRINT = cache_fingerprint(SAMPLING, {}, teacher="test", token_stride=(16, 16), text_length=8)
+ENCODERS = {"files": {}, "teacher": "test", "token_stride": (16, 16), "text_length": 8}
+FINGERPRINT = cache_fingerprint(SAMPLING, **ENCODERS)
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +214,14 @@ def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     loader = RowLoader(open_clip_set(data), SAMPLING)
     made_from = {**FINGERPRINT, "settings": {**FINGERPRINT["settings"], "dtype": "float32"}}
-    parts = FrozenParts(
-        lambda video: encode([video])[0],
-        lambda image: features(image[None])[0],
-        lambda prompt: torch.full((len(prompt) + 1, 2), float(len(prompt))),
+    encoders = SimpleNamespace(
+        task=SimpleNamespace(t5_dtype=torch.float32),
+        vae=SimpleNamespace(encode=encode),
+        features=features,
+        encode_text=lambda prompts: [torch.full((len(text) + 1, 2), float(len(text))) for text in prompts],
     )
     header = CacheHeader(made_from, CLIPS, 2)
-    summary = fill_cache(loader, folder, header, lambda: parts, share=Share.from_environment())
+    summary = fill_cache(loader, folder, header, encoders, share=Share.from_environment())
     return summary.made, summary.failures
 
 
@@ -246,17 +249,19 @@ def test_cached_samples_are_the_same_on_any_number_of_ranks(
 
 def open_on_rank_0(rank: int, data: Path, cache: Path) -> tuple[int, str]:
     """Rows of the caches that this rank gets, and what it is told about one that is not there."""
-    training_data.frozen_fingerprint = lambda config, sampling: FINGERPRINT
+    encoders = SimpleNamespace(fingerprint=lambda: ENCODERS)
     if rank:
         training_data.LatentCache = training_data.check_rows = lambda *given: pytest.fail(
             "opened on every rank"
         )
     parallel = Parallel.create(ParallelSizes(2), CPU)
     config = with_overrides(tiny(), {"data": str(data), "cache": str(cache)})
-    (found,) = training_data.open_caches(config, SAMPLING, parallel)
+    (found,) = training_data.open_caches(config, SAMPLING, encoders, parallel)
     assert found.video("clip 1", SAMPLING.buckets[0], 1) is not None
     try:
-        training_data.open_caches(with_overrides(config, {"cache": f"{cache}-none"}), SAMPLING, parallel)
+        training_data.open_caches(
+            with_overrides(config, {"cache": f"{cache}-none"}), SAMPLING, encoders, parallel
+        )
     except ValueError as error:
         return len(found), str(error)
     raise AssertionError("opened")

@@ -51,7 +51,7 @@ def fill_disk(rank: int) -> None:
 
 def lack_a_file(rank: int) -> None:
     if rank == 1:
-        launch.build_trainer = lambda config, parallel: raise_(
+        launch.build_trainer = lambda *_, **others: raise_(
             FileNotFoundError("weights/dit.safetensors: no such file")
         )
 
@@ -159,7 +159,7 @@ def poisoned_steps(rank: int, folder: Path) -> list[tuple[bool, dict[str, torch.
     found = []
     for _ in range(3):
         report = trainer.train_step()
-        weights = gather_full_tensors({**trainer.trained.state_dict(), **trainer.average})
+        weights = gather_full_tensors({**trainer.trained.state_dict(), **trainer.ema.average})
         found.append((report.skipped, weights, report.values["loss/total"]))
     return found
 
@@ -185,7 +185,9 @@ def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all(tmp_path: Path) 
 
 
 def poison_all(rank: int) -> None:
-    launch.build_trainer = lambda config, parallel: build(config, Poisoned(POISONED, 1000), parallel)
+    launch.build_trainer = lambda config, parallel, *_, **others: build(
+        config, Poisoned(POISONED, 1000), parallel
+    )
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from refalign_ext.backbone import ReferenceBackbone
+from refalign_ext.backbone import ReferenceBackbone, WanModel, dit_arguments
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import can_shard_on_cpu
@@ -26,7 +26,8 @@ from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.sizes import ParallelSizes, generation_sizes
 from refalign_ext.distributed.xfuser_backend import XfuserCore, attach_xfuser
 from refalign_ext.guidance import BRANCHES
-from refalign_ext.pipeline import R2VPipeline, SingleProcess
+from refalign_ext.parallelism import SingleProcess
+from refalign_ext.pipeline import R2VPipeline
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_checkpoint import build, tiny_config
 
@@ -96,9 +97,9 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def load(division: Division, folder: Path) -> R2VPipeline:
-    return R2VPipeline.load(
-        CONFIG,
+    return R2VPipeline.from_pretrained(
         folder,
+        config=CONFIG,
         device="cpu",
         dtype=division.dtype,
         offload_model=division.offload_model,
@@ -279,9 +280,9 @@ def test_offloading_and_sharding_exclude_each_other(checkpoint: Path) -> None:
         shards_text_encoder = True
 
     with pytest.raises(ValueError, match="--offload_model True does not go with --dit_fsdp or --t5_fsdp"):
-        R2VPipeline.load(CONFIG, checkpoint, offload_model=True, ranks=Sharding())
+        R2VPipeline.from_pretrained(checkpoint, offload_model=True, ranks=Sharding())
     with pytest.raises(ValueError, match="--t5_cpu does not go with --t5_fsdp"):
-        R2VPipeline.load(CONFIG, checkpoint, t5_cpu=True, ranks=Sharding())
+        R2VPipeline.from_pretrained(checkpoint, t5_cpu=True, ranks=Sharding())
 
 
 class FakeXfuser:
@@ -339,17 +340,21 @@ class Lines(logging.Handler):
         self.lines.append((record.levelname, record.getMessage()))
 
 
-def with_fake_xfuser(
-    rank: int, folder: Path, name: str, failing: str, names: tuple[str, ...]
-) -> tuple[list, list[str], dict[str, int], list[tuple[str, str]]]:
-    fake, lines = FakeXfuser(failing), Lines()
-    logger = logging.getLogger("refalign_ext.distributed.xfuser_backend")
-    logger.addHandler(lines)
+def logged_lines() -> list[tuple[str, str]]:
+    """(level, message) of what the backend logs from now on."""
+    handler, logger = Lines(), logging.getLogger("refalign_ext.distributed.xfuser_backend")
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
-    if failing != "import" or rank != 1:
-        fake.install()
+    return handler.lines
+
+
+def with_fake_xfuser(
+    rank: int, folder: Path, name: str, names: tuple[str, ...]
+) -> tuple[list, list[str], dict[str, int], list[tuple[str, str]]]:
+    fake, lines = FakeXfuser(), logged_lines()
+    fake.install()
     division = dataclasses.replace(DIVISIONS[name], sequence_backend="xfuser")
-    return make_videos(rank, division, folder, names), fake.calls, fake.degrees, lines.lines
+    return make_videos(rank, division, folder, names), fake.calls, fake.degrees, lines
 
 
 # 45 tokens need padding on 2 ranks, which xfuser does not know; 30 do not.
@@ -359,7 +364,7 @@ PADDED, WHOLE = "one reference", "no reference"
 def test_xfuser_answers_where_there_is_no_padding(checkpoint: Path) -> None:
     expected = alone(checkpoint)
     for results, calls, degrees, lines in run_ranks(
-        with_fake_xfuser, 4, checkpoint, "cfg 2 x Ulysses 2", "", (WHOLE, PADDED)
+        with_fake_xfuser, 4, checkpoint, "cfg 2 x Ulysses 2", (WHOLE, PADDED)
     ):
         for (latents, _), name in zip(results, (WHOLE, PADDED), strict=True):
             torch.testing.assert_close(latents, expected[name][0], atol=1e-4, rtol=0)
@@ -374,30 +379,44 @@ def test_xfuser_answers_where_there_is_no_padding(checkpoint: Path) -> None:
         assert [level for level, _ in lines] == ["INFO"]
 
 
-@pytest.mark.parametrize(
-    ("failing", "reason"),
-    [
-        ("import", "on rank 1: ModuleNotFoundError: No module named 'xfuser'"),
-        ("name", "AttributeError: .*xFuserLongContextAttention"),
-        ("groups", "RuntimeError: no such accelerator see the manual"),
-        ("values", "ValueError: its attention differs from ours by 0"),
-    ],
-)
-def test_xfuser_gives_way_with_one_reason(failing: str, reason: str, checkpoint: Path) -> None:
-    expected = alone(checkpoint)[WHOLE][0]
-    for results, calls, _, lines in run_ranks(
-        with_fake_xfuser, 2, checkpoint, "Ulysses 2", failing, (WHOLE,)
-    ):
-        torch.testing.assert_close(results[0][0], expected, atol=1e-4, rtol=0)
-        assert calls.count("attend") == (failing == "values")
-        ((level, line),) = lines
-        assert level == "WARNING" and "\n" not in line
-        assert re.search(f"xfuser cannot be used .*{reason}.*torch", line)
+FAILURES = {
+    "import": "on rank 1: ModuleNotFoundError: No module named 'xfuser'",
+    "name": "AttributeError: .*xFuserLongContextAttention",
+    "groups": "RuntimeError: no such accelerator see the manual",
+    "values": "ValueError: its attention differs from ours by 0",
+}
+
+
+def failing_xfuser(rank: int) -> dict[str, tuple[bool, list[str], list[tuple[str, str]]]]:
+    """By kind of failure: (whether the cores are as they were, calls of xfuser, what is logged)."""
+    backbone = ReferenceBackbone(WanModel(**dit_arguments(CONFIG)))
+    parallel = Parallel.create(ParallelSizes(1, 1, 2), CPU)
+    attach_sequence_parallel(backbone, parallel)
+    cores = [block.self_attn.core for block in backbone.model.blocks]
+    found = {}
+    for failing in FAILURES:
+        fake, lines = FakeXfuser(failing), logged_lines()
+        if failing != "import" or rank != 1:
+            fake.install()
+        attached = attach_xfuser(backbone, parallel, torch.float32)
+        is_same = [block.self_attn.core for block in backbone.model.blocks] == cores
+        found[failing] = is_same and not attached, fake.calls, lines
+    return found
+
+
+def test_xfuser_gives_way_with_one_reason() -> None:
+    for found in run_ranks(failing_xfuser, 2):
+        for failing, (is_unchanged, calls, lines) in found.items():
+            assert is_unchanged
+            assert calls.count("attend") == (failing == "values")
+            ((level, line),) = lines
+            assert level == "WARNING" and "\n" not in line
+            assert re.search(f"xfuser cannot be used .*{FAILURES[failing]}.*torch", line)
 
 
 def keys_with_xfuser(rank: int, folder: Path) -> tuple[bool, list[str], list[str]]:
     FakeXfuser().install()
-    model = R2VPipeline.load(CONFIG, folder, device="cpu").backbone.model
+    model = R2VPipeline.from_pretrained(folder, config=CONFIG, device="cpu").backbone.model
     before = list(model.state_dict())
     backbone = ReferenceBackbone(model)
     parallel = Parallel.create(ParallelSizes(1, 1, 2), CPU)

@@ -83,7 +83,7 @@ def three_steps(
     values = [trainer.train_step().values for _ in range(3)]
     values.append(trainer.validate())
     return values, gather_full_tensors(
-        {**trainer.trained.state_dict(), **{f"average.{k}": v for k, v in trainer.average.items()}}
+        {**trainer.trained.state_dict(), **{f"average.{k}": v for k, v in trainer.ema.average.items()}}
     )
 
 

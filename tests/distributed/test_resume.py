@@ -77,7 +77,9 @@ def go_on(
 def differences(trainer: Trainer, path: Path) -> list[str]:
     """Names of tensors that are not, bit by bit, what the checkpoint holds."""
     only_adapters = trainer.config.lora_rank > 0
-    state = build_state(trainer.trained, trainer.optimizers, trainer.average, trainable_only=only_adapters)
+    state = build_state(
+        trainer.trained, trainer.optimizers, trainer.ema.average, trainable_only=only_adapters
+    )
     stored = StoredTensors(path)
     held = {
         f"{part}.{name}": value

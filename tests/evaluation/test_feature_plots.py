@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 
 from refalign_ext.backbone import WAN_CONFIGS
+from refalign_ext.evaluation import feature_plots
 from refalign_ext.evaluation.feature_drawing import embed
-from refalign_ext.evaluation.feature_plots import PlotRequest, plot_features
-from refalign_ext.evaluation.features import encode, reference_tokens, sprite_samples, tokens_with_content
+from refalign_ext.evaluation.feature_plots import PlotRequest
+from refalign_ext.evaluation.features import encode, reference_tokens, tokens_with_content
 from refalign_ext.evaluation.separability import (
     SampleTokens,
     difference,
@@ -22,8 +24,10 @@ from refalign_ext.evaluation.separability import (
     variance_ratio,
 )
 from refalign_ext.pipeline import R2VPipeline
+from refalign_ext.sprites.feature_samples import sprite_samples
 from tests.helpers import tiny_checkpoint as checkpoints
 
+plot_features = partial(feature_plots.plot_features, make_samples=sprite_samples)
 LABELS = torch.arange(3).repeat_interleave(40)
 VIEWS = torch.arange(2).repeat(60)
 
@@ -229,7 +233,7 @@ def test_large_tasks_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"subjects": 1}, "--subjects 1"),
         ({"references": (Path("one.png"),)}, "--ref"),
         ({"task": "r2v-1.3B"}, "--task r2v-1.3B needs pictures"),
-        ({"task": "t2v-1.3B"}, "not a reference-to-video task"),
+        ({"task": "t2v-1.3B"}, "--task t2v-1.3B.*r2v-tiny"),
     ],
 )
 def test_requests_that_do_not_fit_are_refused_before_anything_is_written(

@@ -28,6 +28,7 @@ from torch.utils import tensorboard  # noqa: F401 - here once, not in every rank
 import train_refalign
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.training import run as launch
+from refalign_ext.training.trainer import TrainerHooks
 from tests.helpers.tiny_training import DEPTH, Source, build
 
 SETTINGS = (
@@ -160,12 +161,16 @@ def _agent(folder: Path, ranks: int, restarts: int, words: list[str], patch: Any
     os._exit(code)
 
 
+def _build_trainer(config: Any, parallel: Any, *_: object, stop_requested: Any, **others: object) -> Any:
+    return build(config, Source(), parallel, hooks=TrainerHooks(stop_requested))
+
+
 def _rank(folder: Path, words: list[str], patch: Callable[[int], None] | None) -> None:
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
     aside = folder / f"{attempt}-{rank}.part"
     aside.write_text(str(os.getpid()))
     aside.rename(aside.with_suffix(".pid"))
-    launch.build_trainer = lambda config, parallel: build(config, Source(), parallel)
+    launch.build_trainer = _build_trainer
     if patch is not None:
         patch(rank)
     if (code := train_refalign.main(words)) != 0:

@@ -43,13 +43,14 @@ def render(
     pix_fmt: str = "yuv420p",
     size: tuple[int, int] = (64, 48),
     quarter_turns: int = 0,
+    rate: int = RATE,
 ) -> Path:
     """A clip of the first frames; stored turned by quarters and marked to be turned back if asked for (mp4 only)."""
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg has no {codec}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE, options=dict(_OPTIONS.get(codec, {})))
+        stream = container.add_stream(codec, rate=rate, options=dict(_OPTIONS.get(codec, {})))
         stream.width, stream.height = size if quarter_turns % 2 == 0 else size[::-1]
         stream.pix_fmt = pix_fmt
         for number in range(frames):

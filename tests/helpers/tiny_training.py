@@ -13,7 +13,7 @@ from refalign_ext.data.batch import EncodedSample
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import parallelize
 from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.training.trainer import Trainer
+from refalign_ext.training.trainer import Trainer, TrainerHooks
 
 DEPTH, TEACHER_DIM, TEXT_DIM = 2, 12, 8
 CPU = torch.device("cpu")
@@ -96,6 +96,7 @@ def build(
     *,
     heads: int = 2,
     dim: int = 24,
+    hooks: TrainerHooks | None = None,
 ) -> Trainer:
     """The same weights on every rank and for any number of ranks."""
     with torch.random.fork_rng(devices=[]):
@@ -118,4 +119,4 @@ def build(
     parallel = Parallel.single(CPU) if parallel is None else parallel
     backbone = ReferenceBackbone(model.train())
     trained = parallelize(backbone, projectors, parallel, config)
-    return Trainer(config, backbone, trained, source, encode_text, parallel, validation=source)
+    return Trainer(config, backbone, trained, source, encode_text, parallel, validation=source, hooks=hooks)

@@ -16,23 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # The parts of refalign_ext (a file or a folder), one group per line. A part may import parts on the lines above it and on
 # its own line left of it.
 ORDER = [
-    "errors atomic_io config request",
-    "layout",
-    "references tasks",
-    "losses timesteps",
-    "projectors",
-    "teachers",
-    "upstream",
-    "backbone",
-    "guidance",
-    "sampler",
-    "pipeline",
-    "lora",
+    "errors atomic_io",
+    "config request",
+    "layout references tasks media",
+    "losses timesteps projectors teachers",
+    "upstream backbone",
+    "guidance parallelism sampler pipeline lora encoders",
     "data",
     "distributed",
     "planning",
     "checkpoint",
-    "encoders",
     "serving",
     "training",
     "evaluation",
@@ -47,8 +40,6 @@ ENTRY_SCRIPTS = {"generate", "train_refalign"}
 # The package itself imports only `wan.configs`, to add the tasks to WAN_CONFIGS.
 MAY_IMPORT_WAN = ("backbone", "__init__")
 KNOWS_RANKS = ("distributed", "checkpoint")  # the parts of refalign_ext that may use process groups
-# Parts that import one that stands below them.
-UPWARD = {("training", "sprites"), ("evaluation", "sprites")}
 # Modules that must recognise sharded tensors where they meet them, inside a function: what they may import.
 MAY_IMPORT_LATE = {"refalign_ext.training.muon": "torch.distributed.tensor"}
 DEVICE_FREE = ("wan", "refalign_ext")
@@ -140,7 +131,7 @@ def import_violations(tree: ast.AST, module: str, known: set[str]) -> Iterator[t
             yield line, "imports wan; only refalign_ext/backbone.py may, take it from there"
         if package == "refalign_ext" and target_package == "refalign_ext":
             target_part = part_of(target)
-            if part in RANK and RANK[part] < RANK.get(target_part, -1) and (part, target_part) not in UPWARD:
+            if part in RANK and RANK[part] < RANK.get(target_part, -1):
                 yield line, f"{part} imports {target_part}, which stands below it"
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from refalign_ext.atomic_io import locked
+from refalign_ext.atomic_io import locked, write_json
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.cli.ablate import USUAL
-from refalign_ext.config import TrainConfig, configure, setting_types
+from refalign_ext.config import TrainConfig, configure, setting_fields
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.sprites.ablations import study as study_module
 from refalign_ext.sprites.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
@@ -28,10 +28,9 @@ from refalign_ext.sprites.ablations.summary import collect, common_seeds, curve_
 from refalign_ext.sprites.dataset import SpriteSettings, SpriteSource
 from refalign_ext.sprites.evaluate import SpriteEvaluator
 from refalign_ext.sprites.judge import judge_clip
-from refalign_ext.sprites.judged import write_json
 from refalign_ext.sprites.world import render_clip
 from refalign_ext.teachers import TEACHERS, load_teacher
-from refalign_ext.training.trainer import sample_randomness
+from refalign_ext.training.randomness import sample_randomness
 
 _PARTS = {
     "B": {"alignment.negative_weight"},
@@ -76,7 +75,7 @@ def values_of(config: TrainConfig) -> dict[str, object]:
     nested = config.to_dict()
     return {
         name: nested[name.split(".")[0]][name.split(".")[1]] if "." in name else nested[name]
-        for name in setting_types()
+        for name in setting_fields()
     }
 
 

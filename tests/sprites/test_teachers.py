@@ -10,11 +10,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from refalign_ext.cli.sprites_parts import train_teacher
 from refalign_ext.sprites import teacher_probe
 from refalign_ext.sprites.teacher_probe import dominant_color, fit_linear, linear_probe
-from refalign_ext.sprites.teacher_training import HIDDEN, SIDE, Lesson, train
+from refalign_ext.sprites.teacher_settings import HIDDEN, KINDS
+from refalign_ext.sprites.teacher_training import SIDE, Lesson, train
 from refalign_ext.sprites.train_siglip import TEXT_LENGTH, CaptionLesson, draw_pair
-from refalign_ext.sprites.train_teacher import KINDS, ViewLesson, main
+from refalign_ext.sprites.train_teacher import ViewLesson
 from refalign_ext.sprites.world import COLORS, PALETTE, all_subjects, render_reference, subjects_of
 from refalign_ext.teachers import Teacher, load_teacher
 
@@ -22,7 +24,7 @@ from refalign_ext.teachers import Teacher, load_teacher
 def run(out: Path, **options: object) -> str:
     """The command's log."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    result = CliRunner().invoke(main, [*words, "--out", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(train_teacher, [*words, "--out", str(out)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return (out / "log.txt").read_text()
 

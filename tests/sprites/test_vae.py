@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.sprites import train_vae
+from refalign_ext.cli.sprites_parts import train_vae
 from refalign_ext.sprites.evaluate import Job, SpriteEvaluator
 from refalign_ext.sprites.train_vae import CONFIG, Sprites, initialize
 from refalign_ext.sprites.vae_latents import decoder_metric, fold_normalization, place_error, place_latents
@@ -90,11 +90,11 @@ def test_places_are_told_from_one_another():
 def test_training_in_two_stages_resumes_and_writes_a_vae(tmp_path):
     words = ["--steps", "2", "--image_steps", "1", "--place_steps", "2", "--save_every", "1"]
     words += ["--size", "32", "--frames", "5", "--crop", "16", "--out", str(tmp_path)]
-    train_vae.main([*words], standalone_mode=False)
+    train_vae.main(words, standalone_mode=False)
     whole = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert {path.name for path in tmp_path.iterdir()} == {"pictures.pt", "places.pt", "vae.pt", "log.txt"}
     (tmp_path / "places.pt").unlink()
-    train_vae.main([*words], standalone_mode=False)
+    train_vae.main(words, standalone_mode=False)
     again = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

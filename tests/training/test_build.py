@@ -14,17 +14,20 @@ from torch import nn
 from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arguments
 from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.state import build_state
+from refalign_ext.cli.training_tables import DATA_SOURCES
 from refalign_ext.config import TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.encoders import text_encoder
+from refalign_ext.encoders import Encoders, text_encoder
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.build import build_trained_modules, build_trainer
+from refalign_ext.training.data_source import choose_data_source
+from refalign_ext.training.trainer import Trainer
 
 TASK = EasyDict(WAN_CONFIGS["r2v-tiny"], dim=24, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16)
 ALONE = Parallel.single(torch.device("cpu"))
-TEACHER = EasyDict(dim=10)
+TEACHER_DIM = 10
 
 
 @pytest.fixture
@@ -54,7 +57,12 @@ def settings(path: Path, **alignment: object) -> TrainConfig:
 def parts(
     path: Path, parallel: Parallel = ALONE, **alignment: object
 ) -> tuple[nn.Module, ReferenceProjectors]:
-    return build_trained_modules(settings(path, **alignment), TASK, path.parent, TEACHER, parallel)
+    return build_trained_modules(settings(path, **alignment), TASK, path.parent, TEACHER_DIM, parallel)
+
+
+def build_alone(config: TrainConfig) -> Trainer:
+    encoders = Encoders(config, ALONE.device)
+    return build_trainer(config, ALONE, choose_data_source(config, DATA_SOURCES), encoders)
 
 
 def test_a_training_checkpoint_brings_its_weights_and_projectors(
@@ -83,12 +91,12 @@ def test_the_moving_average_is_what_a_run_starts_from(trained: TrainedModules, t
 def test_new_parts_depend_on_the_seed_alone() -> None:
     config = replace(settings(Path("none")), from_scratch=True, dit_ckpt=None)
     state = torch.random.get_rng_state()
-    one, other = (build_trained_modules(config, TASK, Path("none"), TEACHER, ALONE) for _ in range(2))
+    one, other = (build_trained_modules(config, TASK, Path("none"), TEACHER_DIM, ALONE) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
     for first, second in zip(one, other, strict=True):
         for key, value in first.state_dict().items():
             assert torch.equal(value, second.state_dict()[key])
-    different = build_trained_modules(replace(config, seed=1), TASK, Path("none"), TEACHER, ALONE)
+    different = build_trained_modules(replace(config, seed=1), TASK, Path("none"), TEACHER_DIM, ALONE)
     assert not torch.equal(different[0].patch_embedding.weight, one[0].patch_embedding.weight)
     assert not torch.equal(next(different[1].parameters()), next(one[1].parameters()))
 
@@ -135,7 +143,7 @@ def test_what_is_missing_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        build_trainer(config, ALONE)
+        build_alone(config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,7 +153,7 @@ def test_the_second_stage_wants_the_first_ones_result(
     monkeypatch.chdir(tmp_path)
     config = replace(recipe("paper_stage2"), task="r2v-tiny", ckpt_dir=str(tiny_checkpoint))
     with pytest.raises(ValueError, match="--recipe paper_stage2 goes on from the first stage: .*--dit_ckpt"):
-        build_trainer(config, ALONE)
+        build_alone(config)
 
 
 def test_texts_are_encoded_once_and_in_full_precision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -16,9 +17,9 @@ from refalign_ext.config import TrainConfig
 from refalign_ext.evaluation.curves import draw_curves
 from refalign_ext.layout import SampleLayout
 from refalign_ext.planning.flops import AlignmentShape, ModelShape, step_flops
-from refalign_ext.training.logging import RunLog
 from refalign_ext.training.loop import train_loop
-from refalign_ext.training.trainer import StepReport, Trainer
+from refalign_ext.training.run_log import RunLog
+from refalign_ext.training.trainer import StepReport, Trainer, TrainerHooks
 from tests.helpers.tiny_training import DEPTH, TEACHER_DIM, Source, build, change
 
 LAYOUT = SampleLayout(2, 1, 2, 2)  # 12 tokens
@@ -145,8 +146,8 @@ def test_a_stop_is_logged_and_saved_at_the_step_it_came(tmp_path: Path) -> None:
 
 
 def test_a_real_step_takes_the_stop_from_whoever_asks(tmp_path: Path) -> None:
-    trainer = build(change(out=str(tmp_path), save_every=100, validate_every=0))
-    trainer.stop_requested = lambda: trainer.step == 1  # asked while the second step runs
+    hooks = TrainerHooks(lambda: trainer.step == 1)  # asked while the second step runs
+    trainer = build(change(out=str(tmp_path), save_every=100, validate_every=0), hooks=hooks)
     train_loop(trainer, Log(), progress=False)
     assert trainer.step == 2
     assert checkpoints(tmp_path) == ["step-00000002"]
@@ -161,16 +162,14 @@ def test_speed_counts_clips_tokens_and_work(tmp_path: Path, monkeypatch: pytest.
     trainer, log = quick(config), Log()
     now = [0.0]
     monkeypatch.setattr(
-        "refalign_ext.training.logging.Throughput.__init__.__kwdefaults__",
+        "refalign_ext.training.metrics.Throughput.__init__.__kwdefaults__",
         {"peak_flops": None, "clock": lambda: now[0]},
     )
     original = trainer.train_step
 
     def train_step() -> StepReport:
-        with trainer.waiting():
-            now[0] += 0.25
-        now[0] += 0.75
-        return original()
+        now[0] += 1.0
+        return dataclasses.replace(original(), data_wait=0.25)
 
     def slow(*_: object) -> dict[str, float]:
         now[0] += 100.0

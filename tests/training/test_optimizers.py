@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from refalign_ext.config import TrainConfig
+from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.projectors import ReferenceProjectors
 from refalign_ext.training.muon import Muon
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
@@ -37,7 +38,7 @@ def shapes(optimizer: torch.optim.Optimizer) -> list[list[tuple[int, ...]]]:
 
 def test_adamw_takes_everything_with_the_configured_settings() -> None:
     model, projectors = small_model(), ReferenceProjectors(4, 6, 1)
-    (optimizer,) = build_optimizers(model, projectors, CONFIG)
+    (optimizer,) = build_optimizers(TrainedModules(model, projectors), CONFIG)
     assert type(optimizer) is torch.optim.AdamW
     trained = [p for p in model.parameters() if p.requires_grad]
     assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in trained}
@@ -49,7 +50,7 @@ def test_adamw_takes_everything_with_the_configured_settings() -> None:
 
 def test_muon_takes_the_blocks_matrices() -> None:
     config = dataclasses.replace(CONFIG, optimizer="muon")
-    adamw, muon = build_optimizers(small_model(), ReferenceProjectors(4, 6, 1), config)
+    adamw, muon = build_optimizers(TrainedModules(small_model(), ReferenceProjectors(4, 6, 1)), config)
     assert type(muon) is Muon
     assert shapes(muon) == [[(8, 4)]]
     assert muon.param_groups[0]["base_lr"] == 2e-2
@@ -57,7 +58,7 @@ def test_muon_takes_the_blocks_matrices() -> None:
         [(4, 2, 1, 1, 1), (4,), (2, 4), (2,), (8,), (1, 6, 4), (4,), (4,)]
     )
     assert shapes(adamw)[1] == [(2, 4), (6, 2)]
-    (without,) = build_optimizers(nn.Linear(2, 2), None, config)
+    (without,) = build_optimizers(TrainedModules(nn.Linear(2, 2), None), config)
     assert type(without) is torch.optim.AdamW and len(without.param_groups) == 1
 
 
@@ -90,7 +91,7 @@ def test_every_schedule_warms_up(schedule: str) -> None:
 
 def test_scaling_starts_from_the_full_rates() -> None:
     config = dataclasses.replace(CONFIG, optimizer="muon")
-    optimizers = build_optimizers(small_model(), ReferenceProjectors(4, 6, 1), config)
+    optimizers = build_optimizers(TrainedModules(small_model(), ReferenceProjectors(4, 6, 1)), config)
     for scale in (0.5, 0.25):
         set_learning_rates(optimizers, scale)
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]

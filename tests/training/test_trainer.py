@@ -20,7 +20,8 @@ from refalign_ext.layout import SampleLayout
 from refalign_ext.lora import TARGETS, add_lora, is_adapter_key
 from refalign_ext.losses import reference_alignment_loss
 from refalign_ext.timesteps import add_noise, timestep_recipe
-from refalign_ext.training.trainer import SampleRandomness, StepReport, Trainer, sample_randomness
+from refalign_ext.training.randomness import SampleRandomness, sample_randomness
+from refalign_ext.training.trainer import StepReport, Trainer, TrainerHooks
 from tests.helpers.tiny_training import BASE, DEPTH, Source, build, change, encode_text
 
 
@@ -141,10 +142,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(optimizer: str, tmp_path: Path) 
     assert len({report.values["loss/total"] for report in reports}) == 6
     for one, other in zip(named_weights(resumed).values(), named_weights(whole).values(), strict=True):
         assert torch.equal(one, other)
-    assert resumed.average.keys() == whole.average.keys()
-    assert all(torch.equal(resumed.average[key], whole.average[key]) for key in whole.average)
+    assert resumed.ema.average.keys() == whole.ema.average.keys()
+    assert all(torch.equal(resumed.ema.average[key], whole.ema.average[key]) for key in whole.ema.average)
     assert not all(
-        torch.equal(whole.average[key], value) for key, value in whole.backbone.model.state_dict().items()
+        torch.equal(whole.ema.average[key], value) for key, value in whole.backbone.model.state_dict().items()
     )
     assert len(resumed.optimizers) == (2 if optimizer == "muon" else 1)
     for one, other in zip(resumed.optimizers, whole.optimizers, strict=True):
@@ -221,13 +222,13 @@ def test_average_can_be_switched_on_and_off(tmp_path: Path) -> None:
     averaged = build(change(out=str(tmp_path / "averaged")))
     averaged.load(saved(plain))
     for key, value in plain.backbone.model.state_dict().items():
-        assert torch.equal(averaged.average[key], value)
+        assert torch.equal(averaged.ema.average[key], value)
     averaged.train_step()
     raw = {key: value.clone() for key, value in averaged.backbone.model.state_dict().items()}
-    assert not all(torch.equal(averaged.ema_state_dict()[key], raw[key]) for key in raw)
+    assert not all(torch.equal(averaged.ema.state_dict()[key], raw[key]) for key in raw)
     plain.load(saved(averaged))
-    assert plain.average is None
-    assert all(torch.equal(plain.ema_state_dict()[key], raw[key]) for key in raw)
+    assert plain.ema.average is None
+    assert all(torch.equal(plain.ema.state_dict()[key], raw[key]) for key in raw)
 
 
 def test_conditions_are_dropped_as_often_as_asked() -> None:
@@ -434,7 +435,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(optimizer: str, tm
     weights, sums = copies(trainer), trainer.timestep_bins.sums()
     states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
     states = [{key: {k: v.clone() for k, v in state.items()} for key, state in s.items()} for s in states]
-    average = {key: value.clone() for key, value in trainer.average.items()}
+    average = {key: value.clone() for key, value in trainer.ema.average.items()}
 
     report = trainer.train_step()
     assert report.skipped and math.isnan(report.values["loss/total"])
@@ -442,7 +443,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(optimizer: str, tm
     assert (trainer.step, trainer.samples_seen) == (2, 8)
     assert_same(copies(trainer), weights)
     assert_same([optimizer.state_dict()["state"] for optimizer in trainer.optimizers], states)
-    assert_same(trainer.average, average)
+    assert_same(trainer.ema.average, average)
     assert_same(trainer.timestep_bins.sums(), sums)
     assert all(parameter.grad is None for parameter in named_weights(trainer).values())
 
@@ -451,7 +452,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(optimizer: str, tm
     assert trainer.train_step() == untouched.train_step()
     assert trainer.source.asked[-2:] == [(2, range(8, 10)), (2, range(10, 12))]
     assert_same(copies(trainer), copies(untouched))
-    assert_same(trainer.average, untouched.average)
+    assert_same(trainer.ema.average, untouched.ema.average)
     assert not any(torch.equal(value, weights[name]) for name, value in copies(trainer).items())
 
 
@@ -603,8 +604,7 @@ def test_reports_tell_each_block_and_whether_to_stop() -> None:
     values = report.values
     weighted = BASE.alignment.weight * (values["alignment/positive"] + values["alignment/negative"])
     assert values["loss/total"] == pytest.approx(values["loss/flow"] + weighted, rel=1e-6)
-    trainer.stop_requested = lambda: True
-    assert trainer.train_step().stopping
+    assert build(BASE, hooks=TrainerHooks(lambda: True)).train_step().stopping
 
 
 def test_the_loss_by_timestep_counts_every_sample_once() -> None:
@@ -684,19 +684,19 @@ def test_averaged_weights_are_in_the_model_for_a_block_only() -> None:
     trainer = build(BASE)
     for _ in range(2):
         trainer.train_step()
-    average = {key: value.clone() for key, value in trainer.average.items()}
+    average = {key: value.clone() for key, value in trainer.ema.average.items()}
     raw = {key: value.clone() for key, value in trainer.trained.dit.state_dict().items()}
     assert not any(torch.equal(average[key], raw[key]) for key in raw)
-    assert_same(trainer.ema_state_dict(), average)
-    assert_same(trainer.generation_weights(), average)
-    with trainer.averaged_weights():
+    assert_same(trainer.ema.state_dict(), average)
+    assert_same(trainer.ema.full_state_dict(), average)
+    with trainer.ema.applied():
         assert_same(dict(trainer.trained.dit.state_dict()), average)
     assert_same(dict(trainer.trained.dit.state_dict()), raw)
     with pytest.raises(RuntimeError, match="no disk"):
-        with trainer.averaged_weights():
+        with trainer.ema.applied():
             raise RuntimeError("no disk")
     assert_same(dict(trainer.trained.dit.state_dict()), raw)
-    assert_same(trainer.average, average)
+    assert_same(trainer.ema.average, average)
 
     undisturbed = build(BASE)
     for _ in range(2):
@@ -709,10 +709,10 @@ def test_without_an_average_the_trained_weights_generate() -> None:
     trainer = build(change(ema_decay=0.0))
     trainer.train_step()
     raw = {key: value.clone() for key, value in trainer.trained.dit.state_dict().items()}
-    with trainer.averaged_weights():
+    with trainer.ema.applied():
         assert_same(dict(trainer.trained.dit.state_dict()), raw)
     assert_same(dict(trainer.trained.dit.state_dict()), raw)
-    assert_same(trainer.generation_weights(), raw)
+    assert_same(trainer.ema.full_state_dict(), raw)
 
 
 def build_adapters(out: Path) -> Trainer:
@@ -726,7 +726,7 @@ def build_adapters(out: Path) -> Trainer:
 def test_adapters_train_alone_and_are_merged_for_generation(tmp_path: Path) -> None:
     trainer, plain = build_adapters(tmp_path), build(change(ema_decay=0.0))
     before, start = copies(trainer), plain.trained.dit.state_dict()
-    assert_same(trainer.generation_weights(), dict(start))  # every B starts at zero
+    assert_same(trainer.ema.full_state_dict(), dict(start))  # every B starts at zero
     for _ in range(3):
         assert not trainer.train_step().skipped
     moved = {name for name, value in copies(trainer).items() if not torch.equal(value, before[name])}
@@ -734,7 +734,7 @@ def test_adapters_train_alone_and_are_merged_for_generation(tmp_path: Path) -> N
     assert moved == adapters | {name for name in before if name.startswith("projectors.")}
     assert len(adapters) == 2 * 3 * (4 + 4 + 2)
 
-    merged = trainer.generation_weights()
+    merged = trainer.ema.full_state_dict()
     assert merged.keys() == start.keys()
     changed = {name for name, value in merged.items() if not torch.equal(value, start[name])}
     assert changed == {
@@ -776,22 +776,14 @@ def test_saving_goes_on_while_training_does(tmp_path: Path) -> None:
     assert_same(copies(other), at_one)
 
 
-def test_waiting_for_samples_is_watched() -> None:
-    entered: list[str] = []
-
-    class Watch:
-        def __enter__(self) -> None:
-            entered.append("waiting")
-
-        def __exit__(self, *_: object) -> None:
-            entered.append("done")
+def test_waiting_for_samples_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
 
     class Slow(Source):
         def samples(self, step: int, indices: range) -> list[EncodedSample]:
-            entered.append("read")
+            now[0] += 0.25
             return super().samples(step, indices)
 
+    monkeypatch.setattr("refalign_ext.training.trainer.time.monotonic", lambda: now[0])
     trainer = build(change(batch_size=1, global_batch_size=2), Slow())
-    trainer.waiting = Watch
-    trainer.train_step()
-    assert entered == ["waiting", "read", "done"] * 2
+    assert trainer.train_step().data_wait == 0.5

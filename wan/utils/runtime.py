@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
 import torch
 
 DEVICE_NAMES = ("auto", "cuda", "mps", "cpu")
 DTYPE_NAMES = ("auto", "bf16", "fp32")
+_PACKAGES = ("diffusers", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "av")
 
 
 def resolve_device(device: torch.device | str | None = "auto") -> torch.device:
@@ -102,3 +105,15 @@ class PeakMemory:
         peak = self.bytes()
         where = f"on {self.device}" if self.device.type == "cuda" else "resident in this process"
         return f"peak memory: {peak / 2**30:.2f} GiB {where}" if peak is not None else "peak memory: unknown"
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python, the system and the packages that results depend on."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    versions["torch"] = str(torch.__version__)  # names the build, which the package's metadata may leave out
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

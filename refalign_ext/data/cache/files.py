@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import msgspec
 
 from refalign_ext.atomic_io import atomic_open, atomic_path, sync
 from refalign_ext.data.cache.names import AGAIN
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
 HEADER = "cache.json"
 _KEY = "refalign_cache"  # the one key of a file's metadata: with several their order would be by chance
 _MAX_HEADER_BYTES = 1 << 20
-_MAX_ROWS = 1 << 48
-_DIGEST = re.compile("[0-9a-f]{16}")
+_INVALID = (ValueError, RecursionError, msgspec.ValidationError)
 _NAME = re.compile("(video|reference|features|text)-[0-9a-f]{32}")
 
 
@@ -32,13 +33,21 @@ class CacheError(ValueError):
     """A file of a cache is missing or damaged."""
 
 
+class Fingerprint(TypedDict):
+    """What a cache was made from: see `refalign_ext.data.cache.names.cache_fingerprint`."""
+
+    format: int
+    files: dict[str, str]
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class CacheHeader:
     """The contents of `cache.json`: what the cache was made from and how its rows are divided."""
 
-    fingerprint: dict[str, Any]
-    rows: int
-    chunk_rows: int
+    fingerprint: Fingerprint
+    rows: Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+    chunk_rows: Annotated[int, msgspec.Meta(ge=1)]
 
     @property
     def chunks(self) -> int:
@@ -56,12 +65,12 @@ class ChunkRecord:
 
     Attributes:
         fingerprint: what it was made from.
-        rows: [id, digest] of each row; the id is empty if the row could not be read.
+        rows: (id, digest) of each row; the id is empty if the row could not be read.
         failures: why something could not be loaded, by its tensor's name or, for a whole row, its place.
     """
 
-    fingerprint: dict[str, Any]
-    rows: list[list[str]]
+    fingerprint: Fingerprint
+    rows: list[tuple[str, Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]]]
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -92,21 +101,11 @@ def read_header(folder: Path) -> CacheHeader:
     path = folder / HEADER
     try:
         with path.open("rb") as file:
-            entry = json.loads(file.read(_MAX_HEADER_BYTES))
-        header = CacheHeader(**entry)
-        are_counts = all(type(value) is int for value in (header.rows, header.chunk_rows))
-        if (
-            not are_counts
-            or not 0 <= header.rows < _MAX_ROWS
-            or header.chunk_rows < 1
-            or not _is_fingerprint(header.fingerprint)
-        ):
-            raise ValueError("its values cannot be")
+            return msgspec.convert(json.loads(file.read(_MAX_HEADER_BYTES)), CacheHeader)
     except FileNotFoundError:
         raise ValueError(f"{folder}: there is no {HEADER}: make the cache with `data cache`") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({_told(error)}): delete it and {AGAIN}") from None
-    return header
+    except _INVALID as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
 
 
 def write_chunk(folder: Path, number: int, tensors: Mapping[str, Tensor], record: ChunkRecord) -> None:
@@ -119,46 +118,39 @@ def write_chunk(folder: Path, number: int, tensors: Mapping[str, Tensor], record
     from safetensors.torch import save_file
 
     path = chunk_path(folder, number)
+    for leftover in folder.glob(f".{path.name}.*.part"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
     metadata = {_KEY: json.dumps(vars(record), sort_keys=True)}
     whole = {name: tensors[name].contiguous() for name in sorted(tensors)}
     try:
-        with atomic_path(path) as aside:
-            save_file(whole, aside, metadata)
+        with atomic_path(path) as temporary:
+            save_file(whole, temporary, metadata)
         sync(folder)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): is the disk full?") from None
 
 
-def read_record(path: Path) -> tuple[ChunkRecord, list[str]]:
-    """A chunk's record and the names of its tensors.
+def read_record(file: Any, path: Path) -> tuple[ChunkRecord, list[str]]:
+    """The record of a chunk that `open_chunk` opened, and the names of its tensors.
 
     Raises:
-        CacheError: if the file is missing, cut off or damaged, naming it.
+        CacheError: if the file is damaged, naming it.
     """
-    return opened_record(open_chunk(path), path)
-
-
-def opened_record(file: Any, path: Path) -> tuple[ChunkRecord, list[str]]:
-    """As `read_record`, of a file that `open_chunk` gave."""
     try:
-        record = ChunkRecord(**json.loads((file.metadata() or {})[_KEY]))
+        record = msgspec.convert(json.loads((file.metadata() or {})[_KEY]), ChunkRecord)
         names = list(file.keys())
-        are_rows = all(
-            isinstance(clip_id, str) and _DIGEST.fullmatch(digest) for clip_id, digest in record.rows
-        )
-        are_names = all(_NAME.fullmatch(name) for name in names)
-        if not (are_rows and are_names and _is_fingerprint(record.fingerprint) and _is_text(record.failures)):
-            raise ValueError("its header's values cannot be")
+        if not all(_NAME.fullmatch(name) for name in names):
+            raise ValueError("it has tensors that no cache has")
         return record, names
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CacheError(f"{path} is damaged ({_told(error)}): delete it and {AGAIN}") from None
+    except (KeyError, *_INVALID) as error:
+        raise CacheError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
 
 
 def open_chunk(path: Path) -> Any:
     """A chunk as a `safe_open` file, whose tensors are read one by one.
 
     Raises:
-        CacheError: as `read_record`.
+        CacheError: if the file is missing, cut off or damaged, naming it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -168,18 +160,3 @@ def open_chunk(path: Path) -> Any:
         raise CacheError(f"{path} is missing: {AGAIN}") from None
     except (SafetensorError, OSError) as error:
         raise CacheError(f"{path} is damaged or cut off ({error}): delete it and {AGAIN}") from None
-
-
-def _told(error: Exception) -> str:
-    """What an error says; a key of a damaged file may hold half of a surrogate pair, which no log takes."""
-    return str(error).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _is_fingerprint(value: object) -> bool:
-    return (
-        isinstance(value, dict) and _is_text(value.get("files")) and isinstance(value.get("settings"), dict)
-    )
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())

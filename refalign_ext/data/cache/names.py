@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from refalign_ext.data.schema import Clip, to_dict
 
 if TYPE_CHECKING:
-    from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice, Sampling
+    from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 
 FORMAT = 1
 """Raised whenever files are laid out differently or the same settings would give other pixels."""
@@ -24,7 +24,7 @@ def video_name(clip_id: str, bucket: Bucket, cut: int) -> str:
     return _name("video", clip_id, bucket.width, bucket.height, bucket.frames, cut)
 
 
-def reference_name(clip_id: str, bucket: Bucket, choice: ReferenceChoice) -> str:
+def reference_name(clip_id: str, bucket: Bucket, choice: ReferenceSpec) -> str:
     """Name of a reference's latents; a reference is one frame, so buckets of the same size share it."""
     place = (choice.subject, choice.reference, choice.augmentation)
     return _name("reference", clip_id, bucket.width, bucket.height, *place)

@@ -19,7 +19,6 @@ from refalign_ext.data.cache.files import (
     CacheError,
     chunk_path,
     open_chunk,
-    opened_record,
     read_header,
     read_record,
 )
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from refalign_ext.data.sampling.choice import Bucket, ReferenceChoice
+    from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec
     from refalign_ext.data.schema import Clip
 
 logger = logging.getLogger(__name__)
@@ -88,7 +87,7 @@ class LatentCache:
         numbers = range(self.header.chunks)
         for number in tqdm(numbers, "opening the cache", unit="chunk", disable=None, delay=2, leave=False):
             path = chunk_path(self.folder, number)
-            record, names = read_record(path)
+            record, names = read_record(open_chunk(path), path)
             found = differences(record.fingerprint, self.header.fingerprint)
             if not found and len(record.rows) != len(self.header.chunk(number)):
                 expected = len(self.header.chunk(number))
@@ -144,7 +143,7 @@ class LatentCache:
         return self._of_row(clip_id, video_name(clip_id, bucket, cut))
 
     def reference(
-        self, clip_id: str, bucket: Bucket, choice: ReferenceChoice
+        self, clip_id: str, bucket: Bucket, choice: ReferenceSpec
     ) -> tuple[Tensor, Tensor | None] | None:
         """Latents [C, 1, h, w] and teacher features [N, D] (None: the cache has none), float32; None: not in the cache.
 
@@ -188,7 +187,7 @@ class LatentCache:
         if number not in self._files:
             path = chunk_path(self.folder, number)
             file = open_chunk(path)
-            record, names = opened_record(file, path)
+            record, names = read_record(file, path)
             self._files[number] = _OpenChunk(file, frozenset(names), record.failures)
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)

@@ -12,13 +12,14 @@ import numpy as np
 from refalign_ext.data.cache.names import reference_name, row_digest, video_name
 from refalign_ext.data.clip_index import measure
 from refalign_ext.data.sampling.buckets import assign
-from refalign_ext.data.sampling.choice import Sampling, possible_prompts, possible_references
+from refalign_ext.data.sampling.sample_spec import Sampling, possible_prompts, possible_references
 from refalign_ext.data.schema import Clip
+from refalign_ext.data.worker_pool import begin_row
 
 if TYPE_CHECKING:
     from refalign_ext.data.cache.reader import LatentCache
     from refalign_ext.data.clip_set import ClipSet
-    from refalign_ext.data.sampling.choice import Bucket
+    from refalign_ext.data.sampling.sample_spec import Bucket
 
 _MAX_REASON = 500  # characters kept of why something failed
 
@@ -90,6 +91,7 @@ class RowLoader:
             return LoadedRow("", self._digest(error), reason=_short(error))
         digest = row_digest(clip, file_sizes(self.clip_set, row, clip))
         try:
+            begin_row(row)
             bucket = self._bucket(row, clip)
         except (ValueError, OSError) as error:
             return LoadedRow(clip.id, digest, reason=_short(error))

@@ -12,19 +12,15 @@ import numpy as np
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
 from refalign_ext.data.clip_set import ManifestRows
-from refalign_ext.data.conversion_report import Report, report_path
-from refalign_ext.data.convert.folder_files import DraftOptions, clips_in_folder, what_is_missing
+from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
+from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, DraftOptions, clips_in_folder
 from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
-from refalign_ext.data.convert.places import inside, manifest_root, nothing_left
+from refalign_ext.data.convert.paths import folder_inside, manifest_root
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
 from refalign_ext.data.manifest_file import index_path, write_manifest
 from refalign_ext.data.schema import Clip, Subject, VideoSpan
 from refalign_ext.data.spans import steady_frame
-
-GROUPS = ("folder", "none")
-FOLDER_PAIRS = ("cross", "regular")
-_RATE_TOLERANCE = 0.01  # by which the rate that frames were counted at may differ from the file's
 
 
 def convert_folder(
@@ -39,12 +35,11 @@ def convert_folder(
     length: Length | None = None,
     selection: Selection = FOLDER_SELECTION,
     workers: int = 0,
-) -> Report:
+) -> ConversionReport:
     """Writes the manifest `out` and `<out>.report.json` of a folder's clips, or of those that a table lists.
 
     How files have to be called says `folder_files`, what columns a table has `folder_table`. Videos are probed, so
-    rows tell their size, rate and frames; the results lie in `.<out>.draft.clip_index`: work that was killed goes on
-    there, and files that have not changed are not probed again.
+    rows tell their size, rate and frames. What was found out is kept in `.<out>.draft.clip_index`.
 
     Args:
         source: the folder, or a .csv, .tsv or .jsonl file.
@@ -66,7 +61,7 @@ def convert_folder(
     """
     from tqdm import tqdm
 
-    root = _checked_root(source, out, media_root, columns, prompt_suffix, group, pair)
+    root = _checked_root(source, out, media_root, columns, prompt_suffix)
     base = source if source.is_dir() else media_root or source.parent
     options = DraftOptions(
         root, base.resolve(), pair, group == "folder", prompt_suffix.lower(), columns or {}
@@ -95,55 +90,46 @@ def convert_folder(
 
 
 def _checked_root(
-    source: Path,
-    out: Path,
-    media_root: Path | None,
-    columns: Mapping[str, str] | None,
-    prompt_suffix: str,
-    group: str,
-    pair: str,
+    source: Path, out: Path, media_root: Path | None, columns: Mapping[str, str] | None, prompt_suffix: str
 ) -> Path:
     if not source.exists():
         raise ValueError(f"{source}: no such folder or table")
-    if source.is_file() and source.suffix.lower() not in TABLE_SUFFIXES:
-        raise ValueError(
-            f"{source}: expected a folder or a table ({', '.join(TABLE_SUFFIXES)}): save it as CSV or JSON lines"
-        )
-    if group not in GROUPS:
-        raise ValueError(f"--group {group}: choose one of {', '.join(GROUPS)}")
-    if pair not in FOLDER_PAIRS:
-        raise ValueError(f"--pair {pair}: choose one of {', '.join(FOLDER_PAIRS)}")
-    if source.is_dir() and (media_root or columns):
-        flag = "--column" if columns else "--media_root"
-        raise ValueError(f"{flag} is for tables, and {source} is a folder")
     if not prompt_suffix.startswith(".") or len(prompt_suffix) < 2:
         raise ValueError(f"--prompt_suffix {prompt_suffix!r}: give a suffix with its dot, such as .txt")
     root = manifest_root(out)
     if source.is_dir():
-        inside(source, root, "SOURCE")
+        if media_root or columns:
+            flag = "--column" if columns else "--media_root"
+            raise ValueError(f"{flag} is for tables, and {source} is a folder")
+        folder_inside(source, root, "SOURCE")
+    elif source.suffix.lower() not in TABLE_SUFFIXES:
+        raise ValueError(
+            f"{source}: expected a folder or a table ({', '.join(TABLE_SUFFIXES)}): save it as CSV or JSON lines"
+        )
     elif source.resolve() == out.resolve():
         raise ValueError(f"{out} is the table itself: choose another name for the manifest")
     return root
 
 
 def _finished(
-    rows: ManifestRows, records: np.ndarray, length: Length | None, selection: Selection, report: Report
+    rows: ManifestRows,
+    records: np.ndarray,
+    length: Length | None,
+    selection: Selection,
+    report: ConversionReport,
 ) -> Iterator[Clip]:
     """The clips of a draft whose videos can be used, with what its index says of them."""
     for row, record in enumerate(records):
         clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
-        counted_at = clip.meta.get("fps")
         if record["state"] != USABLE or not fps > 0:
             report.drop("clips", *_why_unusable(rows, row, clip))
-        elif counted_at is not None and abs(counted_at / fps - 1) > _RATE_TOLERANCE:
-            report.drop("clips", "span_counted_at_another_fps", clip.id)
         elif selection.clip_problem(frames, clip.scores) or (length and not length.fits(frames, fps)):
             report.drop("clips", "too_short", f"{clip.id} ({frames} frames at {fps:.3g} fps)")
         else:
             subjects = _selected(clip, selection, report)
             report.keep("clips")
             report.keep("references", sum(len(subject.refs) for subject in subjects))
-            yield replace(clip, video=_filled_in(clip.video, record), subjects=subjects, meta={})
+            yield replace(clip, video=_filled_in(clip.video, record), subjects=subjects)
 
 
 def _why_unusable(rows: ManifestRows, row: int, clip: Clip) -> tuple[str, str]:
@@ -166,15 +152,16 @@ def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
     """The span with its end, and the size and rate of its file."""
     fps, frames = float(record["fps"]), int(record["frames"])
     known = {"fps": fps, "width": int(record["width"]), "height": int(record["height"])}
-    if span.start_s is None:
+    if span.start_s is None and span.end_s is None:
         start = span.start_frame or 0
         return replace(span, start_frame=start, end_frame=start + frames, **known)
     # Ends are often rounded: one beyond the last frame is still the end of the file.
-    end_s = (steady_frame(span.start_s, fps) + frames) / fps
-    return replace(span, end_s=end_s if span.end_s is None else min(span.end_s, end_s), **known)
+    start_s = span.start_s or 0.0
+    end_s = (steady_frame(start_s, fps) + frames) / fps
+    return replace(span, start_s=start_s, end_s=min(end_s, span.end_s or end_s), **known)
 
 
-def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject, ...]:
+def _selected(clip: Clip, selection: Selection, report: ConversionReport) -> tuple[Subject, ...]:
     """The first subjects and the first references of each, as many as are wanted."""
     kept = clip.subjects[: selection.max_references]
     left = sum(len(subject.refs) for subject in clip.subjects[len(kept) :])
@@ -189,15 +176,18 @@ def _selected(clip: Clip, selection: Selection, report: Report) -> tuple[Subject
 
 
 def _nothing_fits(source: Path, options: DraftOptions) -> str:
+    """The error of a conversion that kept no clip: the most frequent reason, and what to do about it."""
     report = options.report
-    if source.is_dir() and (hint := what_is_missing(options.found, options.prompt_suffix)):
-        return f"{source}: {hint}"
-    lines = [nothing_left(source, report)]
-    if "outside_folder" in report.dropped["clips"]:
-        lines.append(
-            f"paths in a manifest are relative to its folder, {options.root}: write it above the clips"
-        )
-    elif report.dropped["references"]:
+    if source.is_dir() and not report.dropped["clips"]:
+        return f"{source}: found no video; known are {', '.join(sorted(VIDEO_SUFFIXES))}"
+    lines = [no_clips_message(source, report)]
+    remedies = {
+        "no_prompt_file": f"write the prompt of clip.mp4 into clip{options.prompt_suffix} beside it",
+        "no_reference": "call the pictures of clip.mp4 clip.ref1.png, clip.ref2.png",
+        "outside_folder": f"paths in a manifest are relative to its folder, {options.root}: write it above the clips",
+    }
+    lines += [remedy for reason, remedy in remedies.items() if reason in report.dropped["clips"]]
+    if report.dropped["references"]:
         name, number = max(report.dropped["references"].items(), key=lambda item: item[1])
         lines.append(f"references: {number} x {name}, such as {report.examples['references'][name][0]}")
     return "; ".join(lines)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse, resolve_inside, to_dict
 
 VIDEO_SUFFIXES = frozenset(
@@ -48,7 +48,6 @@ class DraftOptions:
         prompt_suffix: of the files that hold prompts, in lower case.
         columns: names of a table's columns by what they hold, where they are not found by themselves.
         report: what could not be used is counted here.
-        found: what a folder holds, by suffix in lower case.
     """
 
     root: Path
@@ -57,33 +56,7 @@ class DraftOptions:
     by_folder: bool
     prompt_suffix: str
     columns: Mapping[str, str]
-    report: Report = field(default_factory=Report)
-    found: Counter[str] = field(default_factory=Counter)
-
-
-def what_is_missing(found: Counter[str], prompt_suffix: str) -> str | None:
-    """Which kind of files a folder has none of, and what to do; None: there is some of each."""
-    videos = sum(found[suffix] for suffix in VIDEO_SUFFIXES)
-    if not videos:
-        listed = ", ".join(
-            f"{count} {suffix}" for suffix, count in found.most_common(5) if suffix.startswith(".")
-        )
-        return (
-            f"found no video ({listed or 'no files at all'}); known are {', '.join(sorted(VIDEO_SUFFIXES))}"
-        )
-    common = next(suffix for suffix, _ in found.most_common() if suffix in VIDEO_SUFFIXES)
-    if not found[_PROMPTS]:
-        return (
-            f"found {videos} videos ({common}) but no {prompt_suffix} beside them: write one prompt per clip, such as "
-            f"clip{prompt_suffix} for clip{common}"
-        )
-    if not found[_REFERENCES]:
-        pictures = sum(found[suffix] for suffix in PICTURE_SUFFIXES)
-        return (
-            f"found {videos} videos ({common}) and {pictures} pictures, none of them named as a reference: call the "
-            f"pictures of clip{common} clip.ref1.png, clip.ref2.png"
-        )
-    return None
+    report: ConversionReport = field(default_factory=ConversionReport)
 
 
 def clips_in_folder(options: DraftOptions) -> Iterator[Clip]:
@@ -99,7 +72,7 @@ def clips_in_folder(options: DraftOptions) -> Iterator[Clip]:
 
 def _clips_beside(folder: Path, names: Sequence[str], options: DraftOptions) -> Iterator[Clip]:
     """The clips whose files lie in this one folder."""
-    report, found = options.report, options.found
+    report = options.report
     is_grouped = options.by_folder and folder != options.base
     group = folder.relative_to(options.base).as_posix() if is_grouped else None
     by_lower = {name.lower(): name for name in names}
@@ -112,15 +85,11 @@ def _clips_beside(folder: Path, names: Sequence[str], options: DraftOptions) -> 
     for name in names:
         lower = name.lower()
         stem, suffix = os.path.splitext(lower)
-        found[suffix] += 1
         if suffix in VIDEO_SUFFIXES and videos.setdefault(stem, name) != name:
             report.drop("clips", "name_used_twice", shown(name))
         match = _REFERENCE.fullmatch(lower)
         if match and suffix in PICTURE_SUFFIXES | {".txt"}:
             beside[match["clip"]].append((int(match["subject"] or 1), match["picture"], suffix, name))
-            found[_REFERENCES] += suffix in PICTURE_SUFFIXES
-        elif lower.endswith(options.prompt_suffix):
-            found[_PROMPTS] += 1
     for stem in sorted(beside.keys() - videos.keys()):
         for *_, suffix, name in beside[stem]:
             if suffix in PICTURE_SUFFIXES:
@@ -200,7 +169,7 @@ def path_inside(path: Path, root: Path) -> str | None:
     return name
 
 
-def is_valid(clip: Clip, report: Report) -> bool:
+def is_valid(clip: Clip, report: ConversionReport) -> bool:
     """Whether a manifest can hold this clip; counted if not."""
     try:
         parse(to_dict(clip), clip.id)

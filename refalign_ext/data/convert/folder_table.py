@@ -10,7 +10,7 @@ Columns, of which `video`, a prompt and at least one reference are needed, whate
     ref1_phrase   what the first subject is called
     group_id      clips that must not be split between training and validation (also: group)
     start_s end_s, or start_frame end_frame: the part of the video, the end exclusive
-    fps           frames per second that start_frame and end_frame were counted at
+    fps           frames per second that start_frame and end_frame were counted at; without it the file's own
 
 Names of files are relative to the table's folder. Other columns are passed over.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import math
 import os
 import re
 from collections import defaultdict
@@ -29,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.convert.folder_files import (
     DraftOptions,
     is_valid,
@@ -46,14 +45,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "caption", "text"),
     "references": ("references", "refs"),
     "group_id": ("group_id", "group"),
-    "start_s": ("start_s",),
-    "end_s": ("end_s",),
-    "start_frame": ("start_frame",),
-    "end_frame": ("end_frame",),
-    "fps": ("fps",),
+    **{name: (name,) for name in ("start_s", "end_s", "start_frame", "end_frame", "fps")},
 }
 _NUMBERED = re.compile(r"ref_?(?P<subject>\d{1,4})(?P<picture>[a-z]?)(?P<phrase>_phrase)?")
 _MAX_FIELD = 1 << 20  # characters of one cell or line
+_REST = "\n"  # the column of cells that have none
 
 
 def clips_in_table(path: Path, options: DraftOptions) -> Iterator[Clip]:
@@ -67,7 +63,7 @@ def clips_in_table(path: Path, options: DraftOptions) -> Iterator[Clip]:
     seen: set[int] = set()  # hashes of ids: eight bytes each tell as much
     columns: dict[str, tuple[str, ...]] = {}
     for number, row in read(path, report):
-        columns = columns or _checked_columns(path, row, options.columns)
+        columns = columns or _columns(path, row, options.columns)
         values = _values(row, columns)
         clip = _clip(values, f"row {number}", options)
         if clip is None:
@@ -81,34 +77,29 @@ def clips_in_table(path: Path, options: DraftOptions) -> Iterator[Clip]:
             yield clip
 
 
-def _checked_columns(
-    path: Path, names: Iterable[str], chosen: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
+def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """By what names each thing is found, given the first row's columns and those that the user names."""
-    plain = {_plain(name): name for name in names}
+    plain = {_plain(name) for name in names}
+    # Half of a character, which a damaged file may have, could not be shown.
+    listed = ", ".join(names).encode("utf-8", "backslashreplace").decode("utf-8")
     columns = dict(COLUMNS)
-    for field, name in chosen.items():
-        if field not in COLUMNS and not _NUMBERED.fullmatch(field):
-            raise ValueError(
-                f"--column {field}={name}: unknown {field!r}; known are {', '.join(COLUMNS)} and ref1, ..."
-            )
+    for what, name in chosen.items():
+        if what not in COLUMNS and not _NUMBERED.fullmatch(what):
+            known = ", ".join(COLUMNS)
+            raise ValueError(f"--column {what}={name}: unknown {what!r}; known are {known} and ref1, ...")
         if _plain(name) not in plain:
             close = difflib.get_close_matches(name, list(names), 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names)}"
-            raise ValueError(f"--column {field}={name}: {path} has no such column; {hint}")
-        columns[field] = (_plain(name),)
-    for field in ("video", "prompt"):
-        if not plain.keys() & {*columns[field]}:
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {listed}"
+            raise ValueError(f"--column {what}={name}: {path} has no such column; {hint}")
+        columns[what] = (_plain(name),)
+    for what in ("video", "prompt"):
+        if plain.isdisjoint(columns[what]):
             raise ValueError(
-                f"{path}: no column of {', '.join(names)} holds the {field}: name it with --column {field}=..."
+                f"{path}: no column of {listed} holds the {what}: name it with --column {what}=..."
             )
-    named = {
-        *columns["references"],
-        *(name for field in chosen for name in columns[field] if _NUMBERED.fullmatch(field)),
-    }
-    if not plain.keys() & named and not any(map(_NUMBERED.fullmatch, plain)):
+    if plain.isdisjoint(columns["references"]) and not any(map(_NUMBERED.fullmatch, {*plain, *chosen})):
         raise ValueError(
-            f"{path}: no column of {', '.join(names)} holds references: call them ref1, ref2, ... or name one with "
+            f"{path}: no column of {listed} holds references: call them ref1, ref2, ... or name one with "
             "--column references=..."
         )
     return columns
@@ -122,9 +113,9 @@ def _values(row: Mapping[str, Any], columns: Mapping[str, tuple[str, ...]]) -> d
     """What a row says, by key of `columns` or "ref1a" and "ref1_phrase"; empty cells are left out."""
     cells = {_plain(name): value for name, value in row.items() if value not in (None, "")}
     values = {name: value for name, value in cells.items() if _NUMBERED.fullmatch(name)}
-    for field, names in columns.items():
-        if (name := next((name for name in names if name in cells), None)) is not None:
-            values[field] = cells[name]
+    for what, names in columns.items():
+        found = [cells[name] for name in names if name in cells]
+        values |= {what: found[0]} if found else {}
     return values
 
 
@@ -136,8 +127,6 @@ def _clip(values: Mapping[str, Any], place: str, options: DraftOptions) -> Clip 
         value = values.get(key, "")
         return " ".join(str(value).split()) if isinstance(value, (str, int, float)) else ""
 
-    if any(isinstance(value, str) and _is_broken(value) for value in values.values()):
-        return dropped("not_utf8")
     if not text("video"):
         return dropped("no_video")
     video = path_inside(options.base / str(values["video"]).strip(), options.root)
@@ -147,54 +136,38 @@ def _clip(values: Mapping[str, Any], place: str, options: DraftOptions) -> Clip 
         return dropped("no_prompt")
     try:
         span = _span(video, values)
-    except ValueError as error:
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         return dropped("span_not_valid", f"({error})")
     subjects = _subjects(values, place, options)
     if not subjects:
         return dropped("no_reference")
-    group = text("group_id") or (os.path.dirname(video) if options.by_folder else "") or None
-    meta = {"fps": float(values["fps"])} if span.start_frame is not None and "fps" in values else {}
-    start = span.start_s if span.start_frame is None else span.start_frame
-    identity = text("id") or os.path.splitext(video)[0] + ("" if start is None else f"@{start:g}")
-    return Clip(identity, "custom", span, text("prompt"), subjects, group_id=group, meta=meta)
+    group = text("group_id") or (os.path.dirname(video) if options.by_folder else "")
+    start = text("start_frame") or text("start_s")
+    identity = text("id") or os.path.splitext(video)[0] + (f"@{float(start):g}" if start else "")
+    return Clip(identity, "custom", span, text("prompt"), subjects, group_id=group or None)
 
 
 def _span(video: str, values: Mapping[str, Any]) -> VideoSpan:
-    """The part of the video that a row names.
+    """The part of the video that a row names; whether there is such a part is seen later.
 
     Raises:
-        ValueError: if its numbers are none, or make no part.
+        TypeError, ValueError, OverflowError, ZeroDivisionError: if a number is none.
     """
-    numbers: dict[str, float] = {}
-    for key in ("start_s", "end_s", "start_frame", "end_frame", "fps"):
-        if key in values:
-            try:
-                numbers[key] = float(values[key])
-            except (TypeError, ValueError, OverflowError):
-                raise ValueError(f"{key} is {str(values[key])[:40]!r}, not a number") from None
-            if not (math.isfinite(numbers[key]) and numbers[key] >= 0):
-                raise ValueError(f"{key} is {numbers[key]}: give 0 or more")
-    by_frames = [key for key in ("start_frame", "end_frame") if key in numbers]
-    by_seconds = [key for key in ("start_s", "end_s") if key in numbers]
-    if by_frames and by_seconds:
-        raise ValueError(f"{by_frames[0]} and {by_seconds[0]}: give frames or seconds")
-    if not by_frames and not by_seconds:
-        return VideoSpan(video)
-    if any(numbers[key] != int(numbers[key]) for key in by_frames):
-        raise ValueError(f"{by_frames[0]} is no whole number of frames")
-    start_key, end_key = ("start_frame", "end_frame") if by_frames else ("start_s", "end_s")
-    start, end = numbers.get(start_key, 0.0), numbers.get(end_key)
-    if end is not None and end <= start:
-        raise ValueError(f"{end_key} is not after {start_key}")
-    if by_frames:
-        return VideoSpan(video, start_frame=int(start), end_frame=None if end is None else int(end))
-    return VideoSpan(video, start_s=start, end_s=end)
+    seconds = {key: float(values[key]) for key in ("start_s", "end_s") if key in values}
+    frames = {key: float(values[key]) for key in ("start_frame", "end_frame") if key in values}
+    if any(number != int(number) for number in frames.values()):
+        raise ValueError(f"{frames} are no whole numbers of frames")
+    if "fps" in values and not seconds:
+        rate = float(values["fps"])
+        seconds = {key.replace("_frame", "_s"): number / rate for key, number in frames.items()}
+        frames = {}
+    return VideoSpan(video, **seconds, **{key: int(number) for key, number in frames.items()})
 
 
 def _subjects(values: Mapping[str, Any], place: str, options: DraftOptions) -> tuple[Subject, ...]:
     pictures: dict[int, list[Reference]] = defaultdict(list)
     phrases: dict[int, str] = {}
-    named: list[tuple[int, str, Any]] = []
+    named: list[tuple[int, str, Any]] = []  # subject, picture, name of a file
     for key, value in values.items():
         match = _NUMBERED.fullmatch(key)
         if match and match["phrase"]:
@@ -215,20 +188,19 @@ def _subjects(values: Mapping[str, Any], place: str, options: DraftOptions) -> t
 def _listed(value: Any) -> list[Any]:
     """A list as JSON lines have it, or the text of a cell."""
     if isinstance(value, str):
-        if value.lstrip().startswith("["):
-            try:
-                return list(json.loads(value))
-            except (ValueError, RecursionError):
-                return [value]
+        try:
+            if value.lstrip().startswith("["):
+                return json.loads(value)
+        except (ValueError, RecursionError):
+            return [value]
         return [name for name in value.split(";") if name.strip()]
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, cells by column); rows with too many or too few cells are counted and left out."""
     with path.open("rb") as file:
-        start = file.read(2)
-    encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     csv.field_size_limit(_MAX_FIELD)
     # One byte that is not text must cost its row alone: it becomes a lone surrogate, which no text holds.
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
@@ -240,43 +212,37 @@ def _csv_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]
             ) from None
 
 
-def _csv_cells(path: Path, file: TextIO, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_cells(path: Path, file: TextIO, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     first = file.readline(_MAX_FIELD)
     file.seek(0)
-    reader = csv.reader(file, delimiter=max(",\t;", key=first.count))
-    names: list[str] | None = None
+    reader = csv.DictReader(file, delimiter=max(",\t;", key=first.count), restkey=_REST)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}: its first line is damaged ({error}): save the table as CSV in UTF-8"
+        ) from None
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}: two columns are called {twice[0]!r}: rename one")
+    reader.fieldnames = names
     number = 0
     while True:
+        number += 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            number += 1
             report.drop("clips", "row_not_readable", f"row {number} ({error})")
             continue
-        if not any(cell.strip() for cell in cells):
-            continue
-        if names is None:
-            names = [cell.strip() for cell in cells]
-            _check_names(path, names)
-            continue
-        number += 1
-        if len(cells) == len(names):
-            yield number, dict(zip(names, cells, strict=True))
-        else:
-            report.drop("clips", "row_not_readable", f"row {number} ({len(cells)} cells, not {len(names)})")
+        if _REST in cells or None in cells.values():
+            report.drop("clips", "row_not_readable", f"row {number} (not as many cells as columns)")
+        elif any(cell.strip() for cell in cells.values()):
+            yield number, cells
 
 
-def _check_names(path: Path, names: list[str]) -> None:
-    if any(_is_broken(name) for name in names):
-        raise ValueError(f"{path}: the column names are not UTF-8 text: save the table as CSV in UTF-8")
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}: two columns are called {twice[0]!r}: rename one")
-
-
-def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(path: Path, report: ConversionReport) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row from 1, values by key); rows that are no JSON object are counted and left out."""
     number = 0
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -293,12 +259,3 @@ def _json_rows(path: Path, report: Report) -> Iterator[tuple[int, dict[str, Any]
                 report.drop("clips", "row_not_readable", f"row {number} ({problem})")
             else:
                 yield number, row
-
-
-def _is_broken(text: str) -> bool:
-    """Whether a text holds half of a character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False

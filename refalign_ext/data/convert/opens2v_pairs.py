@@ -1,8 +1,8 @@
-"""OpenS2V-5M's cross pairs, in both directions, and its clusters, staged so that they can be asked for clip by clip.
+"""OpenS2V-5M's cross pairs, in both directions, and its clusters, staged so that they can be looked up clip by clip.
 
 The folder has `cluster_videos.json`, `{cluster: ["<part>/<key>", ...]}`, and for each cluster a list (or, all in one file,
 an object of lists) of `{"cur_id", "aft_id", "cur_class_id", "aft_class_id", "cur_class_name", "aft_class_name",
-"text_similarity", "image_similarity", ...}`. Things are numbered from 1; older files name them only.
+"text_similarity", "image_similarity", ...}`. Subjects are numbered from 1.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from refalign_ext.data.conversion_report import Report
-from refalign_ext.data.convert.opens2v_stream import Incomplete, entries
+import msgspec
+
+from refalign_ext.data.conversion_report import ConversionReport
+from refalign_ext.data.convert.json_stream import IncompleteFile, read_entries
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
 
-_VERSION = 2
-_LARGEST = 1e6  # no similarity comes near
+_VERSION = 3
 _TABLES = """
     CREATE TABLE pair (clip TEXT, number INTEGER, name TEXT, source TEXT, source_number INTEGER, source_name TEXT,
-                       likeness REAL);
+                       similarity REAL);
     CREATE TABLE member (clip TEXT, cluster TEXT);
     CREATE TABLE merged (cluster TEXT PRIMARY KEY, root TEXT) WITHOUT ROWID;
 """
@@ -30,22 +31,36 @@ _INDICES = """
     CREATE INDEX pair_by_clip ON pair (clip);
     CREATE INDEX member_by_clip ON member (clip, cluster);
 """
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Similarity = Annotated[float, msgspec.Meta(gt=-1e6, lt=1e6)]
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+
+
+class _NativePair(msgspec.Struct):
+    cur_id: _Text
+    aft_id: _Text
+    cur_class_id: _Number
+    aft_class_id: _Number
+    cur_class_name: str
+    aft_class_name: str
+    text_similarity: _Similarity | None = None
+    image_similarity: _Similarity | None = None
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A thing of a clip and the thing of another clip that shows the same; numbers are from 1, None if not given."""
+class CrossPair:
+    """A subject of a clip, and a subject of the clip `source` that shows the same; numbers are from 1."""
 
-    number: int | None
-    name: str | None
+    number: int
+    name: str
     source: str
-    source_number: int | None
-    source_name: str | None
-    likeness: float | None
+    source_number: int
+    source_name: str
+    similarity: float | None
 
 
 def stage_pairs(folder: Path, target: Path, selection: Selection) -> None:
-    """Stages all pairs of a folder, those of dissimilar things and of clips with themselves left out.
+    """Stages all pairs of a folder, those of dissimilar subjects and of clips with themselves left out.
 
     Raises:
         ValueError: if the folder has no JSON files; OSError: if the staged file cannot be written.
@@ -55,31 +70,32 @@ def stage_pairs(folder: Path, target: Path, selection: Selection) -> None:
     files = sorted(folder.rglob("*.json"))
     if not files:
         raise ValueError(f"--cross_pairs {folder}: no *.json files there")
-    settings = {
-        "version": _VERSION,
-        "text": selection.min_text_similarity,
-        "image": selection.min_image_similarity,
-    }
-    mark = fingerprint(settings, files)
+    rules = {"text": selection.min_text_similarity, "image": selection.min_image_similarity}
+    mark = fingerprint({"version": _VERSION} | rules, files)
     if is_staged(target, mark):
         return
-    report = Report()
+    report = ConversionReport()
     with staging(target, mark, _TABLES, report) as staged:
         for path in tqdm(files, desc="cross pairs", unit="file", dynamic_ncols=True, disable=None):
             name = str(path.relative_to(folder))
             try:
-                for key, value in entries(path):
-                    _add(staged, key, value, f"{name}, {key}", selection, report)
-            except Incomplete as error:
+                for key, value in read_entries(path):
+                    for item in value if isinstance(value, list) else [value]:
+                        if isinstance(item, str) and item.isprintable() and key.strip() and key.isprintable():
+                            staged.execute("INSERT INTO member VALUES (?, ?)", (item, key))
+                        elif not isinstance(item, str):
+                            rows = _directions(item, f"{name}, {key}", selection, report)
+                            staged.executemany("INSERT INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            except IncompleteFile as error:
                 report.incomplete[name] = str(error)
         staged.executescript(_INDICES)
         _merge_clusters(staged)
 
 
-def pairs_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> list[Pair]:
+def pairs_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> list[CrossPair]:
     """The pairs of a clip under any of its names, as they stand in the files."""
-    query = "SELECT number, name, source, source_number, source_name, likeness FROM pair WHERE clip = ? ORDER BY rowid"
-    return [Pair(*row) for name in names for row in staged.execute(query, (name,))]
+    query = "SELECT number, name, source, source_number, source_name, similarity FROM pair WHERE clip = ? ORDER BY rowid"
+    return [CrossPair(*row) for name in names for row in staged.execute(query, (name,))]
 
 
 def cluster_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> str | None:
@@ -88,52 +104,34 @@ def cluster_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> str | None
         "SELECT coalesce(root, member.cluster) FROM member LEFT JOIN merged ON merged.cluster = member.cluster "
         "WHERE clip = ? ORDER BY member.cluster LIMIT 1"
     )
-    rows = [row[0] for name in names for row in staged.execute(query, (name,))]
-    return min(rows, default=None)
+    return min((row[0] for name in names for row in staged.execute(query, (name,))), default=None)
 
 
-def _add(
-    staged: sqlite3.Connection, key: str, value: object, place: str, selection: Selection, report: Report
-) -> None:
-    items = value if isinstance(value, list) else [value]
-    members = [(item, key) for item in items if isinstance(item, str) and key.strip()]
-    staged.executemany("INSERT INTO member VALUES (?, ?)", members)
-    for item in items:
-        if not isinstance(item, str):
-            rows = list(_directions(item, place, selection, report))
-            staged.executemany("INSERT INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-
-
-def _directions(item: object, place: str, selection: Selection, report: Report) -> Iterator[tuple[Any, ...]]:
+def _directions(
+    item: object, place: str, selection: Selection, report: ConversionReport
+) -> Iterator[tuple[Any, ...]]:
     """The two rows of a pair; what is dropped counts twice as well."""
-    names = [item.get(f"{end}_id") for end in ("cur", "aft")] if isinstance(item, dict) else [None, None]
-    if not all(isinstance(name, str) and name for name in names):
-        report.drop("references", "cross_broken", f"{place}: cur_id or aft_id is not a text", 2)
+    try:
+        pair = msgspec.convert(
+            item, _NativePair, strict=False
+        )  # numbers may be texts, as the keys of masks are
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a surrogate pair
+        report.drop("references", "cross_broken", f"{place}: {error}", 2)
         return
-    what = f"{place}: {names[0]} and {names[1]}"
-    numbers = [item.get(f"{end}_class_id") for end in ("cur", "aft")]
-    numbers = [
-        int(number) if isinstance(number, str) and number.isdigit() and len(number) < 5 else number
-        for number in numbers
-    ]
-    classes = [item.get(f"{end}_class_name") for end in ("cur", "aft")]
-    scores = [item.get(f"{kind}_similarity") for kind in ("text", "image")]
-    is_sound = (
-        all(number is None or (type(number) is int and 0 <= number < 1 << 31) for number in numbers)
-        and all(name is None or isinstance(name, str) for name in classes)
-        and all(number is not None or name is not None for number, name in zip(numbers, classes))
-        and all(score is None or (type(score) in (int, float) and abs(score) < _LARGEST) for score in scores)
-    )
-    if not is_sound:
-        report.drop("references", "cross_broken", f"{what}: a class or a similarity has the wrong type", 2)
-        return
-    problem = "cross_self" if names[0] == names[1] else selection.pair_problem(*scores)
+    here = (pair.cur_id, pair.cur_class_id, pair.cur_class_name)
+    there = (pair.aft_id, pair.aft_class_id, pair.aft_class_name)
+    # Half of a surrogate pair, which JSON can name, is no text for sqlite.
+    if not all(part.isprintable() for part in (*here, *there) if isinstance(part, str)):
+        problem = "cross_broken"
+    elif pair.cur_id == pair.aft_id:
+        problem = "cross_self"
+    else:
+        problem = selection.pair_problem(pair.text_similarity, pair.image_similarity)
     if problem:
-        report.drop("references", problem, what, 2)
+        report.drop("references", problem, f"{place}: {pair.cur_id} and {pair.aft_id}", 2)
         return
-    ends = list(zip(names, numbers, classes))
-    for here, there in (ends, ends[::-1]):
-        yield (*here, *there, scores[1])
+    yield (*here, *there, pair.image_similarity)
+    yield (*there, *here, pair.image_similarity)
 
 
 def _merge_clusters(staged: sqlite3.Connection) -> None:

@@ -1,35 +1,35 @@
 """The cells `cross_pair` of Phantom-Data: where a phrase's subject is seen, in the clip itself and in other clips.
 
     {phrase: {"obj_from_tgt_video": [{"vid", "frame_idx", "bbox_loc": [x0, y0, x1, y1], "bbox_cls"}],
-              "refer_result": [[{"vid", "frame_idx", "bbox_loc": [[x0, y0, x1, y1]], "bbox_cls", "scores"}]]}}
+              "refer_result": [[{"vid", "frame_idx", "bbox_loc": [[x0, y0, x1, y1]], "bbox_cls", "scores": [s]}]]}}
 
-As they are published, the cell is JSON in a string, frames are shares of the clip's frames, sometimes as text, and only
-the boxes of references are nested. Lists that are nested more or less than this are read as well.
+The cell is JSON in a string, frames are shares of the clip's frames, sometimes as text, and only the boxes of references
+are nested.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from refalign_ext.data.boxes import Box
 
-TARGET, REFERENCES = "obj_from_tgt_video", "refer_result"
-_MAX_DEPTH = 4  # of lists within each other
-_SCORES = ("image_similarity", "similarity", "sim", "score")
+_Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+_Score = Annotated[float, msgspec.Meta(gt=-1e12, lt=1e12)]
+_SAME_IOU = 0.5  # overlap from which two boxes of one frame are one subject
 
 
-@dataclass(frozen=True)
-class Sighting:
+class Detection(NamedTuple):
     """A subject in a frame of a clip.
 
     Attributes:
         vid: the clip; frame_frac: the frame, a share in [0, 1) of its frames.
         box: in pixels of "long768", see `refalign_ext.data.boxes`.
-        cls: the detector's name of what it is; score: likeness to the subject.
+        cls: the detector's name of what it is; score: similarity to the subject.
     """
 
     vid: str
@@ -38,87 +38,83 @@ class Sighting:
     cls: str | None = None
     score: float | None = None
 
+    def is_same(self, other: Detection) -> bool:
+        """Whether another detection in this clip shows the same subject in the same frame."""
+        if abs(self.frame_frac - other.frame_frac) > 1e-6:
+            return False
+        (a0, b0, a1, b1), (c0, d0, c1, d1) = self.box, other.box
+        inner = max(0.0, min(a1, c1) - max(a0, c0)) * max(0.0, min(b1, d1) - max(b0, d0))
+        union = (a1 - a0) * (b1 - b0) + (c1 - c0) * (d1 - d0) - inner
+        return union > 0 and inner / union >= _SAME_IOU
 
-def phrases_of(cell: object) -> dict[str, dict[str, Any]]:
-    """Phrase -> its entry.
+
+@dataclass
+class PhraseDetections:
+    """Where a phrase's subject is seen, in the clip itself and as references; or why that cannot be used."""
+
+    phrase: str
+    targets: list[Detection | str]
+    references: list[Detection | str]
+
+
+def parse_cross_pair(cell: object) -> list[PhraseDetections]:
+    """What a cell says, phrase by phrase.
 
     Raises:
-        ValueError: if the cell is not JSON with such entries.
+        ValueError: if the cell is not JSON with an object of phrases.
     """
-    for _ in range(2):  # JSON in JSON occurs where tables were written twice
-        if isinstance(cell, (str, bytes)):
-            try:
-                cell = json.loads(cell)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"not JSON: {error}") from None
-    if isinstance(cell, list) and all(isinstance(item, (list, tuple)) and len(item) == 2 for item in cell):
-        cell = {key: value for key, value in cell if isinstance(key, str)}  # a map of arrow
-    if not isinstance(cell, dict):
-        raise ValueError("expected an object of phrases")
-    # Columns of structs give every row the phrases of all rows, with nothing in them.
-    return {phrase: entry for phrase, entry in cell.items() if isinstance(entry, dict)}
-
-
-def sightings(entry: dict[str, Any], key: str, own_vid: str) -> Iterator[Sighting | str]:
-    """What stands under `TARGET` or `REFERENCES`, or why it cannot be used; `own_vid` where a target has no vid."""
-    for item in _objects(entry.get(key), 0):
-        vid = item.get("vid", item.get("video_id"))
-        if vid is None and key == TARGET:
-            vid = own_vid
-        if not isinstance(vid, str) or not vid.strip():
-            yield "no_vid"
-            continue
-        share = _float(item.get("frame_idx"))
-        if share is None or not 0 <= share < 1:
-            yield "frame_not_a_share"
-            continue
-        cls, scores = _texts(item.get("bbox_cls")), item.get("scores", item.get("score"))
-        boxes = list(_boxes(item.get("bbox_loc"), 0))
-        if not boxes:
-            yield "no_box"
-        for number, box in enumerate(boxes):
-            name = cls[min(number, len(cls) - 1)] if cls else None
-            yield Sighting(vid, share, box, name, _score(scores, number if len(boxes) > 1 else 0))
-
-
-def _objects(value: Any, depth: int) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-    elif isinstance(value, list) and depth < _MAX_DEPTH:
-        for item in value:
-            yield from _objects(item, depth + 1)
-
-
-def _boxes(value: Any, depth: int) -> Iterator[Box]:
-    if not isinstance(value, (list, tuple)) or depth > _MAX_DEPTH:
-        return
-    numbers = [_float(item, finite=False) for item in value]
-    if len(value) == 4 and None not in numbers:
-        yield tuple(numbers)
-    else:
-        for item in value:
-            yield from _boxes(item, depth + 1)
-
-
-def _texts(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    return [str(item).strip() for item in items if isinstance(item, (str, int)) and str(item).strip()]
-
-
-def _score(value: Any, number: int) -> float | None:
-    """The score of box `number`; of an object with several the likeness."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in _SCORES if key in value), next(iter(value.values()), None))
-    if isinstance(value, list):
-        return _score(value[min(number, len(value) - 1)], 0) if value else None
-    return _float(value)
-
-
-def _float(value: Any, finite: bool = True) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
+    if not isinstance(cell, str):
+        raise ValueError("expected a text with JSON")
     try:
-        number = float(value)
-    except (ValueError, OverflowError):
+        phrases = json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(phrases, dict):
+        raise ValueError("expected an object of phrases")
+    found = []
+    for phrase, entry in phrases.items():
+        if isinstance(entry, dict):
+            targets = [
+                detection
+                for item in _flat(entry.get("obj_from_tgt_video"))
+                for detection in _detections(item, [item.get("bbox_loc")])
+            ]
+            references = [
+                detection
+                for item in _flat(entry.get("refer_result"))
+                for detection in _detections(item, item.get("bbox_loc"))
+            ]
+            found.append(PhraseDetections(phrase, targets, references))
+    return found
+
+
+def _flat(groups: object) -> Iterator[dict[str, Any]]:
+    """The items of a list, or of lists in it."""
+    for group in groups if isinstance(groups, list) else []:
+        for item in group if isinstance(group, list) else [group]:
+            if isinstance(item, dict):
+                yield item
+
+
+def _detections(item: dict[str, Any], boxes: object) -> list[Detection | str]:
+    vid, cls = item.get("vid"), item.get("bbox_cls")
+    if not isinstance(vid, str) or not vid.strip():
+        return ["no_vid"]
+    share = convert_or_none(item.get("frame_idx"), _Share)
+    if share is None:
+        return ["frame_not_a_share"]
+    checked = convert_or_none(boxes, list[tuple[float, float, float, float]])
+    if not checked:
+        return ["no_box"]
+    name = cls.strip() or None if isinstance(cls, str) else None
+    scores = convert_or_none(item.get("scores"), list[_Score]) or []
+    scores += [None] * (len(checked) - len(scores))
+    return [Detection(vid, share, box, name, score) for box, score in zip(checked, scores)]
+
+
+def convert_or_none(value: object, kind: Any) -> Any:
+    """The value as that type, numbers also from text; None if it is none."""
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except (msgspec.ValidationError, UnicodeEncodeError):  # half a surrogate pair
         return None
-    return number if not finite or (math.isfinite(number) and abs(number) < 1e12) else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from refalign_ext.data.schema import ClipScores, ReferenceScores
+if TYPE_CHECKING:
+    from refalign_ext.data.schema import ClipScores, ReferenceScores
 
 OVERFLOW = ("drop", "clamp")
 
@@ -17,14 +19,7 @@ _HUMANS = """
 """
 _HUMAN_WORDS = frozenset(_HUMANS.split())
 _FACE_WORDS = frozenset({"face", "faces", "head", "heads"})
-_ENDING_WORDS = frozenset(
-    {"of", "with", "in", "on", "for", "wearing"}
-)  # what follows is not the thing itself
-
-
-def frames_needed(frame_num: int, stride: int) -> int:
-    """Frames a clip must have so that `frame_num` can be taken, every `stride`-th: 81 at stride 3 need 241."""
-    return (frame_num - 1) * stride + 1
+_ENDING_WORDS = frozenset({"of", "with", "in", "on", "for", "wearing"})  # what follows describes
 
 
 @dataclass(frozen=True)
@@ -35,10 +30,10 @@ class Selection:
         min_aesthetic, min_gme: a reference is kept if its aesthetic score or its text match (gme) reaches its limit.
         min_area_ratio: least share of the frame that a reference's box takes.
         max_references: of a clip's subjects, so many with the largest boxes are kept; a background is not counted.
-        max_cross: of a subject's cross references, so many with the best likeness are kept.
+        max_cross: of a subject's cross references, the most similar ones are kept.
         max_mask_iou: from this overlap on, two masks of a frame are one thing under two names; the better is kept.
         min_text_similarity, min_image_similarity: cross pairs below are dropped (the image's must be above).
-        min_frames: least length of a clip in frames; see `frames_needed`.
+        min_frames: least length of a clip in frames.
         min_clip_aesthetic, min_clip_motion, min_clip_tech: least scores of a clip.
         overflow: what to do with a box that protrudes from its frame by more than rounding: "drop" or "clamp".
 
@@ -54,21 +49,18 @@ class Selection:
     max_mask_iou: float | None = 0.8
     min_text_similarity: float | None = 0.6
     min_image_similarity: float | None = 0.6
-    min_frames: int | None = frames_needed(81, 3)
+    min_frames: int | None = 80 * 3 + 1  # 81 frames at stride 3
     min_clip_aesthetic: float | None = None
     min_clip_motion: float | None = None
     min_clip_tech: float | None = None
     overflow: str = "drop"
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            flag = f"--{item.name}"
-            if item.name == "overflow":
-                if value not in OVERFLOW:
-                    raise ValueError(f"{flag} {value}: choose one of {', '.join(OVERFLOW)}")
-            elif value is not None and not math.isfinite(value):
-                raise ValueError(f"{flag} {value}: expected a number")
+        if self.overflow not in OVERFLOW:
+            raise ValueError(f"--overflow {self.overflow}: choose one of {', '.join(OVERFLOW)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} {value}: expected a number")
         if self.max_mask_iou is not None and not 0 < self.max_mask_iou <= 1:
             raise ValueError(f"--max_mask_iou {self.max_mask_iou}: expected an overlap above 0 and at most 1")
         for name, least in (("max_references", 1), ("max_cross", 0), ("min_frames", 1)):
@@ -105,7 +97,7 @@ class Selection:
 
 
 OPENS2V_SELECTION = Selection()
-# Areas as RefAlign selects them. What its likenesses are measured with is not published, so no limit is set.
+# Areas as RefAlign selects them. What its similarities are measured with is not published, so no limit is set.
 PHANTOM_SELECTION = Selection(min_frames=None, min_image_similarity=None)
 FOLDER_SELECTION = Selection(min_frames=None, min_area_ratio=None, max_references=None)
 

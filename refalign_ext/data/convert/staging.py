@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.atomic_io import locked
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.atomic_io import locked, sync
+from refalign_ext.data.conversion_report import ConversionReport
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
 _CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file
@@ -35,10 +35,10 @@ def is_staged(target: Path, expected: str) -> bool:
         return False
 
 
-def staged_report(target: Path) -> Report:
+def staged_report(target: Path) -> ConversionReport:
     """What was dropped while a file was staged."""
     with open_staged(target) as staged:
-        return Report.from_dict(json.loads(staged.execute("SELECT report FROM meta").fetchone()[0]))
+        return ConversionReport.from_dict(json.loads(staged.execute("SELECT report FROM meta").fetchone()[0]))
 
 
 @contextmanager
@@ -59,21 +59,24 @@ def open_staged(target: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def staging(
-    target: Path, mark: str, tables: str, report: Report, *, alone: bool = True
+    target: Path, mark: str, tables: str, report: ConversionReport, *, exclusive: bool = True
 ) -> Iterator[sqlite3.Connection]:
     """An empty staged file to be filled; it takes its name, with `report`, once the block ends without an error.
 
     Args:
-        alone: one process at a time; otherwise those that do it at once each fill a file, and the last one's stays.
+        exclusive: one process at a time; otherwise those that do it at once each fill a file, and the last one's stays.
 
     Raises:
-        FileLocked: (a ValueError) if it is to be alone and another process of this machine is staging the same file.
+        FileLocked: (a ValueError) if it is exclusive and another process of this machine is staging the same file.
         OSError: if the file cannot be written.
     """
-    aside = target.with_name(f"{target.name}.part" if alone else f"{target.name}.{uuid.uuid4().hex}.part")
-    with locked(target) if alone else nullcontext():
-        aside.unlink(missing_ok=True)
-        connection = sqlite3.connect(aside)
+    # Of a killed process nothing must stay for ever: parts are large.
+    unfinished = target.with_name(
+        f"{target.name}.part" if exclusive else f"{target.name}.{uuid.uuid4().hex}.part"
+    )
+    with locked(target) if exclusive else nullcontext():
+        unfinished.unlink(missing_ok=True)
+        connection = sqlite3.connect(unfinished)
         try:
             # The file is thrown away if it is not finished: a journal would only cost time.
             connection.executescript(
@@ -84,11 +87,10 @@ def staging(
             connection.execute("INSERT INTO meta VALUES (?, ?)", (mark, json.dumps(report.to_dict())))
             connection.commit()
             connection.close()
-            with aside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, target)
+            sync(unfinished)
+            os.replace(unfinished, target)
         except sqlite3.OperationalError as error:
-            raise OSError(f"{aside}: cannot be written ({error})") from None
+            raise OSError(f"{unfinished}: cannot be written ({error})") from None
         finally:
             connection.close()
-            aside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)

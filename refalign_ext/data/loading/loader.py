@@ -1,4 +1,4 @@
-"""Batches fetched ahead by worker processes, which go on anywhere: their state is one global position."""
+"""Batches loaded ahead by worker processes, from any global position on."""
 
 from __future__ import annotations
 
@@ -7,85 +7,21 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from typing import Any
 
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader
 
 from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
-from refalign_ext.data.sampling.order import Order, Place
+from refalign_ext.data.sampling.order import Order, OrderEntry
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class PlaceBatches:
-    """The batches of one data rank, endless, from a global position on.
-
-    Args:
-        order: of all ranks.
-        start: global position of this rank's first batch.
-        batch_size: samples of a batch.
-        step: positions from one batch of this rank to its next.
-    """
-
-    def __init__(self, order: Order, start: int, batch_size: int, step: int) -> None:
-        self.order, self.start, self.batch_size, self.step = order, start, batch_size, step
-
-    def __iter__(self) -> PlaceIterator:
-        return PlaceIterator(self)
-
-
-class PlaceIterator:
-    """Walks through the batches; its state is the position of the next one."""
-
-    def __init__(self, batches: PlaceBatches) -> None:
-        self.batches, self.next = batches, batches.start
-
-    def __iter__(self) -> PlaceIterator:
-        return self
-
-    def __next__(self) -> list[Place]:
-        first = self.next
-        self.next += self.batches.step
-        return [self.batches.order.at(first + offset) for offset in range(self.batches.batch_size)]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
-
-
-def stateful_loader(
-    dataset: ClipDataset,
-    batches: PlaceBatches,
-    *,
-    workers: int = 0,
-    prefetch: int = 2,
-    start_method: str = "spawn",
-) -> StatefulDataLoader:
-    """torchdata's loader of lists of `LoadedSample`; its own state goes on with the same number of workers and ranks."""
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls what torch 2.8 and later deprecate, with no effect on either.
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_begin_worker,
-            **options,
-        )
-
-
 class ClipLoader:
-    """Batches of `LoadedSample` for one data rank, in the order's order.
+    """Endless batches of `LoadedSample` for one data rank, in the order's order.
 
     Args:
         dataset, order: what is loaded, and when.
@@ -95,6 +31,9 @@ class ClipLoader:
         workers: processes that load ahead; 0 loads when a batch is asked for.
         prefetch: batches that each worker loads ahead.
         start_method: how processes begin; forking one that uses threads or a GPU is not safe.
+
+    Attributes:
+        position: global position of the first sample of the next batch.
     """
 
     def __init__(
@@ -110,30 +49,28 @@ class ClipLoader:
         prefetch: int = 2,
         start_method: str = "spawn",
     ) -> None:
-        self.batch_size, self.data_rank, self.data_size = batch_size, data_rank, data_size
-        self._dataset, self._order = dataset, order
-        self._options: dict[str, Any] = {
-            "workers": workers,
-            "prefetch": prefetch,
-            "start_method": start_method,
-        }
-        self._batches: Iterator[list[LoadedSample]] | None = None
-        self.load_state_dict({"position": start})
-
-    @property
-    def position(self) -> int:
-        """Global position of the first sample of this rank's next batch."""
-        return self._start + (self._given * self.data_size + self.data_rank) * self.batch_size
+        self.batch_size, self._step = batch_size, batch_size * data_size
+        self.position = start + data_rank * batch_size
+        options: dict[str, Any] = {}
+        if workers:
+            options = {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_batches(order, self.position, batch_size, self._step),
+            num_workers=workers,
+            collate_fn=unchanged,
+            worker_init_fn=begin_worker,
+            **options,
+        )
+        with workers_ignore_signals() if workers else nullcontext():
+            self._loaded = iter(loader)
 
     def __iter__(self) -> Iterator[list[LoadedSample]]:
         return self
 
     def __next__(self) -> list[LoadedSample]:
-        if self._batches is None:
-            with _deaf_children() if self._options["workers"] else nullcontext():
-                self._batches = iter(self._loader)
         try:
-            batch = next(self._batches)
+            batch = next(self._loaded)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
@@ -141,35 +78,30 @@ class ClipLoader:
                 f"a loader process was killed ({error}): with too little memory, or too little in /dev/shm, use fewer "
                 "--data_workers"
             ) from error
-        self._given += 1
+        self.position += self._step
         return batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where all ranks are once each has given as many batches as this one; any number of ranks may go on there."""
-        return {"position": self._start + self._given * self.data_size * self.batch_size}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at a state of this or another loader, of whatever number of ranks and workers."""
-        self.close()
-        self._start, self._given = state["position"], 0
-        step = self.batch_size * self.data_size
-        batches = PlaceBatches(self._order, self.position, self.batch_size, step)
-        self._loader = stateful_loader(self._dataset, batches, **self._options)
-
     def close(self) -> None:
-        """Ends the workers; the next batch starts new ones."""
-        batches, self._batches = self._batches, None
-        if batches is not None and hasattr(batches, "_shutdown_workers"):
-            batches._shutdown_workers()
+        """Ends the workers."""
+        if hasattr(self._loaded, "_shutdown_workers"):
+            self._loaded._shutdown_workers()
 
 
-def _as_it_is(samples: list[LoadedSample]) -> list[LoadedSample]:
+def _batches(order: Order, start: int, batch_size: int, step: int) -> Iterator[list[OrderEntry]]:
+    """What each batch of one data rank consists of, from a global position on."""
+    while True:
+        yield [order.at(start + offset) for offset in range(batch_size)]
+        start += step
+
+
+def unchanged(samples: list[LoadedSample]) -> list[LoadedSample]:
+    """Collates nothing: a batch is a list."""
     return samples
 
 
 @contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes that are started in the block do not hear `_STOPS`, from their first moment on.
+def workers_ignore_signals() -> Iterator[None]:
+    """Processes that are started in the block ignore SIGINT and SIGTERM, from their first moment on.
 
     Ctrl-C in a terminal and SIGTERM from torchrun reach the workers too, but the training process decides when to stop:
     it needs them for the step that it finishes and saves.
@@ -186,7 +118,8 @@ def _deaf_children() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, on_death)
 
 
-def _begin_worker(_: int) -> None:
+def begin_worker(_: int) -> None:
+    """Ties a worker to its parent: the signals that it ignores would else let it live on."""
     if hasattr(signal, "sigtimedwait"):
         threading.Thread(target=_end_with_parent, daemon=True).start()
     else:  # macOS: without a way to tell who sends it

@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.data.clip_index import MAX_SOURCES, USABLE, delete_clip_index, open_clip_index
+from refalign_ext.data.clip_index import open_clip_index
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.loading.dataset import ClipDataset, Failure, LoadedSample
+from refalign_ext.data.loading.bad_clips import BadClips
+from refalign_ext.data.loading.dataset import ClipDataset, LoadedSample
 from refalign_ext.data.loading.loader import ClipLoader
-from refalign_ext.data.pixels import from_levels
-from refalign_ext.data.sampling.buckets import assign
-from refalign_ext.data.sampling.choice import Sampling
+from refalign_ext.data.loading.selection import assign_rows, reference_rules
+from refalign_ext.data.pixels import from_uint8
 from refalign_ext.data.sampling.order import Order, SetOrder, check_mix
-from refalign_ext.data.sampling.split import Allowed, GroupTable, Split
+from refalign_ext.data.sampling.sample_spec import Sampling
+from refalign_ext.data.sampling.split import Split
 
 if TYPE_CHECKING:
     from refalign_ext.data.cache.reader import LatentCache
 
-logger = logging.getLogger(__name__)
-
 Encode = Callable[[list[Tensor]], list[Tensor]]  # each [3, T, H, W] in [-1, 1] -> [C, t, h, w]
 Features = Callable[[Tensor], Tensor]  # [M, 3, H, W] in [-1, 1] -> [M, N, D]
-
-LEAST_TRIED = 50  # clips to try before a share of bad ones means something
-_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
 class LoaderSettings:
-    """How samples are fetched; nothing here changes what they are, but `together`, which changes their order.
+    """How samples are fetched; nothing here changes what they are, but `mixed_shards`, which changes their order.
 
     Attributes:
         workers: processes that load ahead; 0 loads when a sample is needed.
         prefetch: batches that each of them loads ahead.
-        together: tar shards among which rows are shuffled: more mix better, fewer read more nearly in sequence.
+        mixed_shards: tar shards among which rows are shuffled: more mix better, fewer read more nearly in sequence.
         max_bad_share: of the clips tried that may be unusable before training stops; 1: never.
         start_method: how processes begin.
 
@@ -52,12 +46,12 @@ class LoaderSettings:
 
     workers: int = 4
     prefetch: int = 2
-    together: int = 4
+    mixed_shards: int = 4
     max_bad_share: float = 0.1
     start_method: str = "spawn"
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 0), ("prefetch", 1), ("together", 1)):
+        for name, least in (("workers", 0), ("prefetch", 1), ("mixed_shards", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if not 0 <= self.max_bad_share <= 1:
@@ -69,7 +63,7 @@ class ClipSource:
 
     A clip that cannot be used is replaced by one that the position determines, counted, and named in the log once.
     Batches of `batch_size` positions share a set and a bucket. With several of either, another batch size is another
-    order; continuing with one moves the runs to where it continues.
+    order; continuing with one moves the batches to where it continues.
 
     Args:
         clip_sets: at least one.
@@ -116,9 +110,7 @@ class ClipSource:
         self._sets: list[SetOrder] = []
         self._dataset: ClipDataset | None = None
         self._loader: ClipLoader | None = None
-        self._tried: list[np.ndarray] = []
-        self._bad: list[np.ndarray] = []
-        self._examples: list[Failure] = []
+        self._bad_clips = BadClips(settings.max_bad_share)
 
     def prepare(self) -> None:
         """Looks at every clip once, in parallel; what it finds is kept beside each set.
@@ -128,18 +120,36 @@ class ClipSource:
         """
         if self._dataset is not None:
             return
-        records = [
-            open_clip_index(clip_set, workers=self.settings.workers, fallback_dir=self.fallback_dir)
+        settings = self.settings
+        indexes = [
+            open_clip_index(clip_set, workers=settings.workers, fallback_dir=self.fallback_dir)
             for clip_set in self.clip_sets
         ]
-        allowed = self._allowed(records)
-        self._sets = [self._set_order(number, found, allowed) for number, found in enumerate(records)]
-        self._tried = [np.zeros(len(found), bool) for found in records]
-        self._bad = [np.zeros(len(found), bool) for found in records]
+        rules = reference_rules(indexes, self.split)
+        for number, (clip_set, records) in enumerate(zip(self.clip_sets, indexes, strict=True)):
+            buckets = assign_rows(
+                clip_set,
+                records,
+                self.sampling,
+                rules[number] if rules else None,
+                max_bad_share=settings.max_bad_share,
+                fallback_dir=self.fallback_dir,
+            )
+            order = SetOrder(
+                buckets,
+                self.sampling.buckets,
+                clip_set.shard_ranges(),
+                self.batch_size,
+                mixed_shards=settings.mixed_shards,
+                seed=self.sampling.seed,
+                name=str(number),
+            )
+            self._sets.append(order)
+        self._bad_clips = BadClips(settings.max_bad_share, [len(records) for records in indexes])
         self._dataset = ClipDataset(
             self.clip_sets,
             self.sampling,
-            allowed=allowed,
+            allowed=rules,
             caches=self.caches,
             needs_features=self.features is not None,
         )
@@ -147,7 +157,7 @@ class ClipSource:
     @property
     def bad_clips(self) -> int:
         """Different clips that could not be used so far, besides those that the index left out."""
-        return sum(int(bad.sum()) for bad in self._bad)
+        return self._bad_clips.count
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """Samples for the global positions `indices`; see `Source`. Fast if they follow the ones asked for last.
@@ -160,7 +170,7 @@ class ClipSource:
         loader = self._loader
         if loader is None or (loader.position, loader.batch_size) != (indices.start, len(indices)):
             loader = self._start(indices)
-        return [self._encoded(self._counted(sample)) for sample in next(loader)]
+        return [self._encoded(self._checked(sample)) for sample in next(loader)]
 
     def close(self) -> None:
         """Ends the loader processes; the next samples start new ones."""
@@ -172,10 +182,9 @@ class ClipSource:
         self.close()
         assert self._dataset is not None
         start = indices.start - self.data_rank * len(indices)
-        shares = self.mix or [float(len(rows)) for rows in self._sets]
         order = Order(
             self._sets,
-            shares,
+            self.mix or [float(len(rows)) for rows in self._sets],
             self.schedule,
             total=self.total,
             shift=start % self.batch_size,
@@ -194,127 +203,45 @@ class ClipSource:
         )
         return self._loader
 
-    def _allowed(self, records: Sequence[np.ndarray]) -> list[Allowed] | None:
-        if not self.split.divides:
-            return None
-        rules = []
-        for found in records:
-            by_id = (1 << found["source_count"].astype(np.int64)) - 1 > found["source_is_group"]
-            table = GroupTable.of(np.zeros(0, np.uint64), np.zeros(0, np.uint64))
-            if by_id.any():  # 16 bytes for each clip, but only where ids have to be looked up
-                table = GroupTable.of(np.array(found["id"]), np.array(found["group"]))
-            rules.append(Allowed(self.split, table))
-        return rules
-
-    def _set_order(self, number: int, found: np.ndarray, allowed: list[Allowed] | None) -> SetOrder:
-        path, is_usable = self.clip_sets[number].path, found["state"] == USABLE
-        broken = int((~is_usable).sum())
-        if len(found) >= LEAST_TRIED and broken > self.settings.max_bad_share * len(found):
-            delete_clip_index(self.clip_sets[number], self.fallback_dir)
-            raise ValueError(
-                f"{path}: {broken} of {len(found)} clips cannot be used, more than max_bad_share "
-                f"{self.settings.max_bad_share:g}: `data check` lists them"
-            )
-        buckets = assign(found["width"], found["height"], found["frames"], found["fps"], self.sampling)
-        fits = is_usable & (buckets >= 0)
-        here = fits if allowed is None else fits & self.split.holds(np.array(found["group"]))
-        supplied = here if allowed is None else here & _has_source(found, allowed[number])
-        counts = {
-            "cannot be used": broken,
-            f"are shorter than {min(bucket.frames for bucket in self.sampling.buckets)} frames": int(
-                (is_usable & ~fits).sum()
-            ),
-            "belong to the other side of the split": int((fits & ~here).sum()),
-            "have all their references on the other side": int((here & ~supplied).sum()),
-        }
-        told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        if not supplied.any():
-            if broken:
-                delete_clip_index(self.clip_sets[number], self.fallback_dir)
-            where = "" if self.split.part == "all" else f" for {self.split.part}"
-            raise ValueError(
-                f"{path}: no clip can be used{where}: of {len(found)} clips {told} (`data check` says why)"
-            )
-        logger.info("%s: %d of %d clips%s", path, supplied.sum(), len(found), f" ({told})" if told else "")
-        return SetOrder(
-            np.where(supplied, buckets, -1),
-            self.sampling.buckets,
-            self.clip_sets[number].windows(),
-            self.batch_size,
-            together=self.settings.together,
-            seed=self.sampling.seed,
-            name=str(number),
-        )
-
-    def _counted(self, sample: LoadedSample) -> LoadedSample:
-        part = sample.place.part
+    def _checked(self, sample: LoadedSample) -> LoadedSample:
         if sample.stop:
             raise ValueError(sample.stop)
-        for failure in sample.failures:
-            self._tried[part][failure.row] = True
-            if not self._bad[part][failure.row]:
-                self._bad[part][failure.row] = True
-                self._examples = (self._examples + [failure])[:_EXAMPLES]
-                logger.warning(
-                    "skipping clip %s (%d skipped so far): %s", failure.clip, self.bad_clips, failure.reason
-                )
-        if sample.choice is None:
+        self._bad_clips.add(sample)
+        if sample.spec is None:
             raise ValueError(
-                f"{self.clip_sets[part].path}: none of {len(sample.failures)} clips tried for position "
-                f"{sample.place.position} can be used; the last: {sample.failures[-1].reason}"
+                f"{self.clip_sets[sample.entry.set_index].path}: none of {len(sample.failures)} clips tried for "
+                f"position {sample.entry.position} can be used; the last: {sample.failures[-1].reason}"
             )
-        self._tried[part][sample.choice.row] = True
-        if sample.failures:
-            self._check_share()
         return sample
 
-    def _check_share(self) -> None:
-        tried, bad = sum(int(tried.sum()) for tried in self._tried), self.bad_clips
-        if tried >= LEAST_TRIED and bad > self.settings.max_bad_share * tried:
-            examples = "; ".join(f"{failure.clip}: {failure.reason}" for failure in self._examples)
-            raise ValueError(
-                f"{bad} of the {tried} clips tried so far cannot be used, more than max_bad_share "
-                f"{self.settings.max_bad_share:g}: {examples}"
-            )
-
     def _encoded(self, sample: LoadedSample) -> EncodedSample:
-        assert sample.choice is not None
+        assert sample.spec is not None
         latents = sample.latents
         if latents is None:
-            latents = self.encode([self._pixels(sample.levels)])[0]
-        pixels = [None if one.levels is None else self._pixels(one.levels) for one in sample.references]
+            latents = self.encode([self._pixels(sample.pixels)])[0]
+        pictures = [None if one.pixels is None else self._pixels(one.pixels) for one in sample.references]
         references = [
-            one.latents if one.latents is not None else self.encode([image[:, None]])[0]
-            for one, image in zip(sample.references, pixels, strict=True)
+            one.latents if one.latents is not None else self.encode([picture[:, None]])[0]
+            for one, picture in zip(sample.references, pictures, strict=True)
         ]
         return EncodedSample(
             sample.clip,
-            sample.choice.prompt,
+            sample.spec.prompt,
             latents.to(self.device),
             torch.cat([one.to(self.device) for one in references], 1),  # [C, M, h, w]
-            None if self.features is None else self._features(sample, pixels),
+            None if self.features is None else self._features(sample, pictures),
         )
 
-    def _pixels(self, levels: Tensor) -> Tensor:
+    def _pixels(self, pixels: Tensor) -> Tensor:
         # Bytes are moved and become floats there: a fourth of the traffic.
-        return from_levels(levels.to(self.device))
+        return from_uint8(pixels.to(self.device))
 
-    def _features(self, sample: LoadedSample, pixels: list[Tensor | None]) -> Tensor:
+    def _features(self, sample: LoadedSample, pictures: list[Tensor | None]) -> Tensor:
         """Teacher features [M, N, D], computed at once where the cache has none."""
-        missing = [n for n, one in enumerate(sample.references) if one.features is None]
-        found = {n: one.features for n, one in enumerate(sample.references) if one.features is not None}
+        features = [one.features for one in sample.references]
+        missing = [number for number, found in enumerate(features) if found is None]
         if missing:
-            computed = self.features(torch.stack([pixels[n] for n in missing]))
-            found |= dict(zip(missing, computed, strict=True))
-        return torch.stack([found[n].to(self.device) for n in range(len(found))])
-
-
-def _has_source(found: np.ndarray, allowed: Allowed) -> np.ndarray:
-    """Which clips [n] have a reference on this side of the split."""
-    usable = found["is_free"] > 0
-    for number in range(MAX_SOURCES):
-        sources = np.array(found["sources"][:, number])
-        is_group = (found["source_is_group"] >> number) & 1 > 0
-        groups = np.where(is_group, sources, allowed.table.groups_of(sources))
-        usable = usable | ((found["source_count"] > number) & allowed.split.holds(groups))
-    return usable
+            computed = self.features(torch.stack([pictures[number] for number in missing]))
+            for number, found in zip(missing, computed, strict=True):
+                features[number] = found
+        return torch.stack([found.to(self.device) for found in features])

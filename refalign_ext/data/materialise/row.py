@@ -1,28 +1,33 @@
-"""One row of a clip set with every reference cut: what is left of it, and what was dropped for which reason."""
+"""The rows of a clip set with every reference cropped: what is left of them, and what was dropped for which reason."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
-
-from PIL import Image
+from pathlib import Path, PurePath
+from typing import ClassVar
 
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.conversion_report import Report
+from refalign_ext.data.conversion_report import ConversionReport
+from refalign_ext.data.crop import CropError, FrameMemory, read_reference
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES
-from refalign_ext.data.materialise.reference import CutError, FrameMemory, read_reference
 from refalign_ext.data.media_source import Media
+from refalign_ext.data.pieces import PieceJob
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse_line, to_dict
+from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
 
 Position = tuple[int, int]  # of a reference: subject in the clip, reference in the subject
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class CutRow:
+class CroppedRow:
     """A row whose files are all there.
 
     Attributes:
@@ -37,46 +42,135 @@ class CutRow:
     video: Media
     pictures: Mapping[Position, bytes | Media]
 
-    def image_name(self, subject: int, reference: int) -> str:
-        """The name of a reference's file in the clip set, if it is a file."""
-        return self.clip.subjects[subject].refs[reference].image or ""
+    def suffix(self, position: Position) -> str:
+        """The ending of a reference's file."""
+        if isinstance(self.pictures[position], bytes):
+            return ".png"
+        subject, reference = position
+        return suffix(self.clip.subjects[subject].refs[reference].image)
 
 
-def cut_row(clip_set: ClipSet, row: int, report: Report) -> CutRow | None:
-    """Cuts the references of a row; None if it cannot be used. What is dropped is counted in the report."""
-    try:
-        clip = clip_set[row]
-    except ValueError as error:
-        report.drop("clips", "invalid_row", str(error))
-        return None
-    count = sum(len(subject.refs) for subject in clip.subjects)
-    try:
-        video = clip_set.media(row, clip.video.path)
-    except ValueError as error:
-        report.drop("clips", "video_missing", str(error))
-        report.drop("references", "clip_dropped", str(error), count)
-        return None
-    pictures: dict[Position, bytes | Media] = {}
-    frames = FrameMemory()
-    for i, subject in enumerate(clip.subjects):
-        for j, reference in enumerate(subject.refs):
-            try:
-                pictures[i, j] = _picture(clip_set, row, reference, frames)
-            except CutError as error:
-                report.drop("references", error.reason, f"{error} (clip {clip.id})")
-    if not pictures:
-        report.drop("clips", "no_references", f"{clip_set.place(row)} (clip {clip.id})")
-        return None
-    return CutRow(row, clip, video, pictures)
+@dataclass(frozen=True)
+class MaterialiseJob(PieceJob):
+    """Crops the references of the rows of `clip_set` and writes them into the folder `out`, which is resolved.
 
-
-def with_files(clip: Clip, video: VideoSpan, images: Mapping[Position, str], frames_before: int = 0) -> Clip:
-    """The clip with `video` as its own and its references as whole picture files; those without one are left out.
-
-    Args:
-        images: the file of each reference that is kept.
-        frames_before: how many frames less the new video has in front of the span.
+    Pieces that are finished lie in `<out>/.work`; the header of each has its report.
     """
+
+    clip_set: ClipSet
+    out: Path
+    is_packed: ClassVar[bool]
+    result: ClassVar[str]  # the file that is written last
+
+    @property
+    def parts(self) -> Path:
+        """Where files lie until they are complete."""
+        return self.folder / "parts"
+
+    @abstractmethod
+    def join(self) -> None:
+        """Makes one clip set of all pieces, in order."""
+
+    def key(self, rows: range) -> str:
+        """A digest of all that a piece is made from, except the contents of videos and pictures."""
+        source = os.path.relpath(self.clip_set.path.resolve(), self.out)
+        settings = [_FORMAT, self.is_packed, self.piece_rows, rows.start, source]
+        digest = hashlib.sha256(json.dumps(settings).encode("utf-8"))
+        for row in rows:
+            try:
+                line = self.clip_set.line(row)
+            except ValueError as error:
+                line = str(error).encode("utf-8", "replace")
+            digest.update(hashlib.sha256(line).digest())
+        return digest.hexdigest()
+
+    def crop_rows(self, rows: range, report: ConversionReport) -> Iterator[CroppedRow]:
+        """Row after row with its references cropped; what cannot be used is counted in the report."""
+        for row in rows:
+            place = self.clip_set.place(row)
+            try:
+                clip = self.clip_set[row]
+            except ValueError as error:
+                report.drop("clips", "invalid_row", str(error))
+                continue
+            try:
+                begin_row(row)
+                video = self.clip_set.media(row, clip.video.path)
+            except RowCrashedWorker as error:
+                drop_row(report, clip, "killed_process", f"{place}: {error}")
+                continue
+            except ValueError as error:
+                drop_row(report, clip, "video_missing", str(error))
+                continue
+            pictures = self._pictures(row, clip, report)
+            if pictures:
+                yield CroppedRow(row, clip, video, pictures)
+            else:
+                report.drop("clips", "no_references", f"{place} (clip {clip.id})")
+
+    def _pictures(self, row: int, clip: Clip, report: ConversionReport) -> dict[Position, bytes | Media]:
+        pictures: dict[Position, bytes | Media] = {}
+        frames = FrameMemory()
+        for i, subject in enumerate(clip.subjects):
+            for j, reference in enumerate(subject.refs):
+                try:
+                    image = read_reference(self.clip_set, row, reference, frames)
+                except CropError as error:
+                    report.drop("references", error.reason, f"{error} (clip {clip.id})")
+                    continue
+                if reference.image and reference.bbox_xyxy is None and reference.mask_rle is None:
+                    pictures[i, j] = self.clip_set.media(row, reference.image)
+                else:
+                    file = io.BytesIO()
+                    image.save(file, "PNG")
+                    pictures[i, j] = file.getvalue()
+        return pictures
+
+    def line(
+        self,
+        cropped: CroppedRow,
+        video: VideoSpan,
+        images: Mapping[Position, str],
+        report: ConversionReport,
+        frames_before: int = 0,
+    ) -> bytes | None:
+        """The line of a row's new clip, counted as kept; None, counted as dropped, if it is too long to be read again.
+
+        Args:
+            video: the clip's own; images: the file of each reference that is kept.
+            frames_before: how many frames less the new video has in front of the span.
+        """
+        clip = _with_files(cropped.clip, video, images, frames_before)
+        line = json.dumps(to_dict(clip), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+        place = self.clip_set.place(cropped.row)
+        if len(line) > MAX_ROW_BYTES:
+            message = f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}"
+            drop_row(report, cropped.clip, "row_too_long", message, len(images))
+            return None
+        parse_line(line, place)
+        report.keep("clips")
+        report.keep("references", len(images))
+        return line
+
+
+def drop_row(
+    report: ConversionReport, clip: Clip, reason: str, message: str, references: int | None = None
+) -> None:
+    """Counts a row that cannot be used, with its references (all, unless some are counted already)."""
+    if references is None:
+        references = sum(len(subject.refs) for subject in clip.subjects)
+    report.drop("clips", reason, message)
+    report.drop("references", "clip_dropped", message, references)
+
+
+def suffix(name: str) -> str:
+    """The ending of a file's name in small letters, if it is a plain one."""
+    ending = PurePath(name).suffix.lower()
+    return ending if re.fullmatch(r"\.[a-z0-9]{1,8}", ending) else ".bin"
+
+
+def _with_files(clip: Clip, video: VideoSpan, images: Mapping[Position, str], frames_before: int) -> Clip:
+    """The clip with `video` as its own and its references as whole picture files; those without one are left out."""
     subjects = []
     for i, subject in enumerate(clip.subjects):
         refs = tuple(
@@ -96,55 +190,8 @@ def with_files(clip: Clip, video: VideoSpan, images: Mapping[Position, str], fra
     return replace(clip, video=video, subjects=tuple(subjects))
 
 
-def usable_rows(clip_set: ClipSet, rows: range, report: Report) -> Iterator[CutRow]:
-    """Cuts row after row; what is dropped is counted in the report."""
-    for row in rows:
-        cut = cut_row(clip_set, row, report)
-        if cut is not None:
-            yield cut
-
-
-def finished_line(clip_set: ClipSet, cut: CutRow, clip: Clip, report: Report) -> bytes | None:
-    """The line of a row's new clip, counted as kept; None, counted as dropped, if it is too long to be read again."""
-    line = json.dumps(to_dict(clip), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-    place = clip_set.place(cut.row)
-    if len(line) > MAX_ROW_BYTES:
-        message = f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}"
-        drop_row(report, cut, "row_too_long", message)
-        return None
-    parse_line(line, place)
-    report.keep("clips")
-    report.keep("references", len(cut.pictures))
-    return line
-
-
-def drop_row(report: Report, cut: CutRow, reason: str, message: str) -> None:
-    """Counts a row that cannot be used after all, with its references."""
-    report.drop("clips", reason, message)
-    report.drop("references", "clip_dropped", message, len(cut.pictures))
-
-
-def suffix(name: str) -> str:
-    """The ending of a file's name in small letters, if it is a plain one."""
-    ending = PurePath(name).suffix.lower()
-    return ending if re.fullmatch(r"\.[a-z0-9]{1,8}", ending) else ".bin"
-
-
 def _shifted(subject: Subject, frames_before: int) -> Subject:
     target = subject.target
     if target is None or target.frame is None:
         return subject
     return replace(subject, target=replace(target, frame=target.frame - frames_before))
-
-
-def _picture(clip_set: ClipSet, row: int, reference: Reference, frames: FrameMemory) -> bytes | Media:
-    image = read_reference(clip_set, row, reference, frames)
-    if reference.image and reference.bbox_xyxy is None and reference.mask_rle is None:
-        return clip_set.media(row, reference.image)
-    return _png(image)
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()

@@ -12,17 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refalign_ext.data.decoding import (
-    Packet,
-    frame_times,
-    list_packets,
-    open_video,
-    packets_from,
-    read_frame,
-)
+from refalign_ext.data.decoding import read_frame
 from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.schema import VideoSpan
-from refalign_ext.data.spans import Part, frame_range, span_arguments
+from refalign_ext.data.spans import frame_range
+from refalign_ext.data.video_file import Packet, frame_times, list_packets, open_video, packets_from
 
 if TYPE_CHECKING:
     import av
@@ -55,13 +49,12 @@ def trim(media: Media, span: VideoSpan, size: int) -> tuple[bytes, VideoSpan, in
         ValueError: if the file cannot be decoded or has no such span.
     """
     muxer = _FORMATS.get(PurePath(span.path).suffix.lower())
-    part = Part(**span_arguments(span))
     with open_video(media) as (container, stream):
         packets = list_packets(container, stream)
         times = frame_times(packets)
         if times is None or muxer is None:
             return None
-        start, end = frame_range(media, [time * stream.time_base for time in times], part)
+        start, end = frame_range(media, [time * stream.time_base for time in times], span)
         places = _places(packets, times[start:end])
         if places is None:
             return None

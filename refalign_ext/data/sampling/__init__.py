@@ -1,1 +1,1 @@
-"""What chance decides: which clip, stretch, references and augmentation a position of training shows."""
+"""Random sampling: which clip, frames, references and augmentation a position of training shows."""

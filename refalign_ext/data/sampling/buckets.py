@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from refalign_ext.data.length import possible_frames
-from refalign_ext.data.sampling.choice import Bucket, Sampling
+from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
 
 
 def make_buckets(
@@ -49,16 +49,11 @@ def make_buckets(
     )
 
 
-def usable_frames(frames: np.ndarray, rates: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """How many frames clips [n] of a steady rate give at the wanted fps or stride: [n] int64."""
-    return possible_frames(frames.astype(np.int64), rates.astype(np.float64), sampling.fps, sampling.stride)
-
-
 def assign(
     widths: np.ndarray, heights: np.ndarray, frames: np.ndarray, rates: np.ndarray, sampling: Sampling
 ) -> np.ndarray:
     """Which bucket each clip [n] goes to: the longest that it fills, of the nearest aspect ratio; -1: it fills none."""
-    lengths = usable_frames(frames, rates, sampling)
+    lengths = possible_frames(frames, rates, sampling.fps, sampling.stride)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = np.log(widths.astype(np.float64) / heights)
     best = np.full(len(lengths), -1, np.int64)

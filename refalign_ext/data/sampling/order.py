@@ -1,8 +1,10 @@
 """The order of samples: which row of which set is at a global position, a function of the seed and the position alone.
 
-Positions come in runs of one batch. What a run takes is found in closed form: a schedule deals runs to streams (sets,
-and within them buckets) block by block, each block giving a stream the whole runs that its share has come to by then.
-So the number of runs that a stream had before is known without walking there.
+A batch takes all its samples from one bucket of one set. Which, is found in closed form: batches are interleaved block
+by block, each block giving a stream (a set, or within it a bucket) the whole batches that its share has come to by then.
+So the number of batches that a stream had before is known without walking there.
+
+The names that random numbers are keyed with are part of the order: with others, a seed would mean another order.
 """
 
 from __future__ import annotations
@@ -18,78 +20,75 @@ import numpy as np
 
 from refalign_ext.config import DATA_SCHEDULES
 from refalign_ext.data.hashing import keyed_generator
-from refalign_ext.data.sampling.choice import Bucket
+from refalign_ext.data.sampling.sample_spec import Bucket
 
 T = TypeVar("T")
 
-SPARE_ROWS = 8  # rows that may stand in for one that cannot be loaded
-_FEW_ROWS = 32
-_BLOCK = 128  # runs over which the shares of sets come out even
-_KEPT = 2  # permutations kept of each kind: batches fetched ahead may be in the next one already
+FALLBACK_ROWS = 8
+_FEW_ROWS = 32  # of a bucket: then all others are fallbacks
+_BLOCK = 128  # batches over which the shares of sets come out even
+_CACHED = 2  # permutations kept of each kind: batches fetched ahead may be in the next one already
 
 
 @dataclass(frozen=True)
-class Place:
+class OrderEntry:
     """What is at a position.
 
     Attributes:
         position: the global one.
-        part: number of the clip set.
+        set_index: number of the clip set.
         row: in that set.
         bucket: its shape.
-        spare: rows of the same set and bucket, to be tried in this order if it cannot be loaded.
+        fallback_rows: rows of the same set and bucket, to be tried in this order if it cannot be loaded.
     """
 
     position: int
-    part: int
+    set_index: int
     row: int
     bucket: Bucket
-    spare: tuple[int, ...]
+    fallback_rows: tuple[int, ...]
 
 
-class Deal:
-    """Deals runs to streams by their shares.
+class Interleaver:
+    """Interleaves the batches of several streams by their shares.
 
     Args:
-        shares: runs of each stream per block, fractions allowed.
+        shares: batches of each stream per block, fractions allowed.
         seed, name: what the order within a block depends on.
     """
 
     def __init__(self, shares: Sequence[Fraction], seed: int, name: str) -> None:
         assert sum(shares) > 0 and min(shares) >= 0
-        # Blocks of less than one run would make the search for a run's block long.
-        self.scale = max(1, math.ceil(1 / sum(shares)))
-        self.shares, self.seed, self.name = [share * self.scale for share in shares], seed, name
-        self.per_block = sum(self.shares)
+        # Blocks of less than one batch would make the search for a batch's block long.
+        scale = max(1, math.ceil(1 / sum(shares)))
+        self.shares, self.seed, self.name = [share * scale for share in shares], seed, name
         self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def at(self, run: int) -> tuple[int, int]:
-        """(stream, how many runs that stream had before) of a run."""
-        block = int(run / self.per_block)
-        while self._before(block) > run:
+    def at(self, batch: int) -> tuple[int, int]:
+        """(stream, how many batches that stream had before) of a batch."""
+        block = int(batch / sum(self.shares))
+        while self._start(block) > batch:
             block -= 1
-        while self._before(block + 1) <= run:
+        while self._start(block + 1) <= batch:
             block += 1
-        streams, ordinals = self._block(block)
-        place = run - self._before(block)
-        return int(streams[place]), int(ordinals[place])
+        streams, ordinals = _cached(self._blocks, block, lambda: self._block(block))
+        offset = batch - self._start(block)
+        return int(streams[offset]), int(ordinals[offset])
 
-    def _before(self, block: int) -> int:
+    def _start(self, block: int) -> int:
         return sum(math.floor(block * share) for share in self.shares)
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        def make() -> tuple[np.ndarray, np.ndarray]:
-            firsts = [math.floor(block * share) for share in self.shares]
-            counts = [math.floor((block + 1) * share) - first for share, first in zip(self.shares, firsts)]
-            streams = np.repeat(np.arange(len(counts)), counts)
-            if len(counts) > 1:
-                streams = keyed_generator(self.seed, self.name, block).permutation(streams)
-            ordinals = np.empty(len(streams), np.int64)
-            for stream, (first, count) in enumerate(zip(firsts, counts)):
-                ordinals[streams == stream] = np.arange(first, first + count)
-            return streams, ordinals
-
-        return _kept(self._blocks, block, make)
+        """(stream, ordinal within the stream) of each batch of a block."""
+        firsts = [math.floor(block * share) for share in self.shares]
+        counts = [math.floor((block + 1) * share) - first for share, first in zip(self.shares, firsts)]
+        streams = np.repeat(np.arange(len(counts)), counts)
+        if len(counts) > 1:
+            streams = keyed_generator(self.seed, self.name, block).permutation(streams)
+        ordinals = np.empty(len(streams), np.int64)
+        for stream, (first, count) in enumerate(zip(firsts, counts)):
+            ordinals[streams == stream] = np.arange(first, first + count)
+        return streams, ordinals
 
 
 class SetOrder:
@@ -98,9 +97,9 @@ class SetOrder:
     Args:
         buckets: of every row, as positions in `shapes`; -1: the row is not used.
         shapes: the buckets.
-        windows: rows that are stored together. With several, these are shuffled, and rows only within a few of them.
-        run: samples of a batch.
-        together: windows among which rows are shuffled.
+        shard_ranges: rows that are stored together. With several, these are shuffled, and rows only within a few of them.
+        batch_size: samples of a batch.
+        mixed_shards: how many of them rows are shuffled among.
         seed, name: what the order depends on.
 
     Raises:
@@ -111,69 +110,67 @@ class SetOrder:
         self,
         buckets: np.ndarray,
         shapes: Sequence[Bucket],
-        windows: Sequence[range],
-        run: int,
+        shard_ranges: Sequence[range],
+        batch_size: int,
         *,
-        together: int,
+        mixed_shards: int,
         seed: int,
         name: str,
     ) -> None:
-        self.run, self.together, self.seed, self.name = run, max(1, together), seed, name
-        self.windows = np.array([window.start for window in windows] or [0], np.int64)
+        self.batch_size, self.mixed_shards, self.seed, self.name = batch_size, mixed_shards, seed, name
+        self.shard_starts = np.array([rows.start for rows in shard_ranges] or [0], np.int64)
         rows = [np.flatnonzero(buckets == number).astype(np.int64) for number in range(len(shapes))]
         self.rows = [found for found in rows if len(found)]
         self.shapes = [shape for shape, found in zip(shapes, rows, strict=True) if len(found)]
         if not self.rows:
             raise ValueError("no clip is left to train on")
-        # One block is one pass over all rows, in which each bucket gets the runs that its rows fill.
-        self.deal = Deal([Fraction(len(found), run) for found in self.rows], seed, f"buckets of {name}")
+        # One block is one pass over all rows, in which each bucket gets the batches that its rows fill.
+        shares = [Fraction(len(found), batch_size) for found in self.rows]
+        self.interleaver = Interleaver(shares, seed, f"buckets of {name}")
         self._epochs: list[dict[int, np.ndarray]] = [{} for _ in self.rows]
 
     def __len__(self) -> int:
         """Rows in use."""
         return sum(len(found) for found in self.rows)
 
-    def at(self, run: int, offset: int, position: int) -> tuple[int, Bucket, tuple[int, ...]]:
-        """(row, bucket, spare rows) of sample `offset` of the set's run number `run`, at a global position."""
-        stream, ordinal = self.deal.at(run)
+    def at(self, batch: int, offset: int, position: int) -> tuple[int, Bucket, tuple[int, ...]]:
+        """(row, bucket, fallback rows) of sample `offset` of the set's batch number `batch`, at a global position."""
+        stream, ordinal = self.interleaver.at(batch)
         rows = self.rows[stream]
-        epoch, place = divmod(ordinal * self.run + offset, len(rows))
-        row = int(self._epoch(stream, epoch)[place])
-        lots = keyed_generator(self.seed, "spare", position)
+        epoch, place = divmod(ordinal * self.batch_size + offset, len(rows))
+        order = _cached(self._epochs[stream], epoch, lambda: self._epoch(stream, epoch))
+        row = int(order[place])
+        generator = keyed_generator(self.seed, "spare", position)
         # Of a few rows all are tried; of many, enough that all being bad is no accident.
         if len(rows) <= _FEW_ROWS:
-            spare = rows[lots.permutation(len(rows))]
+            others = rows[generator.permutation(len(rows))]
         else:
-            spare = rows[lots.choice(len(rows), SPARE_ROWS, replace=False)]
-        return row, self.shapes[stream], tuple(other for other in spare.tolist() if other != row)
+            others = rows[generator.choice(len(rows), FALLBACK_ROWS, replace=False)]
+        return row, self.shapes[stream], tuple(other for other in others.tolist() if other != row)
 
     def _epoch(self, stream: int, epoch: int) -> np.ndarray:
-        def make() -> np.ndarray:
-            rows = self.rows[stream]
-            generator = keyed_generator(self.seed, f"rows of {self.name}", stream, epoch)
-            if len(self.windows) == 1:
-                return generator.permutation(rows)
-            # All buckets walk through the windows in the same order: what is read lies close together.
-            order = keyed_generator(self.seed, f"windows of {self.name}", epoch).permutation(
-                len(self.windows)
-            )
-            group = np.empty(len(order), np.int64)
-            group[order] = np.arange(len(order)) // self.together
-            of_row = group[np.searchsorted(self.windows, rows, side="right") - 1]
-            return rows[np.lexsort((generator.random(len(rows)), of_row))]
-
-        return _kept(self._epochs[stream], epoch, make)
+        """A stream's rows in the order of one pass over them."""
+        rows, shards = self.rows[stream], len(self.shard_starts)
+        generator = keyed_generator(self.seed, f"rows of {self.name}", stream, epoch)
+        if shards == 1:
+            return generator.permutation(rows)
+        # All buckets walk through the shards in the same order: what is read lies close together.
+        order = keyed_generator(self.seed, f"windows of {self.name}", epoch).permutation(shards)
+        group = np.empty(shards, np.int64)
+        group[order] = np.arange(shards) // self.mixed_shards
+        of_row = group[np.searchsorted(self.shard_starts, rows, side="right") - 1]
+        return rows[np.lexsort((generator.random(len(rows)), of_row))]
 
 
 class Order:
     """The order over all clip sets.
 
     Args:
-        sets: at least one, all of the same run length.
+        sets: at least one, all of the same batch size.
         shares: of the samples that each set gives.
-        schedule: "mixed": runs draw their set; "stages": one set after the other.
+        schedule: "mixed": sets are interleaved; "stages": one set after the other.
         total: positions that the stages are divided over; beyond them the last set goes on.
-        shift: positions before the first run; 0 unless a run of another batch size is continued.
+        shift: positions before the first batch; 0 unless a run of another batch size is continued.
 
     Raises:
         ValueError: naming `mix` or `mix_schedule`, if they do not fit.
@@ -190,23 +187,23 @@ class Order:
         seed: int = 0,
     ) -> None:
         check_mix(len(sets), shares, schedule)
-        self.sets, self.run, self.schedule, self.shift = sets, sets[0].run, schedule, shift
+        self.sets, self.batch_size, self.schedule, self.shift = sets, sets[0].batch_size, schedule, shift
         exact = [Fraction(share).limit_denominator(10**6) for share in shares]
         whole = sum(exact)
-        self._deal = Deal([_BLOCK * share / whole for share in exact], seed, "sets")
-        runs, ends = total // self.run, np.cumsum([float(share / whole) for share in exact])[:-1]
-        self._ends = [round(float(end) * runs) for end in ends]
+        self._interleaver = Interleaver([_BLOCK * share / whole for share in exact], seed, "sets")
+        batches, ends = total // self.batch_size, np.cumsum([float(share / whole) for share in exact])[:-1]
+        self._ends = [round(float(end) * batches) for end in ends]
 
-    def at(self, position: int) -> Place:
+    def at(self, position: int) -> OrderEntry:
         """What is at a global position."""
-        run, offset = divmod(position - self.shift, self.run)
+        batch, offset = divmod(position - self.shift, self.batch_size)
         if self.schedule == "stages":
-            part = bisect.bisect_right(self._ends, run)
-            within = run - (self._ends[part - 1] if part else 0)
+            set_index = bisect.bisect_right(self._ends, batch)
+            within = batch - (self._ends[set_index - 1] if set_index else 0)
         else:
-            part, within = self._deal.at(run)
-        row, bucket, spare = self.sets[part].at(within, offset, position)
-        return Place(position, part, row, bucket, spare)
+            set_index, within = self._interleaver.at(batch)
+        row, bucket, fallback_rows = self.sets[set_index].at(within, offset, position)
+        return OrderEntry(position, set_index, row, bucket, fallback_rows)
 
 
 def check_mix(sets: int, shares: Sequence[float], schedule: str) -> None:
@@ -219,10 +216,10 @@ def check_mix(sets: int, shares: Sequence[float], schedule: str) -> None:
         raise ValueError(f"mix is {tuple(shares)}: shares are above 0, such as 0.6,0.4")
 
 
-def _kept(cache: dict[int, T], key: int, make: Callable[[], T]) -> T:
+def _cached(cache: dict[int, T], key: int, make: Callable[[], T]) -> T:
     if key not in cache:
         made = make()
-        while len(cache) >= _KEPT:
+        while len(cache) >= _CACHED:
             del cache[min(cache)]
         cache[key] = made
     return cache[key]

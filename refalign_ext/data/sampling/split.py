@@ -12,7 +12,7 @@ import numpy as np
 from refalign_ext.data.hashing import hash64
 from refalign_ext.data.schema import Clip, Reference
 
-PARTS = ("all", "train", "validation")
+SUBSETS = ("all", "train", "validation")
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Split:
     """One side of a division of clips by their groups.
 
     Attributes:
-        share: of the groups that validate, by chance; 0 divides nothing.
-        seed: what the chance depends on, besides the group's name.
-        part: "train", "validation", or "all" for both.
+        share: of the groups that validate; 0 divides nothing.
+        seed: what decides, with the group's name.
+        subset: "train", "validation", or "all" for both.
 
     Raises:
         ValueError: naming `validation_share`, if it is not a share.
@@ -30,26 +30,26 @@ class Split:
 
     share: float = 0.0
     seed: int = 0
-    part: str = "all"
+    subset: str = "all"
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise ValueError(f"validation_share is {self.share}: it is a share, from 0 to below 1")
-        assert self.part in PARTS
+        assert self.subset in SUBSETS
 
     @property
     def divides(self) -> bool:
         """Whether anything is left out."""
-        return self.part != "all" and (self.share > 0 or self.part == "validation")
+        return self.subset != "all" and (self.share > 0 or self.subset == "validation")
 
-    def holds(self, groups: np.ndarray) -> np.ndarray:
+    def contains(self, groups: np.ndarray) -> np.ndarray:
         """Which groups [n], uint64 hashes, are on this side: [n] booleans."""
         if not self.divides:
             return np.ones(len(groups), bool)
-        lots = _mix(groups ^ np.uint64(hash64(f"split {self.seed}")))
+        mixed = _splitmix64(groups ^ np.uint64(hash64(f"split {self.seed}")))
         # Compared as floats of 53 bits: 2**64 * share does not fit into 64 bits for every share.
-        validates = (lots >> np.uint64(11)).astype(np.float64) / 2.0**53 < self.share
-        return validates if self.part == "validation" else ~validates
+        validates = (mixed >> np.uint64(11)).astype(np.float64) / 2.0**53 < self.share
+        return validates if self.subset == "validation" else ~validates
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,8 @@ class GroupTable:
 
 
 @dataclass(frozen=True, eq=False)
-class Allowed:
-    """Tells whether a reference of a clip may be used on one side of a split.
+class AllowedReferences:
+    """Whether a reference of a clip may be used on one side of a split.
 
     References that name no source belong to the clip. A source is known by its group, or by its id and the table.
     """
@@ -83,13 +83,13 @@ class Allowed:
     split: Split
     table: GroupTable
 
-    def of(self, clip: Clip, reference: Reference) -> bool:
+    def allows(self, clip: Clip, reference: Reference) -> bool:
         """Whether what the reference shows is on this side."""
         known, is_group = source_hash(clip, reference)
         if known is None:
             return True
         source = np.array([known], np.uint64)
-        return bool(self.split.holds(source if is_group else self.table.groups_of(source))[0])
+        return bool(self.split.contains(source if is_group else self.table.groups_of(source))[0])
 
 
 def source_hash(clip: Clip, reference: Reference) -> tuple[int | None, bool]:
@@ -101,7 +101,7 @@ def source_hash(clip: Clip, reference: Reference) -> tuple[int | None, bool]:
     return None, True
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def _splitmix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finalizer (Steele, Lea and Flood, 2014) over uint64 values."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import save_figure
 from refalign_ext.data.statistics.stats import Stats
 from refalign_ext.data.statistics.tally import Distribution, Tally
 
@@ -47,8 +47,7 @@ def plot_stats(stats: Stats, out: Path) -> None:
         draw(axes)
     for axes in list(figure.axes)[len(panels) :]:
         axes.remove()
-    with atomic_open(out) as file:
-        figure.savefig(file, dpi=100, format="png")
+    save_figure(figure, out)
 
 
 def _panels(stats: Stats) -> list[tuple[str, partial[None]]]:

@@ -9,11 +9,10 @@ import hashlib
 import json
 import math
 import re
-import uuid
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ import numpy as np
 from refalign_ext.data.clip_index import ClipFacts, measure
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
 from refalign_ext.data.length import Length
+from refalign_ext.data.pieces import chunks
 from refalign_ext.data.schema import Clip
 from refalign_ext.data.statistics.tally import Distribution, Tally
-from refalign_ext.data.work import chunks, run_each
+from refalign_ext.data.worker_pool import run_each
 
 ASPECTS = {"21:9": 21 / 9, "16:9": 16 / 9, "3:2": 3 / 2, "4:3": 4 / 3, "1:1": 1.0}
 ASPECTS |= {":".join(reversed(name.split(":"))): 1 / ratio for name, ratio in ASPECTS.items()}
@@ -131,7 +131,7 @@ def collect_stats(
     parts = chunks(len(clip_set), _CHUNK)
     total = Stats(str(clip_set.path), long_enough={str(length): 0 for length in lengths})
     groups = array("Q")
-    work = partial(_count_rows, clip_set.path, uuid.uuid4().hex, tuple(lengths), measure)
+    work = partial(_count_rows, clip_set, tuple(lengths), measure)
     for _, (stats, hashes) in run_each(work, parts, workers=workers, description="counting", weight=len):
         total.merge(stats)
         groups.extend(hashes)
@@ -140,17 +140,10 @@ def collect_stats(
     return total
 
 
-@lru_cache(maxsize=1)
-def opened_once(path: Path, stamp: str) -> ClipSet:
-    """The clips at `path`, opened by a worker once for all its pieces of work; `stamp` tells one run from the next."""
-    return open_clip_set(path)
-
-
 def _count_rows(
-    path: Path, stamp: str, lengths: tuple[Length, ...], opens_files: bool, rows: range
+    clip_set: ClipSet, lengths: tuple[Length, ...], opens_files: bool, rows: range
 ) -> tuple[Stats, array[int]]:
-    clip_set = opened_once(path, stamp)
-    stats, groups = Stats(str(path)), array("Q")
+    stats, groups = Stats(str(clip_set.path)), array("Q")
     for row in rows:
         stats.rows += 1
         try:

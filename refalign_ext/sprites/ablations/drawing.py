@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from refalign_ext.atomic_io import atomic_open
+from refalign_ext.atomic_io import save_figure
 from refalign_ext.sprites.ablations.study import Study
 from refalign_ext.sprites.ablations.summary import CURVES, PARTS, VALIDATION, Results, common_seeds, curve_of
 from refalign_ext.sprites.evaluate import SHEET_FRAMES
@@ -49,8 +49,7 @@ def draw_table(path: Path, summary: dict[str, Any], found: Results) -> None:
             axes.set(ylabel="percent", ylim=(0, 102))
         axes.grid(alpha=0.3)
     panels[0].legend(title="arm", ncols=len(arms), fontsize=8)
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=100, format="png")
+    save_figure(figure, path)
 
 
 def draw_clips(path: Path, study: Study, found: Results) -> bool:
@@ -86,8 +85,7 @@ def draw_clips(path: Path, study: Study, found: Results) -> bool:
         for axes, cell in zip([*line[: len(references)], *line[2:]], [*references, *shown], strict=True):
             axes.imshow(cell)
     figure.suptitle(f"Seed {seed}: the same clips and noise", fontsize=10)
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=100, format="png")
+    save_figure(figure, path)
     return True
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refalign_ext.atomic_io import write_json, write_text
 from refalign_ext.sprites.ablations.drawing import draw_clips, draw_table
 from refalign_ext.sprites.ablations.study import Study
 from refalign_ext.sprites.ablations.summary import PARTS, VALIDATION, Results, collect, summarize
-from refalign_ext.sprites.judged import write_json, write_text
 
 
 def write_report(study: Study) -> Path:

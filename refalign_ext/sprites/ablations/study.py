@@ -8,14 +8,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from refalign_ext.atomic_io import FileLocked, locked
+from refalign_ext.atomic_io import FileLocked, locked, write_json
 from refalign_ext.backbone import file_sha256
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
@@ -24,10 +24,12 @@ from refalign_ext.distributed.process_group import environment_world_size
 from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
 from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics
-from refalign_ext.sprites.judged import write_json
+from refalign_ext.sprites.ablations.teacher_input import TEACHER_INPUT
+from refalign_ext.sprites.teacher_settings import TeacherSettings
+from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.sprites.world import WORLD_VERSION
 from refalign_ext.teachers import teacher_files
-from refalign_ext.training.logging import METRICS_FILE
+from refalign_ext.training.log_files import METRICS_FILE
 from refalign_ext.training.run import run_training
 
 logger = logging.getLogger(__name__)
@@ -272,7 +274,14 @@ class Study:
         """The run's last checkpoint, trained or found."""
         folder = Path(settings["out"])
         if _last_checkpoint(folder, settings["steps"]) is None:
-            run_training(RECIPE, settings, device=self.device, threads=self.threads)
+            run_training(
+                RECIPE,
+                settings,
+                sources=(SPRITE_DATA,),
+                extra_modules=(TEACHER_INPUT,),
+                device=self.device,
+                threads=self.threads,
+            )
             # What is compiled for one arm's model would count against the next one's limit of recompilations.
             torch.compiler.reset()
             gc.collect()
@@ -281,16 +290,15 @@ class Study:
         return found
 
     def _make_teacher(self, teacher: MadeTeacher) -> None:
-        from refalign_ext.sprites.train_teacher import main as train_teacher
+        from refalign_ext.sprites.train_teacher import train_teacher
 
         folder, steps = self._teacher_folder(teacher), self._teacher_steps(teacher)
 
         def make() -> None:
             logger.info("training the teacher %s", folder.name)
             aside = folder.with_name(folder.name + ".part")
-            words = ["--kind", teacher.kind, "--size", teacher.size, "--out", str(aside)]
-            words += [] if steps is None else ["--steps", str(steps)]
-            train_teacher.main(words, standalone_mode=False)
+            settings = TeacherSettings(teacher.kind, teacher.size)
+            train_teacher(settings if steps is None else replace(settings, steps=steps), aside)
             aside.rename(folder)
 
         _once(folder, lambda: (folder / "teacher" / "config.json").is_file(), make)

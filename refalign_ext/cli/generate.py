@@ -1,0 +1,326 @@
+"""The command line of generate.py. Torch is imported after everything that can be checked without it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refalign_ext.cli.options import Device, FiniteFloat, Size, WordsCommand
+from refalign_ext.cli.program import Program, stops_on_request
+from refalign_ext.request import (
+    DTYPES,
+    MATTE_MODES,
+    MAX_REFERENCES,
+    SEQUENCE_BACKENDS,
+    SOLVERS,
+    GenerationRequest,
+    Role,
+    RuntimeOptions,
+)
+from refalign_ext.tasks import DEFAULT_TASK, TASKS, find_task
+
+_PATH = click.Path(path_type=Path)
+_ROLES = tuple(role.value for role in Role)
+# Inputs of upstream's tasks; a task that takes one names it in `Task.needs` or `Task.takes`.
+_INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+_SCALES = ("ref_guide_scale", "text_guide_scale", "sample_guide_scale")
+_RUNTIME_OPTIONS = (
+    *("dit_ckpt", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
+    *("cfg_size", "ulysses_size", "ring_size", "sp_backend"),
+)
+
+
+def task_default(name: str) -> str:
+    """The default of a setting for a help text: the usual one, then the tasks that have another."""
+    defaults = {task.name: getattr(task, name) for task in TASKS.values() if hasattr(task, name)}
+    shown = {
+        task: "*".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        for task, value in defaults.items()
+    }
+    usual = Counter(shown.values()).most_common(1)[0][0]
+    others = [f"{task} {value}" for task, value in shown.items() if value != usual]
+    return f"default: {', '.join([usual, *others])}"
+
+
+def _takers(name: str) -> str:
+    """The tasks that take an input, for a help text."""
+    takers = [task.name for task in TASKS.values() if name in (*task.needs, *task.takes)]
+    return f"for {', '.join(takers)}" if takers else "of tasks that are not available yet"
+
+
+def _option(flag: str, **settings: Any) -> click.Option:
+    return click.Option([flag], **settings)
+
+
+_OPTIONS = (
+    _option("--task", default=DEFAULT_TASK, metavar="TASK", help=f"one of {', '.join(TASKS)}"),
+    _option("--size", type=Size(), help=f"width*height in pixels; {task_default('size')}"),
+    _option("--frame_num", type=int, help=f"number of frames, 4n+1; {task_default('frame_num')}"),
+    _option("--ckpt_dir", type=_PATH, help="checkpoint folder; r2v-tiny comes with one"),
+    _option("--prompt", help="what to show; the t2v and t2i tasks have an example"),
+    _option(
+        "--base_seed", type=int, default=-1, help="seed, the same on every device; negative: a random one"
+    ),
+    _option(
+        "--save_file",
+        type=_PATH,
+        help="file to write (.mp4, for t2i an image); default: named after the task",
+    ),
+    # references
+    _option(
+        "--ref", type=_PATH, multiple=True, metavar="IMAGE...", help=f"1 to {MAX_REFERENCES} reference images"
+    ),
+    _option(
+        "--ref_role",
+        type=click.Choice(_ROLES),
+        multiple=True,
+        metavar="ROLE...",
+        help=f"{'|'.join(_ROLES)}, one per reference or one",
+    ),
+    _option(
+        "--matte",
+        type=click.Choice(MATTE_MODES),
+        default="off",
+        help="auto cuts subjects and faces out (needs rembg)",
+    ),
+    _option(
+        "--ref_guide_scale",
+        type=FiniteFloat(),
+        help=f"pull of the references; {task_default('ref_guide_scale')}",
+    ),
+    _option(
+        "--text_guide_scale",
+        type=FiniteFloat(),
+        help=f"pull of the prompt; {task_default('text_guide_scale')}",
+    ),
+    _option(
+        "--dit_ckpt",
+        type=_PATH,
+        help="DiT weights to use instead of those in --ckpt_dir: file, index or folder",
+    ),
+    _option(
+        "--save_references",
+        is_flag=False,
+        flag_value="",
+        metavar="[DIR]",
+        help="also save the prepared references",
+    ),
+    # sampling
+    _option("--sample_solver", type=click.Choice(SOLVERS), help=task_default("sample_solver")),
+    _option("--sample_steps", type=int, help=task_default("sample_steps")),
+    _option(
+        "--sample_shift", type=FiniteFloat(), help=f"shift of the noise grid; {task_default('sample_shift')}"
+    ),
+    _option(
+        "--sample_guide_scale",
+        type=FiniteFloat(),
+        help=f"guidance of tasks without references; {task_default('sample_guide_scale')}",
+    ),
+    # machine
+    _option(
+        "--wan_root",
+        metavar="DIR",
+        help="official Wan checkout whose model to use; default: WAN_ROOT, else ours",
+    ),
+    _option("--device", type=Device(), default="auto", help="where to sample"),
+    _option(
+        "--dtype", type=click.Choice(DTYPES), default="auto", help="format of the DiT; auto: bf16 on CUDA"
+    ),
+    _option(
+        "--offload_model", type=bool, metavar="BOOL", help="keep idle parts on the CPU; default: on one GPU"
+    ),
+    _option("--t5_cpu", is_flag=True, help="keep the text encoder on the CPU"),
+    # result
+    _option(
+        "--save_sheet",
+        type=_PATH,
+        metavar="PNG",
+        help="sheet to write; default: NAME.sheet.png beside the result",
+    ),
+    _option(
+        "--magnify",
+        type=int,
+        help=f"enlarge every pixel this many times in the file; {task_default('magnify')}",
+    ),
+    # several devices
+    _option(
+        "--cfg_size",
+        type=int,
+        default=1,
+        metavar="1..3",
+        help="groups of ranks that share the guidance's branches (r2v has 3, or 2 with equal scales; t2v 2)",
+    ),
+    _option(
+        "--ulysses_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that divide the attention heads; default: as many as the heads allow",
+    ),
+    _option(
+        "--ring_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that gather keys and values; default: the remaining ones",
+    ),
+    _option("--dit_fsdp", is_flag=True, help="shard the DiT's weights over all ranks"),
+    _option("--t5_fsdp", is_flag=True, help="shard the text encoder's weights over all ranks"),
+    _option(
+        "--sp_backend",
+        type=click.Choice(SEQUENCE_BACKENDS),
+        default="auto",
+        help="what exchanges tokens: auto is torch; xfuser is tried first and gives way to torch with a warning",
+    ),
+    _option(
+        "--dry-run", is_flag=True, help="print who would hold what, and stop; needs no weights and no GPU"
+    ),
+    _option("--world_size", type=int, metavar="N", help="devices to plan for, with --dry-run"),
+    # upstream's flags for what is not available yet
+    _option("--use_prompt_extend", is_flag=True, help="not available yet"),
+    _option("--prompt_extend_method", type=click.Choice(["dashscope", "local_qwen"])),
+    _option("--prompt_extend_model"),
+    _option("--prompt_extend_target_lang", type=click.Choice(["zh", "en"])),
+    *(_option(f"--{name}", help=_takers(name)) for name in _INPUTS),
+)
+
+
+class Generation(WordsCommand, Program):
+    """The program.
+
+    Attributes:
+        options: of this run, once they are known.
+    """
+
+    options: RuntimeOptions | None = None
+
+    @property
+    def memory_advice(self) -> str:
+        return "out of memory" if self.options is None else self.options.memory_advice()
+
+
+def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions]:
+    """What to generate and where to run it, from the flags and torchrun's environment.
+
+    Raises:
+        ValueError: naming the flag and the remedy.
+    """
+    if flags["use_prompt_extend"]:
+        raise ValueError("--use_prompt_extend: not available yet: write the full prompt yourself")
+    refused, is_dry_run, world_size = None, flags["dry_run"], flags["world_size"]
+    if flags["task"] not in TASKS and os.environ.get("WAN_ROOT"):
+        from refalign_ext.backbone import REFUSED_TASKS as refused
+    task = find_task(flags["task"], refused=refused)
+    request = task.request(
+        flags["prompt"] or task.example_prompt or "",
+        flags["ref"],
+        roles=flags["ref_role"],
+        seed=flags["base_seed"],
+        inputs=tuple((name, flags[name]) for name in _INPUTS if flags[name] is not None),
+        **{name: flags[name] for name in (*task.SETTINGS, *_SCALES, "matte")},
+    )
+    if world_size is not None and (world_size < 1 or not is_dry_run):
+        raise ValueError(
+            f"--world_size {world_size}: a number of devices, with --dry-run (torchrun sets it otherwise)"
+        )
+    options = RuntimeOptions(
+        Path() if is_dry_run else task.checkpoint_folder(flags["ckpt_dir"]),
+        world_size=world_size or _environment("WORLD_SIZE", 1),
+        **{name: flags[name] for name in _RUNTIME_OPTIONS},
+    )
+    if not is_dry_run:
+        task.require_inputs(request)
+    for flag, files in (("--ref", flags["ref"]), ("--dit_ckpt", filter(None, [flags["dit_ckpt"]]))):
+        for path in files:
+            if not path.exists():
+                raise ValueError(f"{flag} {path} does not exist: correct the path")
+    return request, options
+
+
+def generate(**flags: Any) -> None:
+    """Generates a video or an image from a prompt; the r2v tasks also take reference images.
+
+    On several devices: torchrun --nproc_per_node=N generate.py ...; cfg x Ulysses x ring = N.
+    """
+    if flags["wan_root"] is not None:
+        os.environ["WAN_ROOT"] = flags["wan_root"]
+    rank = _environment("RANK", 0)
+    # The log goes to standard output, as upstream's; standard error carries the progress bar and the one error line.
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="[%(asctime)s] %(levelname)s: %(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+    with stops_on_request("generate.py: interrupted, nothing written"):
+        if _environment("WORLD_SIZE", 1) == 1 or flags["dry_run"]:
+            _generate(flags, rank)
+            return
+        from refalign_ext.serving.generation import distributed
+
+        # First of all, so that exactly one rank reports whatever fails on whichever.
+        with distributed(flags["device"]) as device:
+            _generate({**flags, "device": device}, rank)
+
+
+def _generate(flags: dict[str, Any], rank: int) -> None:
+    request, options = read_flags(flags)
+    command.options = options
+    if options.world_size > 1 and not flags["dry_run"]:
+        from refalign_ext.serving.generation import resolve_parallel_sizes
+
+        options = resolve_parallel_sizes(request, options)
+    paths = None
+    if rank == 0 and not flags["dry_run"]:
+        from refalign_ext.serving.outputs import OutputPaths
+
+        paths = OutputPaths.choose(
+            request,
+            options,
+            flags["save_file"],
+            sheet=flags["save_sheet"],
+            references=flags["save_references"],
+        )
+    # Importing this takes seconds, which the mistakes found above are spared.
+    from refalign_ext.serving.generation import describe_plan, run_request
+
+    if not flags["dry_run"]:
+        run_request(request, options, paths, flags)
+    elif rank == 0:
+        click.echo(describe_plan(request, options))
+
+
+def _environment(name: str, default: int) -> int:
+    """A number that torchrun sets."""
+    return int(os.environ.get(name) or default)
+
+
+command = Generation(
+    "generate.py",
+    callback=generate,
+    params=list(_OPTIONS),
+    help=generate.__doc__,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
+    command.options = None
+    code = command.run(arguments)
+    if code and _environment("WORLD_SIZE", 1) > 1:
+        # At once, because communication that others left could hold up a tidy exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if _environment("RANK", 0) == 0:
+            time.sleep(1)  # it may hold the store that tells the others that someone has reported
+        os._exit(code)
+    return code

@@ -1,0 +1,1 @@
+"""Pages to look at: the result of a generation, and samples of a data set."""

@@ -1,0 +1,31 @@
+"""How an embedded teacher is trained. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = {"dinov3": "dinov3-tiny", "siglip2": "siglip2-tiny"}
+"""What can be trained and its name in `refalign_ext.teachers`."""
+HIDDEN = {"small": 64, "tiny": 128, "large": 256}
+"""Width by size: a quarter, all and four times the parameters of the embedded teacher."""
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Settings of `train_teacher`.
+
+    Attributes:
+        kind, size: a key of KINDS and of HIDDEN.
+        steps: 0 leaves the teacher untrained.
+        batch_size: subjects of a step.
+        learning_rate: of AdamW.
+        muon_learning_rate: of Muon, on the blocks' matrices.
+    """
+
+    kind: str = "dinov3"
+    size: str = "tiny"
+    steps: int = 1500
+    batch_size: int = 64
+    seed: int = 0
+    learning_rate: float = 2e-3
+    muon_learning_rate: float = 5e-3

@@ -1,0 +1,213 @@
+"""Training data from manifests and packed folders of clips, with or without a cache of what the encoders give."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refalign_ext.config import TrainConfig
+from refalign_ext.data.batch import Source
+from refalign_ext.data.cache.files import HEADER, default_folder, read_header
+from refalign_ext.data.cache.names import cache_fingerprint
+from refalign_ext.data.cache.reader import CachedText, LatentCache
+from refalign_ext.data.cache.rows import check_rows
+from refalign_ext.data.clip_set import open_clip_set
+from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.sampling.buckets import make_buckets
+from refalign_ext.data.sampling.sample_spec import Sampling
+from refalign_ext.data.sampling.split import Split
+from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.encoders import Encoders, token_stride
+from refalign_ext.training.data_source import Preview, TrainingData
+from refalign_ext.training.previews import video_preview
+from refalign_ext.training.run_log import RunLog
+from refalign_ext.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from easydict import EasyDict
+
+logger = logging.getLogger(__name__)
+
+
+class ClipData:
+    """The clips of `--data`: the row of the table of data sources."""
+
+    def accepts(self, config: TrainConfig) -> bool:
+        return config.data is not None
+
+    def complete(self, config: TrainConfig) -> TrainConfig:
+        require_clip_sets(config)
+        return with_cached_variants(config)
+
+    def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
+        sampling = sampling_of(config, encoders.task)
+        caches = open_caches(config, sampling, encoders, parallel)
+        training, validation = clip_sources(config, sampling, encoders, caches, parallel)
+        # With a cache, the text encoder is loaded only if a prompt is not in it.
+        cached = CachedText(caches, encoders.device, lambda: encoders.encode_text) if caches else None
+        return TrainingData(training, validation, cached or encoders.encode_text)
+
+    def make_preview(self, trainer: Trainer, encoders: Encoders, log: RunLog) -> Preview | None:
+        return None if trainer.validation is None else video_preview(trainer, encoders, log)
+
+
+CLIP_DATA = ClipData()
+
+
+def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
+    """What samples take of clips, with the task's own size, length and rate where nothing else is set.
+
+    Raises:
+        ValueError: for a setting that cannot be.
+    """
+    settings = dict(vars(config.sampling))
+    frames, ratios = settings.pop("bucket_frames"), settings.pop("bucket_ratios")
+    buckets = make_buckets(
+        task.size, frames or (task.frame_num,), (task.vae_stride[0], *token_stride(task)), ratios
+    )
+    if settings["stride"] > 1:
+        settings["fps"] = None
+    else:
+        settings["fps"] = settings["fps"] or float(task.sample_fps)
+    return Sampling(buckets=buckets, seed=config.seed, **settings)
+
+
+def with_cached_variants(config: TrainConfig) -> TrainConfig:
+    """The configuration with the numbers of variants that its cache has, where it leaves them open.
+
+    Raises:
+        ValueError: for a cache that cannot be read.
+    """
+    for folder in cache_folders(config)[:1]:
+        stored = read_header(folder).fingerprint.get("settings", {})
+        found = {
+            name: getattr(config.sampling, name) or stored.get(name, 0)
+            for name in ("clip_variants", "reference_variants")
+        }
+        config = replace(config, sampling=replace(config.sampling, **found))
+    return config
+
+
+def cache_folders(config: TrainConfig) -> list[Path]:
+    """The caches of `data`, one for each set: those that are named, or those that lie where `data cache` puts them.
+
+    Raises:
+        ValueError: if there are caches for some of the sets only.
+    """
+    if config.data is None or config.cache == "off":
+        return []
+    data = config.data.split(",")
+    if config.cache is not None:
+        folders = [Path(folder) for folder in config.cache.split(",")]
+        if len(data) != len(folders):
+            raise ValueError(
+                f"--cache names {len(folders)} folders and --data {len(data)} sets: give one for each"
+            )
+        return folders
+    folders = [default_folder(Path(path)) for path in data]
+    found = [folder for folder in folders if (folder / HEADER).is_file()]
+    if 0 < len(found) < len(folders):
+        missing = next(folder for folder in folders if folder not in found)
+        raise ValueError(
+            f"{found[0]} is a cache, but {missing} is not there: make it with `data cache`, or use --cache off"
+        )
+    return found
+
+
+def require_clip_sets(config: TrainConfig) -> None:
+    """Makes sure that `data` and `validation_data` can be opened, before anything large is loaded.
+
+    Raises:
+        ValueError: naming the one that cannot.
+    """
+    for flag, paths in (("--data", config.data), ("--validation_data", config.validation_data)):
+        for path in [] if paths is None else paths.split(","):
+            try:
+                open_clip_set(path)
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from None
+
+
+def open_caches(
+    config: TrainConfig, sampling: Sampling, encoders: Encoders, parallel: Parallel
+) -> list[LatentCache]:
+    """The caches of `data`, made sure to be of its rows, models and settings; none if there are none.
+
+    Raises:
+        ValueError: saying what does not fit.
+    """
+    folders = cache_folders(config)
+    if not folders:
+        return []
+
+    def open_all() -> list[LatentCache]:
+        expected = cache_fingerprint(sampling, **encoders.fingerprint())
+        caches = [LatentCache(folder, expected) for folder in folders]
+        for cache, path in zip(caches, config.data.split(","), strict=True):
+            check_rows(cache, open_clip_set(path))
+            logger.info(
+                "using the cache %s: %d clips, %d stretches of each, %s, %d failures",
+                cache.folder,
+                len(cache),
+                sampling.clip_variants,
+                f"{sampling.reference_variants} augmented pictures of each reference"
+                if sampling.reference_variants
+                else "augmented references computed as needed",
+                cache.failures,
+            )
+        return caches
+
+    # Digests of all weights, the headers of all files and a look at every row take a while: one rank does it.
+    return parallel.broadcast_from_rank0(open_all)
+
+
+def clip_sources(
+    config: TrainConfig,
+    sampling: Sampling,
+    encoders: Encoders,
+    caches: list[LatentCache],
+    parallel: Parallel,
+) -> tuple[Source, Source | None]:
+    """Samples of `data`, and of `validation_data` or the share of `data` that is kept for validation.
+
+    Raises:
+        ValueError: for sets that cannot be opened or do not fit the mix.
+    """
+    assert config.data is not None
+    sizes = parallel.sizes
+    settings = LoaderSettings(workers=config.data_workers, max_bad_share=config.max_bad_share)
+
+    def source(paths: str, split: Split, settings: LoaderSettings, **order: Any) -> Source:
+        return ClipSource(
+            [open_clip_set(path) for path in paths.split(",")],
+            sampling,
+            encode=encoders.vae.encode,
+            features=encoders.features,
+            device=parallel.device,
+            split=split,
+            data_rank=parallel.data_rank,
+            data_size=sizes.data,
+            settings=settings,
+            fallback_dir=Path(config.out) / "clip_indexes",
+            **order,
+        )
+
+    share, validation = config.validation_share, None
+    training = source(
+        config.data,
+        Split(share, config.seed, "train") if share else Split(),
+        settings,
+        caches=caches,
+        mix=config.data_mix or None,
+        schedule=config.data_schedule,
+        total=config.steps * config.batch_size * sizes.data * config.accumulation(sizes.data),
+        batch_size=config.batch_size,
+    )
+    here = replace(settings, workers=0)  # a few clips now and then
+    if config.validate_every and config.validation_data is not None:
+        validation = source(config.validation_data, Split(), here)
+    elif config.validate_every and share:
+        validation = source(config.data, Split(share, config.seed, "validation"), here, caches=caches)
+    return training, validation

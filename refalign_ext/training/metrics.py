@@ -1,0 +1,167 @@
+"""What is measured of a run: loss by timestep, loss spikes, speed and memory.
+
+Nothing here knows other ranks: sums are handed out to be added up.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from refalign_ext.backbone import PeakMemory
+
+
+class TimestepBins:
+    """Flow loss by timestep: sums of errors in equal bins of [0, 1000], gathered between two log entries.
+
+    Args:
+        bins: number of equal bins.
+        device: where the sums are kept; that of the losses avoids waiting for the device.
+    """
+
+    def __init__(self, bins: int = 10, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(bins, 2, device=device)
+
+    def add(self, timesteps: Tensor, errors: Tensor) -> None:
+        """Count samples: timesteps [B] in [0, 1000] and their losses [B]."""
+        bins = len(self._sums)
+        index = (timesteps.detach().float() * (bins / 1000)).long().clamp(0, bins - 1)  # [B]
+        errors = errors.detach().float()
+        rows = torch.stack([errors, torch.ones_like(errors)], dim=1)  # [B, 2]
+        self._sums.index_add_(0, index.to(self._sums.device), rows.to(self._sums.device))
+
+    def sums(self) -> Tensor:
+        """A copy of [bins, 2]: sum of the losses and number of samples; to be added up over ranks."""
+        return self._sums.clone()
+
+    def reset(self) -> None:
+        """Start the next interval."""
+        self._sums.zero_()
+
+    @staticmethod
+    def values(sums: Tensor) -> dict[str, float]:
+        """Mean loss per bin as `loss_by_timestep/0-100`, ...; empty bins are left out."""
+        width = 1000 / len(sums)
+        return {
+            f"loss_by_timestep/{round(index * width)}-{round((index + 1) * width)}": total / count
+            for index, (total, count) in enumerate(sums.tolist())
+            if count
+        }
+
+
+class LossSpikeDetector:
+    """Tells losses that stand out from those before.
+
+    Spikes stay out of the statistics, so one does not hide the next; but so many in a row that they are a new level
+    become the statistics.
+
+    Args:
+        factor: standard deviations above the mean that make a spike; 0 turns the watch off.
+        window: number of recent losses that mean and deviation are taken over.
+        least: losses to see before the first verdict.
+        new_level: spikes in a row that are a new level.
+    """
+
+    def __init__(self, factor: float, window: int = 200, *, least: int = 50, new_level: int = 10) -> None:
+        self.factor, self.least, self.new_level = factor, min(least, window), new_level
+        self._values: deque[float] = deque(maxlen=window)
+        self._spikes: list[float] = []
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether this loss stands out; counts it. A loss that is not finite is neither (`NonFiniteGuard` sees to those)."""
+        if not self.factor or not math.isfinite(loss):
+            return False
+        if len(self._values) >= self.least:
+            mean = statistics.fmean(self._values)
+            # Of equal losses the deviation is 0, and rounding would be a spike.
+            deviation = max(statistics.pstdev(self._values, mean), 1e-6 * abs(mean))
+            if loss > mean + self.factor * deviation:
+                self._spikes.append(loss)
+                if len(self._spikes) >= self.new_level:
+                    self._values.clear()
+                    self._values.extend(self._spikes)
+                    self._spikes.clear()
+                return True
+        self._spikes.clear()
+        self._values.append(loss)
+        return False
+
+
+class Throughput:
+    """Speed between two log entries, and peak memory.
+
+    Counts are whatever the caller gives; for the speed of a whole run these are sums over ranks.
+
+    Args:
+        device: whose memory to watch.
+        peak_flops: floating-point operations a second that all devices together could do; None leaves MFU out.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._memory, self._peak_flops, self._clock = PeakMemory(device), peak_flops, clock
+        self._start()
+
+    def _start(self) -> None:
+        self._began, self._waited, self._paused = self._clock(), 0.0, 0.0
+        self._steps, self._clips, self._tokens = 0, 0, 0
+        self._flops = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block (a validation, a preview) does not count."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - began
+
+    def step(self, clips: int, tokens: int, flops: float, *, data_wait: float = 0.0) -> None:
+        """Count one optimizer step.
+
+        Args:
+            clips: samples in the step.
+            tokens: tokens of these samples, references included, padding not.
+            flops: what the model has to compute for them, forward and backward, without recomputation.
+            data_wait: seconds of the step in which samples were awaited.
+        """
+        self._steps += 1
+        self._waited += data_wait
+        self._clips += clips
+        self._tokens += tokens
+        self._flops += flops
+
+    def values(self) -> dict[str, float]:
+        """Speeds since the last call, and the peak memory so far; starts the next interval.
+
+        `speed/data_wait` is a share of the time; `speed/mfu` a share of `peak_flops`; `memory/peak_gib` what was
+        allocated on a CUDA device, elsewhere the resident set of the process.
+        """
+        seconds = max(self._clock() - self._began - self._paused, 1e-9)
+        values: dict[str, float] = {}
+        if self._steps:
+            values |= {
+                "speed/seconds_per_step": seconds / self._steps,
+                "speed/clips_per_second": self._clips / seconds,
+                "speed/tokens_per_second": self._tokens / seconds,
+                "speed/data_wait": min(1.0, self._waited / seconds),
+            }
+            if self._peak_flops:
+                values["speed/mfu"] = self._flops / seconds / self._peak_flops
+        if (peak := self._memory.bytes()) is not None:
+            values["memory/peak_gib"] = peak / 2**30
+        self._start()
+        return values

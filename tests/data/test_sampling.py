@@ -1,0 +1,366 @@
+"""Choices and order: functions of seed and position, fair, complete, and never from the other side of a split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from refalign_ext.data.hashing import hash64, keyed_generator
+from refalign_ext.data.length import possible_frames
+from refalign_ext.data.sampling.buckets import assign, make_buckets
+from refalign_ext.data.sampling.order import Interleaver, Order, SetOrder
+from refalign_ext.data.sampling.sample_spec import (
+    Bucket,
+    SampleSpec,
+    Sampling,
+    draw_sample_spec,
+    possible_prompts,
+    possible_references,
+)
+from refalign_ext.data.sampling.split import AllowedReferences, GroupTable, Split
+from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
+
+BUCKET = Bucket(64, 48, 9)
+
+
+def reference(pair: str, **changes: object) -> Reference:
+    return Reference(pair=pair, image="a.png", **changes)
+
+
+def clip(*subjects: tuple[Reference, ...], **changes: object) -> Clip:
+    people = tuple(Subject(str(number), refs=refs) for number, refs in enumerate(subjects))
+    return Clip("a", "custom", VideoSpan("a.mp4"), "p", people, **changes)
+
+
+def drawn(item: Clip, count: int, **settings: object) -> list[SampleSpec]:
+    sampling = Sampling((BUCKET,), **settings)
+    return [draw_sample_spec(item, 3, BUCKET, sampling, position) for position in range(count)]
+
+
+REGULAR, CROSS, GENERATED = reference("regular"), reference("cross"), reference("generated")
+
+
+def test_generators_depend_on_every_key_and_on_nothing_else() -> None:
+    keys = [(1, 2, 3), (1, 23), (12, 3), (1, "2", 3), (1, "2/3"), (3, 2, 1)]
+    firsts = {keyed_generator(*key).random() for key in keys}
+    assert len(firsts) == len(keys)
+    assert keyed_generator(1, 2, 3).random() == keyed_generator(1, 2, 3).random()
+    # The numbers themselves are part of what a seed promises, on any machine.
+    assert keyed_generator(0, "a", 5).integers(1000, size=3).tolist() == [580, 290, 371]
+
+
+def test_a_position_decides_everything() -> None:
+    item = clip((REGULAR, CROSS), (REGULAR,), (CROSS, GENERATED), prompt_alt=("q", "r"))
+    settings = {"prompt_alternatives": True, "reference_dropout": 0.5}
+    first, again = drawn(item, 200, **settings), drawn(item, 200, **settings)
+    assert first == again
+    assert len({choice.clip_variant for choice in first}) == 200
+    assert Counter(choice.prompt for choice in first).keys() == {"p", "q", "r"}
+    assert drawn(item, 200, **settings, seed=1) != first
+    assert {choice.row for choice in first} == {3}
+
+
+def test_cross_pairs_are_a_share_of_samples_and_the_other_kind_stands_in() -> None:
+    both, only_regular, only_cross = (REGULAR, CROSS, GENERATED), (REGULAR,), (CROSS,)
+    item = clip(both, both, only_regular, only_cross)
+    preferred = 0
+    for choice in drawn(item, 1000, cross_pairs=0.3):
+        pairs = {c.subject: item.subjects[c.subject].refs[c.reference].pair for c in choice.references}
+        assert pairs[2] == "regular" and pairs[3] == "cross"
+        assert (pairs[0] == "regular") == (pairs[1] == "regular")  # drawn for the sample, not for a subject
+        preferred += pairs[0] != "regular"
+    assert 250 < preferred < 350
+    for share, kinds in ((0.0, {"regular"}), (1.0, {"cross", "generated"})):
+        found = {
+            both[c.reference].pair
+            for choice in drawn(clip(both), 100, cross_pairs=share)
+            for c in choice.references
+        }
+        assert found == kinds
+
+
+def test_references_are_shuffled_dropped_and_limited() -> None:
+    item = clip(*[(REGULAR,)] * 5, ())
+    whole = drawn(item, 600)
+    assert all(sorted(c.subject for c in choice.references) == [0, 1, 2, 3, 4] for choice in whole)
+    firsts = Counter(choice.references[0].subject for choice in whole)
+    assert len(firsts) == 5 and min(firsts.values()) > 80
+    counts = Counter(len(choice.references) for choice in drawn(item, 600, reference_dropout=0.5))
+    assert set(counts) == {1, 2, 3, 4, 5}
+    assert sum(n * count for n, count in counts.items()) / 600 == pytest.approx(3, abs=0.2)
+    assert {len(choice.references) for choice in drawn(item, 50, reference_dropout=1.0)} == {1}
+    assert {len(choice.references) for choice in drawn(item, 50, max_references=2)} == {2}
+    with pytest.raises(ValueError, match="clip a has no references"):
+        drawn(clip(()), 1)
+
+
+def test_only_regular_pairs_are_augmented() -> None:
+    item = clip((REGULAR,), (CROSS,), (GENERATED,))
+    for choice in drawn(item, 50):
+        by_subject = {c.subject: c.augmentation for c in choice.references}
+        assert by_subject[0] is not None and by_subject[1] is None and by_subject[2] is None
+    assert all(c.augmentation is None for choice in drawn(item, 20, augment=False) for c in choice.references)
+
+
+def test_what_can_be_drawn_is_listed_whole() -> None:
+    item = clip((REGULAR, CROSS), (REGULAR, REGULAR), prompt_alt=("q",))
+    sampling = Sampling(
+        (BUCKET,), clip_variants=3, reference_variants=2, prompt_alternatives=True, reference_dropout=0.3
+    )
+    choices = [draw_sample_spec(item, 0, BUCKET, sampling, position) for position in range(500)]
+    assert {choice.clip_variant for choice in choices} == {0, 1, 2}
+    assert {choice.prompt for choice in choices} == set(possible_prompts(item, sampling))
+    listed = possible_references(item, sampling)
+    assert {c for choice in choices for c in choice.references} == set(listed)
+    assert len(listed) == len(set(listed)) == 3 * 2 + 1
+    endless = Sampling((BUCKET,))
+    assert [c.augmentation for c in possible_references(item, endless)] == [None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"buckets": ()}, "buckets is"),
+        ({"buckets": (Bucket(0, 8, 1),)}, "buckets is"),
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"stride": 0}, "stride is 0"),
+        ({"fps": 8.0, "stride": 2}, "fps and stride exclude each other"),
+        ({"cross_pairs": 1.5}, "cross_pairs is 1.5"),
+        ({"reference_dropout": -0.1}, "reference_dropout is -0.1"),
+        ({"max_references": 0}, "max_references is 0"),
+        ({"clip_variants": -1}, "clip_variants is -1"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{"buckets": (BUCKET,), **settings})
+
+
+# --- buckets
+
+
+def test_buckets_have_the_area_of_the_task_and_divide() -> None:
+    buckets = make_buckets((832, 480), (81, 49), (4, 16, 16), (1.0, 9 / 16, 832 / 480))
+    assert buckets[0] == Bucket(832, 480, 81) and buckets[1] == Bucket(832, 480, 49)
+    assert len(buckets) == 6
+    for bucket in buckets:
+        assert bucket.width % 16 == bucket.height % 16 == 0
+        assert abs(bucket.width * bucket.height / (832 * 480) - 1) < 0.06
+    assert make_buckets((48, 48), (9,), (4, 8, 8)) == (Bucket(48, 48, 9),)
+    for frames, ratios, message in (
+        ((80,), (), "bucket_frames"),
+        ((), (), "bucket_frames"),
+        ((81,), (0.0,), "bucket_ratios"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_buckets((832, 480), frames, (4, 16, 16), ratios)
+
+
+def test_clips_go_to_the_longest_bucket_they_fill_of_the_nearest_shape() -> None:
+    wide, tall, short = Bucket(64, 32, 17), Bucket(32, 64, 17), Bucket(64, 32, 9)
+    sampling = Sampling((wide, tall, short), stride=2)
+    widths, heights = np.array([1920, 1080, 1080, 1920, 640]), np.array([1080, 1920, 1920, 1080, 640])
+    frames = np.array([33, 33, 17, 16, 1000])
+    found = assign(widths, heights, frames, np.full(5, 30.0), sampling)
+    assert found.tolist() == [0, 1, 2, -1, 0]
+
+
+def test_frames_at_a_rate_are_those_that_read_clip_counts() -> None:
+    frames, rates = np.array([31, 30, 16, 0, 10]), np.array([30.0, 30.0, 8.0, 30.0, 0.0])
+    assert possible_frames(frames, rates, 10.0, 1).tolist() == [11, 10, 20, 0, 0]
+    assert possible_frames(frames, rates, None, 3).tolist() == [11, 10, 6, 0, 4]
+
+
+# --- order
+
+
+def set_order(
+    counts: list[int],
+    batch_size: int,
+    shards: list[range] | None = None,
+    seed: int = 0,
+    mixed_shards: int = 2,
+) -> SetOrder:
+    shapes = [Bucket(8, 8, number + 1) for number in range(len(counts))]
+    buckets = np.concatenate([np.full(count, number) for number, count in enumerate(counts)])
+    buckets = np.random.default_rng(5).permutation(buckets)
+    shards = [range(len(buckets))] if shards is None else shards
+    return SetOrder(buckets, shapes, shards, batch_size, mixed_shards=mixed_shards, seed=seed, name="0")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_epochs_of_one_bucket_are_different_permutations_whatever_the_batch(batch_size: int) -> None:
+    order = Order([set_order([10], batch_size)])
+    rows = [order.at(position).row for position in range(60)]
+    epochs = [tuple(rows[start : start + 10]) for start in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+    assert rows == [Order([set_order([10], 1)]).at(position).row for position in range(60)]
+    assert rows != [Order([set_order([10], batch_size, seed=1)]).at(position).row for position in range(60)]
+
+
+def test_batches_share_a_bucket_and_every_bucket_walks_through_its_rows() -> None:
+    order = Order([set_order([50, 13, 3], 4)])
+    entries = [order.at(position) for position in range(66 * 12)]
+    for start in range(0, len(entries), 4):
+        assert len({entry.bucket for entry in entries[start : start + 4]}) == 1
+    for frames, count in ((1, 50), (2, 13), (3, 3)):
+        rows = [entry.row for entry in entries if entry.bucket.frames == frames]
+        assert len(rows) == pytest.approx(12 * count, abs=4)
+        for start in range(0, len(rows) - count + 1, count):
+            assert len(set(rows[start : start + count])) == count
+    # Entries are found alike from anywhere: nothing depends on what was asked for before.
+    fresh = Order([set_order([50, 13, 3], 4)])
+    assert [fresh.at(position) for position in range(700, 600, -7)] == [
+        entries[p] for p in range(700, 600, -7)
+    ]
+
+
+def test_fallback_rows_are_others_of_the_bucket() -> None:
+    order = Order([set_order([100, 6], 2)])
+    for position in range(300):
+        entry = order.at(position)
+        assert entry.row not in entry.fallback_rows and len(set(entry.fallback_rows)) == len(
+            entry.fallback_rows
+        )
+        assert len(entry.fallback_rows) == 5 if entry.bucket.frames == 2 else len(entry.fallback_rows) >= 7
+    rows = {bucket: set() for bucket in (1, 2)}
+    for position in range(300):
+        rows[order.at(position).bucket.frames] |= {order.at(position).row}
+    for position in range(300):
+        assert set(order.at(position).fallback_rows) <= rows[order.at(position).bucket.frames]
+
+
+def test_shards_are_read_nearly_in_sequence() -> None:
+    shards = [range(start, start + 20) for start in range(0, 400, 20)]
+    order = Order([set_order([300, 100], 2, shards, mixed_shards=3)])
+    by_bucket: dict[int, list[int]] = {1: [], 2: []}
+    recent, most = [], 0
+    for position in range(400):
+        entry = order.at(position)
+        by_bucket[entry.bucket.frames].append(entry.row)
+        recent = [*recent[-29:], entry.row // 20]
+        most = max(most, len(set(recent)))
+    assert sorted(by_bucket[1] + by_bucket[2]) == list(range(400))
+    assert most <= 9  # of 20: a few groups of 3, as buckets do not keep exactly the same pace
+    assert by_bucket[1] != sorted(by_bucket[1])
+    shards = list(dict.fromkeys(row // 20 for row in by_bucket[1]))
+    assert shards != sorted(shards)
+
+
+def test_interleaving_is_exact_and_needs_no_walk() -> None:
+    from fractions import Fraction
+
+    interleaver = Interleaver([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
+    seen = Counter()
+    for batch in range(2000):
+        stream, ordinal = interleaver.at(batch)
+        assert ordinal == seen[stream]
+        seen[stream] += 1
+    assert seen[0] == pytest.approx(1200, abs=30)
+    far = Interleaver([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
+    stream, ordinal = far.at(10**12)
+    assert ordinal == pytest.approx((0.6, 0.4)[stream] * 10**12, abs=128)
+    thin = Interleaver([Fraction(1, 1000)], 0, "thin")
+    assert [thin.at(batch) for batch in range(3)] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
+    sets = [set_order([7], 4), set_order([5], 4)]
+    mixed = Order(sets, (0.6, 0.4))
+    parts = [mixed.at(position).set_index for position in range(4000)]
+    assert all(len(set(parts[start : start + 4])) == 1 for start in range(0, 4000, 4))
+    assert sum(parts) / 4000 == pytest.approx(0.4, abs=0.03)
+    assert len({tuple(parts[start : start + 40]) for start in range(0, 4000, 40)}) > 5
+    first = [mixed.at(p).row for p in range(4000) if parts[p] == 0]
+    assert all(sorted(first[start : start + 7]) == list(range(7)) for start in range(0, 2000, 7))
+    stages = Order(sets, (0.6, 0.4), "stages", total=400)
+    parts = [stages.at(position).set_index for position in range(500)]
+    assert parts == [0] * 240 + [1] * 260
+    second = [stages.at(position).row for position in range(240, 250)]
+    assert sorted(second[:5]) == sorted(second[5:]) == list(range(5))
+    for shares, schedule, message in (
+        ((0.6,), "mixed", "mix has 1 shares for 2"),
+        ((0.6, 0.0), "mixed", "shares are above 0"),
+        ((0.6, 0.4), "waves", "mix_schedule is 'waves'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Order(sets, shares, schedule)
+
+
+def test_a_million_rows_need_arrays_alone() -> None:
+    shards = [range(start, start + 1000) for start in range(0, 10**6, 1000)]
+    shapes = [Bucket(8, 8, 1), Bucket(8, 8, 5)]
+    buckets = (np.arange(10**6) % 3 == 0).astype(np.int64)
+    order = Order([SetOrder(buckets, shapes, shards, 8, mixed_shards=4, seed=0, name="0")])
+    rows = [order.at(position).row for position in islice(range(0, 10**7, 4_999_999), 3)]
+    assert len(rows) == 3
+
+
+def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
+    order = Order([set_order([50, 13], 4)], shift=3)
+    for start in range(3, 400, 4):
+        assert len({order.at(position).bucket for position in range(start, start + 4)}) == 1
+
+
+# --- split
+
+
+def holds(split: Split, group: str) -> bool:
+    return bool(split.contains(np.array([hash64(group)], np.uint64))[0])
+
+
+def test_groups_are_split_whole_by_chance_alone() -> None:
+    groups = np.array([hash64(f"group {n}") for n in range(20000)], np.uint64)
+    train, validation = (
+        Split(0.05, 3, "train").contains(groups),
+        Split(0.05, 3, "validation").contains(groups),
+    )
+    assert (train ^ validation).all()
+    assert validation.mean() == pytest.approx(0.05, abs=0.006)
+    other = Split(0.05, 4, "validation").contains(groups)
+    assert (other & validation).mean() < 0.01
+    assert Split(0.0, 3, "train").contains(groups).all() and Split(0.3, 3, "all").contains(groups).all()
+    assert not Split(0.0, 3, "validation").contains(groups).any()
+    with pytest.raises(ValueError, match="validation_share is 1.0"):
+        Split(1.0)
+
+
+def test_references_from_the_other_side_are_never_used() -> None:
+    split = Split(0.5, 0, "train")
+    names = [f"g{n}" for n in range(100)]
+    here = next(name for name in names if holds(split, name))
+    there = next(name for name in names if not holds(split, name))
+    table = GroupTable.of(
+        np.array([hash64("b"), hash64("c")], np.uint64), np.array([hash64(there), hash64(here)], np.uint64)
+    )
+    rule = AllowedReferences(split, table)
+    item = clip(
+        (
+            reference("cross", source_group=there),
+            reference("cross", source_group=here),
+            reference("cross", source_id="b"),
+            reference("cross", source_id="c"),
+            reference("regular"),
+            reference("cross", source_id="a"),
+            reference("cross", source_id=there),  # not in the table: a group of its own
+        ),
+        group_id=here,
+    )
+    verdicts = [rule.allows(item, one) for one in item.subjects[0].refs]
+    assert verdicts == [False, True, False, True, True, True, False]
+    sampling = Sampling((BUCKET,), cross_pairs=0.5)
+    used = {
+        draw_sample_spec(item, 0, BUCKET, sampling, p, allowed=lambda one: rule.allows(item, one))
+        .references[0]
+        .reference
+        for p in range(300)
+    }
+    assert used == {1, 3, 4, 5}
+    only = clip((reference("cross", source_group=there),), group_id=here)
+    with pytest.raises(ValueError, match="no references on its side of the split"):
+        draw_sample_spec(only, 0, BUCKET, sampling, 0, allowed=lambda one: rule.allows(only, one))
