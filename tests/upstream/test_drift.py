@@ -125,7 +125,11 @@ def test_patch_names_it_and_leaves_the_tree_alone(root: Path, drifted: Drift) ->
     assert drift.contents(root) == before
 
 
-@pytest.mark.parametrize("drifted", [None, drift.move_the_attention, drift.move_the_blocks], ids=["as released", "attention moved", "blocks moved"])
+@pytest.mark.parametrize(
+    "drifted",
+    [None, drift.move_the_attention, drift.move_the_blocks],
+    ids=["as released", "attention moved", "blocks moved"],
+)
 def test_patch_follows_what_has_moved(root: Path, drifted: Drift | None) -> None:
     """And the result computes what our model computes."""
     if drifted is not None:
