@@ -1,10 +1,10 @@
-"""Draw the rooms of the repository and the imports between them: docs/images/rooms.svg.
+"""Draw the rooms of the repository and what each imports: docs/images/rooms.svg.
 
     python docs/draw_rooms.py            # writes the picture
     python docs/draw_rooms.py --check    # exit code 1 if the picture on disk is not the present one
 
-Every row is a file or folder of `refalign_ext`, or one of what stands around it, in the order of the import rules: an arc
-leads from a row to a row above it that it imports. Nothing is imported, only the syntax trees are read.
+Rows are files and folders in the order of the import rules; a dot means that the row imports the column. Imports lead
+upwards only, so all dots lie below the diagonal. Nothing is imported, only the syntax trees are read.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ sys.path.insert(0, str(ROOT))
 
 from tests.repository.test_import_direction import ORDER, imported_modules, module_name  # noqa: E402
 
-AROUND = ("generate.py", "train_refalign.py")
-ROW, LEFT, NAME, TEXT, ARCS = 22, 16, 130, 640, 300
-COLORS = ("#1b6ca8", "#b5482a", "#2a8c5a", "#7a4fa3", "#a8801b", "#49606b")
+GROUPS = {"model": "#1b6ca8", "the paper": "#2a8c5a", "machinery": "#b5482a", "programs": "#7a4fa3"}
+CELL, LEFT, NAME, TEXT, TOP, RIGHT = 20, 16, 130, 620, 110, 60  # pixels
 
 
-def rows() -> list[tuple[str, list[Path]]]:
-    """(name, files) of every row, in the order of the import rules."""
+def rooms() -> list[tuple[str, str, list[Path]]]:
+    """(group, name, files) of every row, in the order of the import rules."""
     package = ROOT / "refalign_ext"
-    found = [("wan/", sorted((ROOT / "wan").rglob("*.py")))]
+    found = [("model", "wan/", sorted((ROOT / "wan").rglob("*.py")))]
     for name in " ".join(ORDER).split():
-        if (package / name).is_dir():
-            found.append((f"{name}/", sorted((package / name).rglob("*.py"))))
+        if name == "cli":
+            found.append(("programs", "cli/", sorted((package / name).rglob("*.py"))))
+        elif (package / name).is_dir():
+            group = "the paper" if name == "tasks" else "machinery"
+            found.append((group, f"{name}/", sorted((package / name).rglob("*.py"))))
         elif not name.startswith("__"):
-            found.append((f"{name}.py", [package / f"{name}.py"]))
-    return found + [(name, [ROOT / name]) for name in AROUND]
+            found.append(("the paper", f"{name}.py", [package / f"{name}.py"]))
+    return found + [("programs", name, [ROOT / name]) for name in ("generate.py", "train_refalign.py")]
 
 
-def row_of(module: str) -> str:
+def room_of(module: str) -> str:
     """The row that a module belongs to; empty for anything outside the picture."""
     parts = module.split(".")
     if parts[0] == "wan":
@@ -49,52 +51,62 @@ def row_of(module: str) -> str:
 
 
 def summary(files: list[Path]) -> str:
-    """The first line of the row's docstring: of the file, or of the folder's `__init__.py`."""
+    """The first line of the docstring of the file, or of the folder's `__init__.py`."""
     source = next((file for file in files if file.name == "__init__.py"), files[0])
     text = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").split("\n")[0]
-    return text if len(text) <= 96 else f"{text[:95].rsplit(' ', 1)[0]} ..."
+    return text if len(text) <= 104 else f"{text[:103].rsplit(' ', 1)[0]} ..."
 
 
-def imports(found: list[tuple[str, list[Path]]]) -> set[tuple[str, str]]:
-    """(row, row that it imports), each pair once."""
-    known = {module_name(file, ROOT) for _, files in found for file in files}
+def imports() -> set[tuple[str, str]]:
+    """(room, room that it imports), each pair once."""
+    found = rooms()
+    known = {module_name(file, ROOT) for _, _, files in found for file in files}
     known |= {name.removesuffix(".__init__") for name in known}
-    arrows: set[tuple[str, str]] = set()
-    for name, files in found:
+    pairs: set[tuple[str, str]] = set()
+    for _, name, files in found:
         for file in files:
             tree = ast.parse(file.read_text(encoding="utf-8"))
             modules = {module for _, module in imported_modules(tree, module_name(file, ROOT), known)}
-            arrows |= {(name, target) for target in map(row_of, modules) if target and target != name}
-    return arrows
+            pairs |= {(name, target) for target in map(room_of, modules) if target and target != name}
+    return pairs
 
 
 def draw() -> str:
     """The picture as SVG."""
-    found = rows()
-    place = {name: index for index, (name, _) in enumerate(found)}
-    right, height = LEFT + NAME + TEXT, ROW * len(found) + 2 * LEFT
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{right + ARCS}" height="{height}" font-family="sans-serif" '
-        'font-size="13">',
-        f'<rect width="{right + ARCS}" height="{height}" fill="white"/>',
+    found = rooms()
+    index = {name: number for number, (_, name, _) in enumerate(found)}
+    color = {name: GROUPS[group] for group, name, _ in found}
+    matrix, side = LEFT + NAME + TEXT, CELL * len(found)
+    width, height = matrix + side + RIGHT, TOP + side + LEFT
+    shapes = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for source, target in sorted(imports(found)):
-        start, end = (LEFT + ROW * place[name] + ROW // 2 for name in (source, target))
-        bow = min(ARCS - 24, 18 + 9 * abs(place[source] - place[target]))
-        lines.append(
-            f'<path d="M{right},{start} C{right + bow},{start} {right + bow},{end} {right},{end}" fill="none" '
-            f'stroke="{COLORS[place[source] % len(COLORS)]}" stroke-opacity="0.55" '
-            f'stroke-width="1.5"><title>{source} imports {target}</title></path>'
-        )
-    for name, files in found:
-        middle = LEFT + ROW * place[name] + ROW // 2 + 4
+    for number, (group, paint) in enumerate(GROUPS.items()):
+        x = LEFT + 110 * number
+        shapes.append(f'<rect x="{x}" y="20" width="12" height="12" fill="{paint}"/>')
+        shapes.append(f'<text x="{x + 18}" y="31">{group}</text>')
+    shapes.append(f'<text x="{LEFT}" y="54" fill="#777">a dot: the row imports the column</text>')
+    for name, number in index.items():
+        y, x = TOP + CELL * number, matrix + CELL * number
+        if number % 2 == 0:
+            shapes.append(
+                f'<rect x="{LEFT}" y="{y}" width="{matrix + side - LEFT}" height="{CELL}" fill="#f4f4f4"/>'
+            )
         weight = ' font-weight="bold"' if name.endswith("/") else ""
-        color = COLORS[place[name] % len(COLORS)]
-        lines += [
-            f'<text x="{LEFT}" y="{middle}"{weight} fill="{color}">{name}</text>',
-            f'<text x="{LEFT + NAME}" y="{middle}" fill="#333">{escape(summary(files))}</text>',
+        shapes += [
+            f'<text x="{LEFT}" y="{y + 14}"{weight} fill="{color[name]}">{name}</text>',
+            f'<text x="{LEFT + NAME}" y="{y + 14}" fill="#333">{escape(summary(found[number][2]))}</text>',
+            f'<text transform="translate({x + 14},{TOP - 8}) rotate(-60)" fill="{color[name]}">{name}</text>',
+            f'<rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" fill="#d8d8d8"/>',
         ]
-    return "\n".join([*lines, "</svg>", ""])
+    for row, column in sorted(imports()):
+        x, y = matrix + CELL * index[column] + CELL // 2, TOP + CELL * index[row] + CELL // 2
+        shapes.append(
+            f'<circle cx="{x}" cy="{y}" r="5" fill="{color[column]}"><title>{row} imports {column}</title></circle>'
+        )
+    return "\n".join([*shapes, "</svg>", ""])
 
 
 def main() -> int:

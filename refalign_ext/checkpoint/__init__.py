@@ -1,0 +1,1 @@
+"""Training checkpoints, adapters and exported weights: written, resumed and read in every layout."""

@@ -1,0 +1,1 @@
+"""Clips with references: manifests, decoding, sampling, loading, converters, checks and the cache of latents."""

@@ -1,0 +1,1 @@
+"""Device mesh, process groups, FSDP2 and sequence parallelism, applied to the model from outside."""

@@ -1,0 +1,1 @@
+"""One generation from a request to files, on one device or many."""

@@ -1,0 +1,1 @@
+"""The paper's ablations on the embedded world: studies, statistics and tables."""
