@@ -33,7 +33,7 @@ demo: $(READY) ## generate outputs/demo/video.mp4 and sheet.png from the bundled
 		--save_file outputs/demo/video.mp4 --save_sheet outputs/demo/sheet.png --base_seed 7 $(ARGS)
 
 test: $(READY) lint ## run the checks and the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(READY) ## check style and formatting
 	$(BIN)/python -m ruff check --quiet .
