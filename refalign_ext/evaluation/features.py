@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +24,6 @@ from refalign_ext.layout import TokenLayout
 from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import reference_to_tensor
 from refalign_ext.tasks import Conditions
-
-if TYPE_CHECKING:
-    pass
 
 WHITE_LEVEL = 250 / 127.5 - 1  # in [-1, 1]; a patch is white if nothing in it is darker
 MAX_TIMESTEP = 1000.0
@@ -75,7 +71,7 @@ def tokens_with_content(image: Image.Image, stride: tuple[int, int]) -> Tensor:
     return (darkest < WHITE_LEVEL).flatten()
 
 
-def encode(
+def encode_samples(
     pipeline: R2VPipeline, samples: Sequence[Sample], *, most_tokens: int, seed: int
 ) -> tuple[list[EncodedViews], dict[str, int]]:
     """Encodes texts, references and clips, and chooses the tokens that count.

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from refalign_ext.sprites import judged as judged_module
-from refalign_ext.sprites.evaluate import Evaluation, Job, judge_folder
+from refalign_ext.sprites.evaluate import Evaluation, JudgingJob, judge_folder
 from refalign_ext.sprites.guidance_grid import judge_grid, pooled, rise
 from refalign_ext.sprites.judge import judge_clip
 from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, clip_shares, percent
@@ -27,16 +27,16 @@ from refalign_ext.sprites.report import (
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
 from tests.helpers import tiny_checkpoint as checkpoints
 
-QUICK = Job(clips=2, sample_steps=1)
+QUICK = JudgingJob(clips=2, sample_steps=1)
 
 
 class Counting:
     """`judge_folder` on real clips of the job, counting the calls: generating them would only take longer."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Job]] = []
+        self.asked: list[tuple[str, JudgingJob]] = []
 
-    def __call__(self, folder: Path, what: str, job: Job, **settings: object) -> Evaluation:
+    def __call__(self, folder: Path, what: str, job: JudgingJob, **settings: object) -> Evaluation:
         self.asked.append((what, job))
         found = Evaluation()
         for index in range(job.clips):
@@ -78,7 +78,7 @@ def test_anything_that_answers_depend_on_makes_them_new(
 ) -> None:
     folder, stem = JudgedFolder(tiny_checkpoint), tmp_path / "row"
 
-    def is_new(folder: JudgedFolder, what: str = "generation", job: Job = QUICK) -> bool:
+    def is_new(folder: JudgedFolder, what: str = "generation", job: JudgingJob = QUICK) -> bool:
         return folder.judge(what, job, stem).is_new
 
     assert is_new(folder) and not is_new(folder)
@@ -150,7 +150,7 @@ def test_percent() -> None:
 
 def test_grid_of_scales(tiny_checkpoint: Path, tmp_path: Path, counting: Counting) -> None:
     judge = JudgedFolder(tiny_checkpoint)
-    job = Job(clips=3, seed=7)
+    job = JudgingJob(clips=3, seed=7)
     entry = judge_grid(judge, job, (1, 9, 5), (7.5, 1), tmp_path)
     scales = [(found.ref_guide_scale, found.text_guide_scale) for _, found in counting.asked]
     assert scales == [(1, 1), (1, 7.5), (5, 1), (5, 7.5), (9, 1), (9, 7.5)]
@@ -215,7 +215,11 @@ def test_half_precision_generates_the_same_but_for_rounding(tiny_checkpoint: Pat
     full, half = (
         np.stack(
             judge_folder(
-                tiny_checkpoint, "generation", Job(2, sample_steps=2), precision=precision, progress=False
+                tiny_checkpoint,
+                "generation",
+                JudgingJob(2, sample_steps=2),
+                precision=precision,
+                progress=False,
             ).videos
         ).astype(int)
         for precision in ("fp32", "bf16")

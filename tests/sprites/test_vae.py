@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
 from refalign_ext.cli.sprites_parts import train_vae
-from refalign_ext.sprites.evaluate import Job, SpriteEvaluator
+from refalign_ext.sprites.evaluate import JudgingJob, SpriteEvaluator
 from refalign_ext.sprites.train_vae import CONFIG, Sprites, initialize
 from refalign_ext.sprites.vae_latents import decoder_metric, fold_normalization, place_error, place_latents
 from refalign_ext.sprites.vae_onepass import (
@@ -103,7 +103,7 @@ def test_embedded_vae_keeps_both_colors():
     task = WAN_CONFIGS["r2v-tiny"]
     vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
     evaluator = SpriteEvaluator(task, vae, lambda prompts: [])
-    table = evaluator.reconstruct(Job(clips=24)).table()
+    table = evaluator.reconstruct(JudgingJob(clips=24)).table()
     assert table["colors"]["share"] >= 0.95 and table["motion"]["share"] >= 0.95
 
 

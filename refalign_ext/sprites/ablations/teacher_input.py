@@ -115,7 +115,6 @@ class TeacherInputModule:
     name = NAME
 
     def attach(self, config: TrainConfig, model: nn.Module, encoders: Encoders) -> AttachedModule:
-        assert encoders.teacher is not None
         source = Path(config.dit_ckpt or encoders.folder)
         saved = {} if config.from_scratch else read_extra_module(source, NAME)
         module = load_teacher_input(
