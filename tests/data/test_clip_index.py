@@ -186,7 +186,7 @@ def test_every_clip_is_known_and_the_index_kept(
     ]
     assert found["group"][0] == hash64("g") and found["id"][1] == hash64("1") and found["is_free"][0]
     assert sum(message.startswith("skipping ") for message in caplog.messages) == 2
-    index = pickle.loads(pickle.dumps(partial(clip_index._index_rows, clips, ())))
+    index = pickle.loads(pickle.dumps(partial(clip_index._index_rows, clips, clip_index._measured_records())))
     assert index(range(5))[0].tobytes() == found.tobytes()
     monkeypatch.setattr(clip_index, "measure", refuse)
     again = open_clip_index(clips)
