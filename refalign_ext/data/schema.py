@@ -32,13 +32,14 @@ import msgspec
 from msgspec import Meta
 
 from refalign_ext.data.boxes import BOX_SPACES, Box
-from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask
+from refalign_ext.data.masks import RunLengthMask
 from refalign_ext.errors import shortened
 from refalign_ext.request import MAX_REFERENCES
 
 SOURCES = ("opens2v", "phantom", "custom")
 KINDS = ("human", "face", "object", "background")
 PAIRS = ("regular", "cross", "generated")
+BACKGROUNDS = ("raw", "white")
 
 _LARGEST = 10**12  # no number in a manifest comes near
 # At least one letter that is no space, and no half of a surrogate pair.

@@ -418,17 +418,6 @@ def test_boxes_are_mapped_to_the_frame(
         assert mapped == pytest.approx(expected)
 
 
-def test_wrong_calls_of_the_box_map_are_errors() -> None:
-    for arguments, message in (
-        (((0, 0, 1, 1), "frames", (9, 9)), "unknown box space"),
-        (((0, 0, 1, 1), "cropped_frame", (9, 9)), "needs the crop"),
-        (((0, 0, 1, 1), "frame", (0, 9)), "no place"),
-        (((0, 0, 1), "frame", (9, 9)), "four numbers"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            box_in_frame(*arguments)
-
-
 def test_written_manifests_are_read_by_row(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     rows = [parse(full_line(), ""), *clips(5)]
