@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from refalign_ext.data import clip_index
-from refalign_ext.data.check.row import RowSettings, check_row
+from refalign_ext.data.check.row import check_row
 from refalign_ext.data.clip_index import (
     BAD_ROW,
     BAD_VIDEO,
@@ -86,7 +86,7 @@ def decoded(folder: Path, span: VideoSpan) -> int:
 
 def checked(clips: ClipSet) -> int:
     def is_sound(frames: int) -> bool:
-        findings, _ = check_row(clips, 0, RowSettings(length=Length(frames)))
+        findings, _ = check_row(clips, 0, length=Length(frames))
         return not any(finding.level == "error" for finding in findings)
 
     return longest(is_sound)
@@ -122,7 +122,7 @@ def test_all_agree_with_the_decoder_on_how_long_a_span_is(
     assert decoded(folder, video) == frames
     assert records["frames"].tolist() == [frames]
     assert records["state"].tolist() == [USABLE if frames else BAD_VIDEO]
-    assert sum(collect_stats(clips).frames.values.elements()) == frames
+    assert collect_stats(clips).numbers["frames"].sum() == frames
     assert checked(clips) == frames
     assert converted(folder, span) == frames
 
