@@ -24,6 +24,8 @@ from refalign_ext.sprites.world import render_clip, sample_clip, sample_referenc
 from refalign_ext.training.muon import Muon
 
 KL_WEIGHT = 1e-3  # keeps the decoder calm about the small errors that generated latents have
+CHECKED = (32, 16)  # images and clips of which every report is
+FOLDED = 16  # batches from which the normalisation is computed
 CONFIG = {
     "base_dim": 16,
     "z_dim": 16,
@@ -196,7 +198,7 @@ def run_stage(
             optimizer.param_groups[0]["lr"] = rate  # the schedule starts from it
         first = state["step"]
     check = VaeBatches(data.seed + 1, data.size, data.frames)
-    check_images, check_clips = check.images(0, 32), check.clips(0, 16, data.size)
+    check_images, check_clips = check.images(0, CHECKED[0]), check.clips(0, CHECKED[1], data.size)
 
     def autocast_loss(step: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -270,9 +272,9 @@ def train_vae(
         run_stage(vae, "pictures", pictures, rates=(0.03, 5e-3), steps=steps, **stage)
         vae.eval()
         videos = []
-        for ahead in range(10**6, 10**6 + 16):
+        for ahead in range(10**6, 10**6 + FOLDED):
             videos += [data.images(ahead, 8)[0], data.clips(ahead, 4, size)[0]]
-        metric = decoder_metric(vae, *data.clips(10**6, 16, size), np.random.default_rng([seed, 3]))
+        metric = decoder_metric(vae, *data.clips(10**6, CHECKED[1], size), np.random.default_rng([seed, 3]))
         fold_normalization(vae, videos, metric)
         vae.train()
     run_stage(vae, "places", places, rates=(0.01, 1.5e-3), steps=place_steps, **stage)

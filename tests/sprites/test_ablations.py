@@ -18,13 +18,14 @@ from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.cli.ablate import USUAL
 from refalign_ext.config import TrainConfig, configure, setting_fields
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.evaluation.intervals import mean_and_error, paired_interval, student_t
 from refalign_ext.sprites.ablations import study as study_module
 from refalign_ext.sprites.ablations.arms import BLOCKS, RECIPE, TABLES, Arm
-from refalign_ext.sprites.ablations.intervals import mean_and_error, paired_interval, student_t
-from refalign_ext.sprites.ablations.judging import jobs, read_metrics
+from refalign_ext.sprites.ablations.drawing import curve_of
+from refalign_ext.sprites.ablations.judging import judging_jobs, read_metrics
 from refalign_ext.sprites.ablations.report import as_markdown
-from refalign_ext.sprites.ablations.study import Study
-from refalign_ext.sprites.ablations.summary import collect, common_seeds, curve_of, summarize
+from refalign_ext.sprites.ablations.study import Study, weights_sha256
+from refalign_ext.sprites.ablations.summary import collect, common_seeds, summarize_study
 from refalign_ext.sprites.dataset import SpriteSettings, SpriteSource
 from refalign_ext.sprites.evaluate import SpriteEvaluator
 from refalign_ext.sprites.judge import judge_clip
@@ -271,7 +272,7 @@ def test_the_summary_pairs_seeds_and_leaves_out_what_did_not_arise() -> None:
         "A": {1: result_of(0.9, 0.5), 2: result_of(0.8), 3: result_of(0.7, 0.1)},
         "B": {1: result_of(0.5, 0.4), 3: result_of(0.4, 0.2)},
     }
-    arms = summarize(study, found)["arms"]
+    arms = summarize_study(study, found)["arms"]
     colors = arms["A"]["figures"]["one"]["colors"]
     assert (colors["mean"], colors["standard_error"]) == pytest.approx((0.8, 0.1 / 3**0.5))
     assert "a_minus_this" not in colors and colors["by_seed"] == {1: 0.9, 2: 0.8, 3: 0.7}
@@ -286,7 +287,7 @@ def test_the_summary_pairs_seeds_and_leaves_out_what_did_not_arise() -> None:
     assert arms["C"]["seeds"] == [] and arms["C"]["figures"]["two"]["colors"] is None
     flow = arms["B"]["figures"]["validation"]["flow_error"]
     assert flow["by_seed"] == {1: 0.5, 3: 0.6} and flow["a_minus_this"]["mean"] == pytest.approx(-0.35)
-    text = as_markdown(study, summarize(study, found), ["table.png"])
+    text = as_markdown(study, summarize_study(study, found), ["table.png"])
     assert "| A | 0.2000 ± 0.0577 |" in text and "| B | -0.3500 [-0.9853, +0.2853] |" in text
     assert "| A | 80.0 ± 5.8 | 80.0 ± 5.8 | 80.0 ± 5.8 |" in text
     assert "| B | +35.0 [-28.5, +98.5] |" in text
@@ -322,7 +323,7 @@ def test_errors_at_other_timesteps_are_not_compared() -> None:
     found = {letter: {1: result_of(0.5)} for letter in "ABC"}
     flows = {
         letter: arm["figures"]["validation"]["flow_error"]
-        for letter, arm in summarize(study, found)["arms"].items()
+        for letter, arm in summarize_study(study, found)["arms"].items()
     }
     assert "a_minus_this" in flows["B"] and "a_minus_this" not in flows["C"]
 
@@ -330,7 +331,7 @@ def test_errors_at_other_timesteps_are_not_compared() -> None:
 def test_a_reference_of_another_clip_finds_the_colors_by_chance_at_most() -> None:
     """A perfect model, which shows the references' subjects on real clips, with the references of the control."""
     evaluator = SpriteEvaluator(WAN_CONFIGS["r2v-tiny"], None, None)
-    asked = jobs(seed=1, clips=240, sample_steps=1)
+    asked = judging_jobs(seed=1, clips=240, sample_steps=1)
     own = [evaluator.draw(asked["shuffled"], index) for index in range(60)]
     right = {"own": 0, "shuffled": 0}
     for name, job in (("own", dataclasses.replace(asked["one"], clips=60)), ("shuffled", asked["shuffled"])):
@@ -340,15 +341,14 @@ def test_a_reference_of_another_clip_finds_the_colors_by_chance_at_most() -> Non
             played = dataclasses.replace(
                 clip, performances=(dataclasses.replace(clip.performances[0], subject=subject),)
             )
-            _, (verdict,) = judge_clip(render_clip(played, 9, 48, 48)[0], clip)
-            right[name] += verdict.colors
+            right[name] += judge_clip(render_clip(played, 9, 48, 48)[0], clip)["colors"][0]
     assert right["own"] / 60 >= 0.95
     assert right["shuffled"] / 60 <= 1 / 15
 
 
 def test_jobs_are_the_same_for_all_arms_of_a_seed_and_others_for_another() -> None:
-    wanted = jobs(1, 20, 5)
-    assert wanted == jobs(1, 20, 5) and wanted["one"].seed != jobs(2, 20, 5)["one"].seed
+    wanted = judging_jobs(1, 20, 5)
+    assert wanted == judging_jobs(1, 20, 5) and wanted["one"].seed != judging_jobs(2, 20, 5)["one"].seed
     assert {name: (job.clips, job.subjects, job.references) for name, job in wanted.items()} == {
         "one": (20, 1, "own"),
         "two": (20, 2, "own"),
@@ -468,7 +468,7 @@ def test_published_tables_are_what_their_runs_say(folder: Path) -> None:
         for arm in study.arms.arms
         for seed in found.get(arm.letter, {})
     }
-    assert json.loads(json.dumps(summarize(study, found))) == published
+    assert json.loads(json.dumps(summarize_study(study, found))) == published
 
 
 def compare(*words: str) -> Result:
@@ -492,4 +492,4 @@ def test_any_two_arms_of_a_published_table_are_compared() -> None:
 
 def test_published_runs_started_from_the_published_model() -> None:
     starts = {json.loads(path.read_text())["start"] for path in PUBLISHED.glob("runs/*/*/result.json")}
-    assert starts == {study_module._digest(PUBLISHED / "start")}
+    assert starts == {weights_sha256(PUBLISHED / "start")}

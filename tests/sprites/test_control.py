@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from refalign_ext.backbone import WAN_CONFIGS
-from refalign_ext.sprites.dataset import to_video_tensor
 from refalign_ext.sprites.evaluate import JudgingJob, SpriteEvaluator
-from refalign_ext.sprites.world import Clip, render_clip
+from refalign_ext.sprites.pixels import to_video_tensor
+from refalign_ext.sprites.world import SpriteClip, render_clip
 
 TASK = WAN_CONFIGS["r2v-tiny"]
 
@@ -40,10 +40,10 @@ class Copyist(SpriteEvaluator):
         return torch.stack([to_video_tensor(video) for video in videos])
 
     def draw_all(self, job: JudgingJob) -> list:
-        self.kept: dict[int, tuple[Clip, list]] = {}
+        self.kept: dict[int, tuple[SpriteClip, list]] = {}
         return super().draw_all(job)
 
-    def draw(self, job: JudgingJob, index: int) -> tuple[Clip, list]:
+    def draw(self, job: JudgingJob, index: int) -> tuple[SpriteClip, list]:
         self.kept[index] = super().draw(job, index)
         return self.kept[index]
 
@@ -68,7 +68,7 @@ def test_a_copyist_is_right_with_its_own_references_and_below_chance_with_shuffl
 ) -> None:
     tables = {
         references: Copyist()
-        .generate(Model(), JudgingJob(40, subjects, seed=3, references=references))
+        .generate(Model(), JudgingJob(30, subjects, seed=3, references=references))
         .table()
         for references in ("own", "shuffled")
     }
@@ -105,13 +105,6 @@ def test_cut_out_references_have_the_tilt_of_their_clip() -> None:
             assert (clip.performances[0].angle != 0) == same
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"references": "none"}, "choose one of own, shuffled"),
-        ({"references": "shuffled"}, "2 clips or more"),
-    ],
-)
-def test_jobs_that_cannot_be_are_refused(settings: dict[str, str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        JudgingJob(1, **settings)
+def test_one_clip_cannot_be_shuffled() -> None:
+    with pytest.raises(ValueError, match="2 clips or more"):
+        JudgingJob(1, references="shuffled")

@@ -12,16 +12,15 @@ from PIL import Image
 
 from refalign_ext.sprites import judged as judged_module
 from refalign_ext.sprites.evaluate import Evaluation, JudgingJob, judge_folder
-from refalign_ext.sprites.guidance_grid import judge_grid, pooled, rise
-from refalign_ext.sprites.judge import judge_clip
-from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, clip_shares, percent
+from refalign_ext.sprites.guidance_grid import clips_at, judge_grid, rise
+from refalign_ext.sprites.judge import METRIC_NAMES, percent
+from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares
 from refalign_ext.sprites.report import (
     GATES,
     ROWS,
     Gate,
     color_chance,
     gate_results,
-    job_of,
     make_report,
 )
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
@@ -47,12 +46,7 @@ class Counting:
             if job.references == "shuffled" or (job.ref_guide_scale or 9) < 3:
                 shown = sample_clip(np.random.default_rng(index), subjects_of("palette"), job.subjects)
             video, _ = render_clip(shown, 9, 48, 48)
-            background, verdicts = judge_clip(video, clip, [reference[1:] for reference in references])
-            found.clips.append(clip)
-            found.videos.append(video)
-            found.references.append([reference[0] for reference in references])
-            found.backgrounds.append(background)
-            found.verdicts.append(verdicts)
+            found.add(video, clip, references)
         return found
 
 
@@ -67,7 +61,7 @@ def test_a_generated_row_is_judged_once(tiny_checkpoint: Path, tmp_path: Path) -
     first = JudgedFolder(tiny_checkpoint).judge("generation", QUICK, tmp_path / "row")
     assert first.is_new and first.sheet == tmp_path / "row.png" and Image.open(first.sheet).width > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["row.json", "row.png"]
-    assert set(first.answers) == set(first.table) == set(METRICS)
+    assert set(first.answers) == set(first.table) == set(METRIC_NAMES)
     assert [len(clip) for clip in first.answers["colors"]] == [1, 1]
     again = JudgedFolder(tiny_checkpoint).judge("generation", QUICK, tmp_path / "row")
     assert not again.is_new and (again.table, again.answers) == (first.table, first.answers)
@@ -110,7 +104,7 @@ def test_report_has_every_row_and_gate_and_resumes(
 ) -> None:
     judge = JudgedFolder(tiny_checkpoint)
     path = make_report(judge, QUICK, tmp_path)
-    assert counting.asked == [(row.what, job_of(row, QUICK)) for row in ROWS]
+    assert counting.asked == [(row.what, row.job(QUICK)) for row in ROWS]
     entry = json.loads((tmp_path / "report.json").read_text())
     assert entry["base"] == asdict(QUICK) and list(entry["rows"]) == [row.name for row in ROWS]
     # Real clips meet every gate; the last one is the control's, for which the stand-in shows other subjects.
@@ -131,14 +125,16 @@ def test_report_has_every_row_and_gate_and_resumes(
 
 def test_gates_are_those_of_rows_that_are_judged_and_can_fail() -> None:
     names = {row.name for row in ROWS}
-    assert len(names) == len(ROWS) and all(gate.row in names and gate.metric in METRICS for gate in GATES)
+    assert len(names) == len(ROWS) and all(
+        gate.row in names and gate.metric in METRIC_NAMES for gate in GATES
+    )
     assert Gate("a", "colors", 0.7).is_met(0.7) and not Gate("a", "colors", 0.7).is_met(0.69)
     assert Gate("a", "swapped", 0.1, at_most=True).is_met(0.1)
     assert not Gate("a", "swapped", 0.1, at_most=True).is_met(0.11)
     row = {"share": 0.5, "low": 0.4, "high": 0.6, "count": 9}
-    half = Judged({}, {metric: row for metric in METRICS}, Path(), True)
+    half = Judged({}, dict.fromkeys(METRIC_NAMES, row), Path(), True)
     assert not any(result["met"] for result in gate_results(dict.fromkeys(names, half)))
-    nothing = Judged({}, {metric: None for metric in METRICS}, Path(), True)
+    nothing = Judged({}, dict.fromkeys(METRIC_NAMES), Path(), True)
     assert not any(result["met"] for result in gate_results(dict.fromkeys(names, nothing)))
     assert 1 / 15 < color_chance() < 0.15
 
@@ -194,9 +190,13 @@ def test_differences_are_paired_by_clip() -> None:
     flat = rise(grid, "text", "colors")["lowest_to_highest"]
     assert (flat["mean"], flat["low"], flat["high"]) == (0, 0, 0)
     assert rise(grid, "image", "swapped")["lowest_to_highest"] is None
-    assert pooled(grid, "image", 1.0, "swapped") is None
-    row = pooled(grid, "image", 1.0, "colors")
-    assert row["share"] == 0.25 and row["count"] == 4  # clips, not clips times text scales
+    assert np.isnan(clips_at(grid, "image", 1.0, "swapped")).all()
+    assert clips_at(grid, "image", 1.0, "colors").tolist() == [
+        0,
+        0,
+        1,
+        0,
+    ]  # clips, not clips times text scales
 
 
 def test_clip_shares() -> None:
