@@ -37,20 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlotRequest:
-    """What to plot.
+    """What to plot; see the options of `plot-features`.
 
     Attributes:
-        task: a reference-to-video task.
-        ckpt_dir: folder with VAE, text encoder and, where a checkpoint is None, the DiT.
-        checkpoints: one or two DiTs by the name that pictures show.
-        references: pictures of one sample; none: clips of the sprite world, for r2v-tiny.
-        prompt: for pictures.
-        timesteps: noise levels in (0, 1000].
+        checkpoints: one or two DiTs by the name that pictures show; None is that in `ckpt_dir`.
         blocks: counted from 0; None: all.
-        tap: see `ReferenceBackbone.forward`.
-        clips, subjects, views: of the sprite world.
-        frame_num: of the video that goes with pictures; None: the task's.
-        most_tokens: of each reference.
+        frame_num: of the video that goes with `references`; None: the task's.
     """
 
     task: str
@@ -105,12 +97,24 @@ def plot_features(
     tokens: dict[str, dict[Place, list[SampleTokens]]] = {}
     for name, checkpoint in request.checkpoints.items():
         if pipeline is None:
-            pipeline = _open_pipeline(request, checkpoint)
+            device = resolve_device(request.device)
+            pipeline = R2VPipeline.from_pretrained(
+                request.ckpt_dir,
+                task=request.task,
+                device=device,
+                dtype=request.dtype,
+                dit_ckpt=checkpoint,
+                offload_model=device.type == "cuda",
+                read_dit=read_any_dit,
+            )
             encoded, count = encode_samples(
                 pipeline, samples, most_tokens=request.most_tokens, seed=request.seed
             )
         else:
-            _replace_model(pipeline, checkpoint or request.ckpt_dir)
+            del pipeline.backbone  # both models at once may not fit
+            source = checkpoint or request.ckpt_dir
+            model = build_dit(read_any_dit(source), config, source, device="cpu", dtype=pipeline.dtype)
+            pipeline.backbone = ReferenceBackbone(model.eval().requires_grad_(False))
         with tqdm(total=sum(len(sample.views) for sample in samples), desc=name, unit="pass") as bar:
             tokens[name] = reference_tokens(
                 pipeline,
@@ -158,26 +162,6 @@ def _samples(
     return make_samples(
         config, clips=request.clips, subjects=request.subjects, views=request.views, seed=request.seed
     )
-
-
-def _open_pipeline(request: PlotRequest, checkpoint: Path | None) -> R2VPipeline:
-    device = resolve_device(request.device)
-    return R2VPipeline.from_pretrained(
-        request.ckpt_dir,
-        task=request.task,
-        device=device,
-        dtype=request.dtype,
-        dit_ckpt=checkpoint,
-        offload_model=device.type == "cuda",
-        read_dit=read_any_dit,
-    )
-
-
-def _replace_model(pipeline: R2VPipeline, source: Path) -> None:
-    """Another checkpoint's weights instead of the model's, without holding both models."""
-    del pipeline.backbone
-    model = build_dit(read_any_dit(source), pipeline.config, source, device="cpu", dtype=pipeline.dtype)
-    pipeline.backbone = ReferenceBackbone(model.eval().requires_grad_(False))
 
 
 def _by_timestep(numbers: dict[Place, Numbers]) -> dict[str, dict[str, Numbers]]:

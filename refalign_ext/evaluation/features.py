@@ -31,17 +31,11 @@ MAX_TIMESTEP = 1000.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with references.
-
-    Attributes:
-        prompt: what happens.
-        views: for each view the prepared pictures of all references in the same order.
-        video: the clip that shows them, [3, F, H, W] in [-1, 1]; None where there is none.
-    """
+    """One prompt with references."""
 
     prompt: str
-    views: list[list[Image.Image]]
-    video: Tensor | None = None
+    views: list[list[Image.Image]]  # for each view the prepared pictures of all references in the same order
+    video: Tensor | None = None  # the clip that shows them, [3, F, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -61,11 +55,7 @@ class EncodedViews:
 
 
 def tokens_with_content(image: Image.Image, stride: tuple[int, int]) -> Tensor:
-    """Which tokens of a prepared reference show more than white, [N] boolean, row by row.
-
-    Args:
-        stride: rows and columns of pixels per token.
-    """
+    """Which tokens of a prepared reference show more than white, [N] boolean; `stride`: pixels per token."""
     pixels = reference_to_tensor(image)  # [3, H, W]
     darkest = (-F.max_pool2d(-pixels, stride, stride)).amin(0)  # [rows, columns]
     return (darkest < WHITE_LEVEL).flatten()
@@ -138,8 +128,6 @@ def reference_tokens(
     noise in one Euler step from level to level.
 
     Args:
-        blocks: which ones, counted from 0.
-        timesteps: noise levels in (0, 1000], 1000 being pure noise.
         shape: the video latents' [C, F, h, w].
         tap: see `ReferenceBackbone.forward`.
         seed: of the noise, which is the same for every checkpoint.

@@ -15,15 +15,7 @@ LAYERS, HEAD = 4, 32  # blocks, channels of a head
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Settings of `train_teacher`.
-
-    Attributes:
-        kind, size: a key of KINDS and of HIDDEN.
-        steps: 0 leaves the teacher untrained.
-        batch_size: subjects of a step.
-        learning_rate: of AdamW.
-        muon_learning_rate: of Muon, on the blocks' matrices.
-    """
+    """Settings of `train_teacher`: `kind` is a key of KINDS, `size` one of HIDDEN, no steps leave it untrained."""
 
     kind: str = "dinov3"
     size: str = "tiny"

@@ -178,11 +178,10 @@ def train_lesson(
     for name, parameter in lesson.model.named_parameters():
         is_matrix = any(part in f".{name}" for part in blocks) and parameter.ndim == 2
         (matrices if is_matrix else others).append(parameter)
-    if lesson.attributes is not None:
-        others += lesson.attributes.parameters()
+    extra = [] if lesson.attributes is None else list(lesson.attributes.parameters())
     optimizers = [
         Muon(matrices, lr=settings.muon_learning_rate),
-        torch.optim.AdamW(others, lr=settings.learning_rate, weight_decay=0.05, betas=(0.9, 0.95)),
+        torch.optim.AdamW([*others, *extra], lr=settings.learning_rate, weight_decay=0.05, betas=(0.9, 0.95)),
     ]
 
     def loss_of(step: int) -> Tensor:
@@ -198,6 +197,7 @@ def train_lesson(
 
     lesson.model.train()
     train_steps(
+        [*lesson.model.parameters(), *extra],
         optimizers,
         loss_of,
         steps=settings.steps,

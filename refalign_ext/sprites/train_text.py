@@ -98,8 +98,10 @@ def train_readout(
             for i, logits in enumerate(found)
         )
 
+    parameters = [*readout.parameters(), *encoder.parameters()]
     train_steps(
-        [torch.optim.AdamW([*readout.parameters(), *encoder.parameters()], lr=3e-3, weight_decay=0.0)],
+        parameters,
+        [torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)],
         loss_of,
         steps=steps,
         warmup=50,

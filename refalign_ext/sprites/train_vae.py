@@ -222,6 +222,7 @@ def run_stage(
             torch.save({"vae": vae.state_dict(), "optimizers": states, "step": step}, unfinished)
 
     train_steps(
+        vae.parameters(),
         optimizers,
         autocast_loss,
         steps=steps,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
 def train_steps(
+    parameters: Iterable[Tensor],
     optimizers: Sequence[Optimizer],
     loss_of: Callable[[int], Tensor],
     *,
@@ -24,6 +25,7 @@ def train_steps(
     """Train to `steps`: linear warm-up of the optimizers' own rates, then linear decay.
 
     Args:
+        parameters: those that the optimizers share out; their gradient's norm is kept to 1.
         loss_of: step -> loss.
         first: the first step, of a run that goes on.
         warmup, decay, least: steps of warm-up, the last share of all steps in which rates fall, and to what share.
@@ -32,7 +34,7 @@ def train_steps(
     from tqdm import tqdm
 
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [parameter for group, _ in groups for parameter in group["params"]]
+    parameters = list(parameters)
     for step in tqdm(range(first, steps), initial=first, total=steps, desc=label, mininterval=2):
         for group, rate in groups:
             fall = max(least, min(1.0, (1 - step / steps) / decay))

@@ -83,7 +83,6 @@ class SpriteSubject:
 
     @property
     def colors(self) -> frozenset[str]:
-        """Names of both colours, in no order."""
         return frozenset((self.first, self.second))
 
 
@@ -179,13 +178,7 @@ def sample_clip(
     """Draw a clip of `count` (1 to 3) different subjects, each in a lane of its own, named from the first lane on.
 
     Half of the pairs share a shape or a palette on purpose: otherwise there is nothing that could be confused.
-
-    Args:
-        free_colors: every subject is `tinted`.
-        tilted: subjects are turned as references are; otherwise they stand upright.
-
-    Raises:
-        ValueError: if `count` is not 1, 2 or 3.
+    Subjects are `tinted` for `free_colors`; `tilted` ones are turned as references are, others stand upright.
     """
     if count not in (1, 2, 3):
         raise ValueError(f"{count} subjects asked for: the sprite world shows 1, 2 or 3")
@@ -279,18 +272,14 @@ def paint(
 
 
 def paint_background(name: str, height: int, width: int) -> np.ndarray:
-    """A vertical gradient [H, W, 3] float 0..255."""
+    """A vertical gradient [height, width, 3] float 0..255."""
     top, bottom = (np.float32(color) for color in BACKGROUNDS[name])
     ramp = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     return np.broadcast_to(top + ramp * (bottom - top), (height, width, 3)).copy()
 
 
 def render_clip(clip: SpriteClip, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a clip.
-
-    Returns:
-        video [frames, height, width, 3] uint8, and coverage [frames, height, width] float 0..1 of all subjects.
-    """
+    """Video [frames, height, width, 3] uint8, and coverage [frames, height, width] float 0..1 of all subjects."""
     video = np.empty((frames, height, width, 3), np.uint8)
     covered = np.zeros((frames, height, width), np.float32)
     background = paint_background(clip.background, height, width)
@@ -342,13 +331,9 @@ def render_cross_reference(
 def sample_reference(
     rng: np.random.Generator, performance: Performance, height: int, width: int, pair: str = "cross"
 ) -> tuple[np.ndarray, float, float]:
-    """Render a reference for a performance.
+    """A reference for a performance: image [height, width, 3] uint8, angle in radians, scale as a frame fraction.
 
-    Args:
-        pair: `"cross"` (another angle and scale) or `"regular"` (the clip's own angle, cut out and enlarged).
-
-    Returns:
-        image [height, width, 3] uint8, its angle in radians, its scale as a fraction of the frame.
+    `pair` is `"cross"` (another angle and scale) or `"regular"` (the clip's own angle, cut out and enlarged).
     """
     if pair == "cross":
         return render_cross_reference(rng, performance.subject, height, width)

@@ -46,19 +46,13 @@ _WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for.
+    """What is asked for; see the options of `ablate`.
 
     Attributes:
         table: key of `TABLES`.
         out: folder of all tables, with the runs, start, teachers and sprite cache that they share.
         seeds: arms are trained with the seeds 1 to `seeds`.
-        steps: optimizer steps of every arm.
-        start_steps: of the text-to-video model that they start from.
-        clips: judged with one subject and with two.
-        sample_steps: with which they and the previews are made.
         settings: other settings of train_refalign.py, for the start and for every arm.
-        start: a text-to-video model that is there already, in any layout; None: it is trained.
-        teachers: folder of teachers; None: in `out`.
         teacher_steps: for which teachers are trained; None: as long as the command does that trains them.
     """
 
