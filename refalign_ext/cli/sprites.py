@@ -193,7 +193,7 @@ def guidance(
 
     judge_grid(folder, JudgingJob(**settings), image_scales, text_scales, out)
     text = (out / "guidance.md").read_text(encoding="utf-8")
-    click.echo(text.partition("\n**")[0].rstrip())
+    click.echo(text.partition("\n![")[0].rstrip())
     click.echo(f"wrote {out / 'guidance.md'}, .json and .png")
 
 

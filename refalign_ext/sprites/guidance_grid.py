@@ -15,7 +15,7 @@ import numpy as np
 
 from refalign_ext.atomic_io import save_figure, write_json, write_text
 from refalign_ext.sprites.evaluate import JudgingJob
-from refalign_ext.sprites.judge import percent, wilson
+from refalign_ext.sprites.judge import wilson
 from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares
 
 AXES = ("image", "text")
@@ -65,7 +65,7 @@ def judge_grid(
         ],
     }
     write_json(out / "guidance.json", entry)
-    write_text(out / "guidance.md", _markdown(cells, entry, job))
+    write_text(out / "guidance.md", _markdown(entry, job))
     _draw(cells, axes, out / "guidance.png")
     return entry
 
@@ -116,7 +116,7 @@ def _difference(values: np.ndarray) -> dict[str, float] | None:
     return {"mean": mean, "low": mean - half, "high": mean + half, "clips": len(known)}
 
 
-def _markdown(cells: Cells, entry: dict[str, Any], job: JudgingJob) -> str:
+def _markdown(entry: dict[str, Any], job: JudgingJob) -> str:
     lines = [
         "# Dual guidance",
         "",
@@ -141,13 +141,6 @@ def _markdown(cells: Cells, entry: dict[str, Any], job: JudgingJob) -> str:
         "Percent over all cells with that scale; differences in points, paired by clip, with 95% intervals. The best scale was "
         "chosen by the same figures, so its difference is a little too large.",
     ]
-    texts = entry["scales"]["text"]
-    for metric in SHOWN:
-        lines += ["", f"**{metric}**, image scale down, text scale across", ""]
-        lines += ["| | " + " | ".join(f"{text:g}" for text in texts) + " |", "|---" * (len(texts) + 1) + "|"]
-        for image in entry["scales"]["image"]:
-            row = " | ".join(percent(cells[image, text].table[metric]) for text in texts)
-            lines.append(f"| {image:g} | {row} |")
     return "\n".join([*lines, "", "![guidance](guidance.png)"]) + "\n"
 
 

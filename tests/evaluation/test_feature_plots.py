@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,13 +48,6 @@ def test_separated_clusters_score_high_and_shuffled_labels_at_chance() -> None:
     assert neighbor_accuracy(clusters(0.02), LABELS) == (1.0, pytest.approx(39 / 119))
     share, chance = neighbor_accuracy(clusters(1.0), shuffled())
     assert share == pytest.approx(chance, abs=0.12)
-
-
-def test_length_does_not_count() -> None:
-    lengths = torch.linspace(0.1, 10, 120)[:, None]
-    assert variance_ratio(clusters(0.1) * lengths, LABELS) == pytest.approx(
-        variance_ratio(clusters(0.1), LABELS), rel=1e-4
-    )
 
 
 def test_neighbors_in_other_views_are_not_of_the_own_picture() -> None:
@@ -151,34 +143,9 @@ def test_thinning_out_keeps_the_same_tokens_every_time(pipeline: R2VPipeline) ->
     assert torch.equal(first.views[0].kept, again.views[0].kept)
 
 
-def test_white_references_are_refused(pipeline: R2VPipeline) -> None:
-    (sample,) = sprite_samples(pipeline.config, clips=1, subjects=2, views=1, seed=3)
-    sample.views[0][1] = Image.new("RGB", (48, 48), (255, 255, 255))
-    with pytest.raises(ValueError, match="reference 2 shows"):
-        encode_samples(pipeline, [sample], most_tokens=10, seed=0)
-
-
 def request(folder: Path, **changes: object) -> PlotRequest:
     usual = PlotRequest("r2v-tiny", folder, {"one": None}, clips=2, views=2, device="cpu", blocks=(0, 5))
     return replace(usual, **changes)
-
-
-def test_two_checkpoints_side_by_side(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    other = checkpoints.build(tmp_path / "other", seed=1)
-    named = {"same": None, "other": other}
-    entry = plot_features(request(tiny_checkpoint, checkpoints=named), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "features.json").read_text()) == entry
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "features-t750.png",
-        "features.json",
-    ]
-    assert Image.open(tmp_path / "out" / "features-t750.png").width > 800
-    first, second = (entry["checkpoints"][name]["750"] for name in named)
-    assert set(first) == {"0", "5"} and first != second
-    gap = entry["difference"]["750"]["5"]["variance_ratio"]["mean"]
-    assert gap == pytest.approx(
-        first["5"]["variance_ratio"]["mean"] - second["5"]["variance_ratio"]["mean"], abs=1e-6
-    )
 
 
 def test_pictures_of_ones_own_at_two_noise_levels(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from PIL import Image
 from refalign_ext.sprites import judged as judged_module
 from refalign_ext.sprites.evaluate import Evaluation, JudgingJob, judge_folder
 from refalign_ext.sprites.guidance_grid import clips_at, judge_grid, rise
-from refalign_ext.sprites.judge import METRIC_NAMES, percent
-from refalign_ext.sprites.judged import Judged, JudgedFolder, clip_shares
+from refalign_ext.sprites.judge import METRIC_NAMES
+from refalign_ext.sprites.judged import Judged, JudgedFolder
 from refalign_ext.sprites.report import (
     GATES,
     ROWS,
@@ -94,11 +94,6 @@ def test_anything_that_answers_depend_on_makes_them_new(
     assert is_new(folder)
 
 
-def test_missing_parts_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Wan2.1_VAE_tiny.pth"):
-        JudgedFolder(tmp_path)
-
-
 def test_report_has_every_row_and_gate_and_resumes(
     tiny_checkpoint: Path, tmp_path: Path, counting: Counting
 ) -> None:
@@ -137,11 +132,6 @@ def test_gates_are_those_of_rows_that_are_judged_and_can_fail() -> None:
     nothing = Judged({}, dict.fromkeys(METRIC_NAMES), Path(), True)
     assert not any(result["met"] for result in gate_results(dict.fromkeys(names, nothing)))
     assert 1 / 15 < color_chance() < 0.15
-
-
-def test_percent() -> None:
-    assert percent(None) == "-"
-    assert percent({"share": 0.0, "low": -1e-18, "high": 0.0434}) == "0.0 [0-4]"
 
 
 def test_grid_of_scales(tiny_checkpoint: Path, tmp_path: Path, counting: Counting) -> None:
@@ -197,11 +187,6 @@ def test_differences_are_paired_by_clip() -> None:
         1,
         0,
     ]  # clips, not clips times text scales
-
-
-def test_clip_shares() -> None:
-    shares = clip_shares([[True, False], [None, True], [None]])
-    assert shares[:2].tolist() == [0.5, 1.0] and np.isnan(shares[2])
 
 
 @pytest.mark.parametrize("scales", [(5.0,), (1.0, 1.0), (-1.0, 2.0), (1.0, float("nan"))])

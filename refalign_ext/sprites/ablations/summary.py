@@ -57,7 +57,8 @@ def collect(study: Study) -> Results:
 def _values(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
     """A metric by seed, without seeds in which its question never arose."""
     if job == VALIDATION:
-        last = {seed: result["curve"][max(result["curve"], key=int)] for seed, result in results.items()}
+        curves = {seed: result["curve"] for seed, result in results.items() if result["curve"]}
+        last = {seed: curve[max(curve, key=int)] for seed, curve in curves.items()}
         return {seed: shown[FLOW_ERROR] for seed, shown in last.items() if FLOW_ERROR in shown}
     rows = {seed: result["judged"][job]["table"].get(metric) for seed, result in results.items()}
     return {seed: row["share"] for seed, row in rows.items() if row is not None}
