@@ -12,9 +12,8 @@ from refalign_ext.data.batch import Source
 from refalign_ext.data.cache.files import HEADER, default_folder, read_header
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import CachedText, LatentCache
-from refalign_ext.data.cache.rows import check_rows
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.loading.source import ClipSource
 from refalign_ext.data.sampling.buckets import make_buckets
 from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.sampling.split import Split
@@ -132,7 +131,7 @@ def open_caches(
         expected = cache_fingerprint(sampling, **encoders.fingerprint())
         caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
-            check_rows(cache, open_clip_set(path))
+            cache.check_rows(open_clip_set(path))
             logger.info("using the cache %s: %d clips, %d failures", cache.folder, len(cache), cache.failures)
         return caches
 
@@ -151,7 +150,7 @@ def _clip_sources(
     assert config.data is not None
     size, share = parallel.sizes.data, config.validation_share
 
-    def source(paths: str, split: Split, workers: int, **order: Any) -> Source:
+    def source(paths: str, split: Split, workers: int, **options: Any) -> Source:
         return ClipSource(
             [open_clip_set(path) for path in paths.split(",")],
             sampling,
@@ -161,9 +160,10 @@ def _clip_sources(
             split=split,
             data_rank=parallel.data_rank,
             data_size=size,
-            settings=LoaderSettings(workers=workers, max_bad_share=config.max_bad_share),
+            workers=workers,
+            max_bad_share=config.max_bad_share,
             fallback_dir=Path(config.out) / "clip_indexes",
-            **order,
+            **options,
         )
 
     training = source(

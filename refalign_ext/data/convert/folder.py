@@ -11,14 +11,13 @@ import numpy as np
 
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
-from refalign_ext.data.clip_set import ManifestRows
 from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
 from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, DraftOptions, clips_in_folder
 from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
 from refalign_ext.data.convert.paths import folder_inside, manifest_root
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
-from refalign_ext.data.manifest_file import index_path, write_manifest
+from refalign_ext.data.manifest_file import ManifestReader, index_path, write_manifest
 from refalign_ext.data.schema import Clip, Subject, VideoSpan
 from refalign_ext.data.spans import steady_frame
 
@@ -75,7 +74,7 @@ def convert_folder(
         try:
             if not write_manifest(draft, shown):
                 raise ValueError(_nothing_fits(source, options))
-            rows = ManifestRows(draft)
+            rows = ManifestReader(draft)
             records = open_clip_index(rows, workers=workers, logs_bad_clips=False)
             clips = _finished(rows, records, length, selection, report)
             first = next(clips, None)
@@ -112,7 +111,7 @@ def _checked_root(
 
 
 def _finished(
-    rows: ManifestRows,
+    rows: ManifestReader,
     records: np.ndarray,
     length: Length | None,
     selection: Selection,
@@ -132,7 +131,7 @@ def _finished(
             yield replace(clip, video=_filled_in(clip.video, record), subjects=subjects)
 
 
-def _why_unusable(rows: ManifestRows, row: int, clip: Clip) -> tuple[str, str]:
+def _why_unusable(rows: ManifestReader, row: int, clip: Clip) -> tuple[str, str]:
     """Under which reason a clip is dropped, and its name with the error."""
     try:
         media = rows.media(row, clip.video.path)
