@@ -205,7 +205,7 @@ BAD = [
     (
         {"video": {"path": "a.mp4"}, "frame": 1, "box_space": "frame", "bg": "white", "mask_rle": "64x47"},
         "mask_size",
-        "the mask has 64x47 pixels, its frame has 64x48",
+        r"the mask is \[47, 64\] .* its frame \[48, 64\]",
     ),
     (
         {
@@ -215,7 +215,7 @@ BAD = [
             "mask_rle": "64x48",
         },
         "mask_size",
-        "the mask has 64x48 pixels, its cropped_frame has 10x20",
+        r"the mask is \[48, 64\] .* its cropped_frame \[20, 10\]",
     ),
     (
         {"video": {"path": "a.mp4"}, "frame": 1, "box_space": "frame", "mask_rle": "64x48"},

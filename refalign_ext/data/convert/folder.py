@@ -11,7 +11,6 @@ import numpy as np
 
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
-from refalign_ext.data.clip_set import ManifestRows
 from refalign_ext.data.conversion_report import ConversionReport, Unusable, no_clips_message, report_path
 from refalign_ext.data.convert.folder_clip import ClipMaker
 from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, rows_in_folder
@@ -19,7 +18,7 @@ from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, rows_in_table
 from refalign_ext.data.convert.rows import clip_lines, folder_inside, manifest_root, write_lines
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
-from refalign_ext.data.manifest_file import index_path
+from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.schema import Clip, Subject, VideoSpan
 from refalign_ext.data.spans import steady_frame
 
@@ -78,7 +77,7 @@ def convert_folder(
             if not write_lines(draft, clip_lines(shown, maker.clip, report)):
                 raise ValueError(_nothing_fits(source, root, prompt_suffix, report))
             report.kept.clear()  # until their videos are known
-            rows = ManifestRows(draft)
+            rows = ManifestReader(draft)
             records = open_clip_index(rows, workers=workers, logs_bad_clips=False)
 
             def probed(row: int) -> Clip:
@@ -120,7 +119,7 @@ def _checked_root(
 
 
 def _probed_clip(
-    rows: ManifestRows,
+    rows: ManifestReader,
     row: int,
     record: np.void,
     length: Length | None,
@@ -138,7 +137,7 @@ def _probed_clip(
     return replace(clip, video=_filled_in(clip.video, record), subjects=subjects)
 
 
-def _why_unusable(rows: ManifestRows, row: int, clip: Clip) -> Unusable:
+def _why_unusable(rows: ManifestReader, row: int, clip: Clip) -> Unusable:
     try:
         if probe_media(rows.media(row, clip.video.path)).fps > 0:
             return Unusable("span_outside_video")
