@@ -12,9 +12,8 @@ from refalign_ext.data.batch import Source
 from refalign_ext.data.cache.files import HEADER, default_folder, read_header
 from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import CachedText, LatentCache
-from refalign_ext.data.cache.rows import check_rows
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.loading.source import ClipSource
 from refalign_ext.data.sampling.buckets import make_buckets
 from refalign_ext.data.sampling.sample_spec import Sampling
 from refalign_ext.data.sampling.split import Split
@@ -146,9 +145,9 @@ def open_caches(
         expected = cache_fingerprint(sampling, **encoders.fingerprint())
         caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
-            check_rows(cache, open_clip_set(path))
+            cache.check_rows(open_clip_set(path))
             logger.info(
-                "using the cache %s: %d clips, %d stretches of each, %s, %d failures",
+                "using the cache %s: %d clips, %d variants of each, %s, %d failures",
                 cache.folder,
                 len(cache),
                 sampling.clip_variants,
@@ -177,9 +176,8 @@ def clip_sources(
     """
     assert config.data is not None
     sizes = parallel.sizes
-    settings = LoaderSettings(workers=config.data_workers, max_bad_share=config.max_bad_share)
 
-    def source(paths: str, split: Split, settings: LoaderSettings, **order: Any) -> Source:
+    def source(paths: str, split: Split, **options: Any) -> Source:
         return ClipSource(
             [open_clip_set(path) for path in paths.split(",")],
             sampling,
@@ -189,25 +187,24 @@ def clip_sources(
             split=split,
             data_rank=parallel.data_rank,
             data_size=sizes.data,
-            settings=settings,
+            max_bad_share=config.max_bad_share,
             fallback_dir=Path(config.out) / "clip_indexes",
-            **order,
+            **options,
         )
 
     share, validation = config.validation_share, None
     training = source(
         config.data,
         Split(share, config.seed, "train") if share else Split(),
-        settings,
+        workers=config.data_workers,
         caches=caches,
         mix=config.data_mix or None,
         schedule=config.data_schedule,
         total=config.steps * config.batch_size * sizes.data * config.accumulation(sizes.data),
         batch_size=config.batch_size,
     )
-    here = replace(settings, workers=0)  # a few clips now and then
     if config.validate_every and config.validation_data is not None:
-        validation = source(config.validation_data, Split(), here)
+        validation = source(config.validation_data, Split())  # a few clips now and then: without workers
     elif config.validate_every and share:
-        validation = source(config.data, Split(share, config.seed, "validation"), here, caches=caches)
+        validation = source(config.data, Split(share, config.seed, "validation"), caches=caches)
     return training, validation
