@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -30,7 +30,6 @@ from refalign_ext.data.cache.names import (
     video_name,
 )
 from refalign_ext.data.cache.reader import CachedText, LatentCache
-from refalign_ext.data.cache.rows import check_rows, file_sizes
 from refalign_ext.data.check.run import check
 from refalign_ext.data.clip_index import clip_index_paths, delete_clip_index
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
@@ -40,7 +39,7 @@ from refalign_ext.data.convert.opens2v import convert_opens2v
 from refalign_ext.data.convert.phantom import convert_phantom
 from refalign_ext.data.convert.selection import Selection
 from refalign_ext.data.decoding import read_clip, read_frame
-from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.loading.source import ClipSource
 from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
@@ -398,7 +397,7 @@ def clip_source(clips: ClipSet, **options: Any) -> ClipSource:
         SAMPLING,
         encode=lambda videos: [video.mean(dim=(2, 3), keepdim=True) for video in videos],
         features=None,
-        settings=LoaderSettings(workers=0, max_bad_share=1),
+        max_bad_share=1,
         **options,
     )
 
@@ -527,6 +526,10 @@ def test_indexes_that_are_damaged(tmp_path: Path) -> None:
         fuzz(made, 40, 17, read)
 
 
+def no_text_encoder() -> NoReturn:
+    raise ValueError("a prompt is not in the cache")
+
+
 class Cache:
     """A cache of four clips in two chunks, made from their rows."""
 
@@ -544,7 +547,7 @@ class Cache:
             tensors, rows = {}, []
             for row in header.chunk(number):
                 clip = self.clips[row]
-                rows.append([clip.id, row_digest(clip, file_sizes(self.clips, row, clip))])
+                rows.append([clip.id, row_digest(self.clips, row, clip)])
                 tensors[video_name(clip.id, BUCKET, 0)] = torch.rand(3, 5, 1, 1)
                 tensors[text_name(clip.prompt)] = torch.rand(4, 2)
                 for choice in possible_references(clip, SAMPLING):
@@ -555,8 +558,8 @@ class Cache:
     def read(self) -> None:
         """Everything in it, as training does."""
         cache = LatentCache(self.folder, self.expected)
-        check_rows(cache, self.clips, progress=False)
-        encode = CachedText([cache], "cpu")
+        cache.check_rows(self.clips)
+        encode = CachedText([cache], "cpu", no_text_encoder)
         for clip in (self.clips[row] for row in range(len(GOOD))):
             cache.video(clip.id, BUCKET, 0)
             for choice in possible_references(clip, SAMPLING):

@@ -22,7 +22,7 @@ from refalign_ext.data.clip_index import measure
 from refalign_ext.data.clip_set import ShardRows, open_clip_set
 from refalign_ext.data.convert.folder import convert_folder
 from refalign_ext.data.decoding import read_clip, read_frame
-from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.loading.source import ClipSource
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.media_source import MediaBytes
@@ -94,7 +94,7 @@ def source(path: Path) -> ClipSource:
         Sampling((Bucket(32, 32, 5),)),
         encode=lambda videos: [video.mean(dim=(2, 3), keepdim=True) for video in videos],
         features=None,
-        settings=LoaderSettings(workers=0, max_bad_share=1),
+        max_bad_share=1,
     )
 
 
