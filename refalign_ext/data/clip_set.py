@@ -19,11 +19,7 @@ _OPEN_SHARDS = 16
 
 
 def open_clip_set(path: str | Path) -> ClipSet:
-    """The clips of a manifest (.jsonl), or of a folder that `data materialise` wrote.
-
-    Raises:
-        ValueError: if there is nothing of the kind.
-    """
+    """The clips of a manifest (.jsonl), or of a folder that `data materialise` wrote."""
     path = Path(path)
     if path.is_file():
         return ManifestReader(path)
@@ -42,9 +38,6 @@ class ShardRows(ClipSet):
 
     A shard that is missing, cut off or damaged costs the rows that cannot be read from it and no others. The tables
     of the `_OPEN_SHARDS` shards used last are kept; memory does not grow with the number of rows.
-
-    Raises:
-        ValueError: if `shards.json` is missing or not as it should be.
     """
 
     def __init__(self, path: str | Path) -> None:
