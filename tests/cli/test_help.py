@@ -61,7 +61,7 @@ def test_scripts_show_their_help_without_torch(name: str) -> None:
 def test_every_setting_is_a_flag_of_training() -> None:
     _, output = imports_of(SCRIPT.format(name="train_refalign.py"))
     shown = {line.split()[0].removeprefix("--") for line in output.splitlines() if line.startswith("  --")}
-    others = {"device", "resume", "threads", "dry-run", "world_size", "wan_root", "help"}
+    others = {"device", "resume", "threads", "dry-run", "world_size", "wan_root"}
     assert shown == {*setting_fields(), *others}
 
 
