@@ -18,7 +18,7 @@ from refalign_ext.data.schema import Clip, parse
 
 _CACHED_RECORDS = 64  # clips of a cluster lie near each other
 
-_Record = dict[str, Any]  # as `read_entry` makes them
+_Record = dict[str, Any]  # as `EntryReader` makes them
 _Reference = dict[str, Any]  # as in the manifest's lines
 
 
