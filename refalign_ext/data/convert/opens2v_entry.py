@@ -97,8 +97,9 @@ class EntryReader:
 
         Returns:
             `reason` why the clip is dropped or None; `clip`, a line of the manifest whose subjects have one regular
-            reference or none, its paths relative to the part's videos; `ids`, number and class name -> subject, also of
-            duplicates; `areas` of subjects as shares of the frame; `background`, what it is or None.
+            reference, without its video, or none; `fps` of the video, whose path is relative to the part's folder; `ids`,
+            number and class name -> subject, also of duplicates; `areas` of subjects as shares of the frame;
+            `background`, what it is or None.
 
         Raises:
             Unusable: if nothing can be made of the entry.
@@ -124,6 +125,7 @@ class EntryReader:
         return {
             "reason": self.selection.clip_problem(video["end_frame"] - video["start_frame"], scores),
             "clip": line,
+            "fps": metadata.fps,
             "ids": ids,
             "areas": {str(subject.number): subject.scores.area_ratio for subject in distinct},
             "background": next(filter(None, phrases), None),
@@ -169,7 +171,6 @@ class EntryReader:
         place = {"frame": frame, "box_space": "cropped_frame"}
         reference = place | {
             "pair": "regular",
-            "video": {key: value for key, value in video.items() if key != "fps"},
             "bbox_xyxy": box,
             "mask_rle": {"size": mask.size, "counts": mask.counts},
             "bg": "white",
@@ -245,5 +246,5 @@ def _video(metadata: _Metadata) -> dict[str, Any]:
     start, end = max(cut[0], 0), min(cut[1], metadata.num_frames)
     if start >= end:
         raise Unusable("cut_empty", f"face_cut {list(cut)} of {metadata.num_frames} frames")
-    span = {"path": metadata.path, "start_frame": start, "end_frame": end, "fps": metadata.fps}
+    span = {"path": metadata.path, "start_frame": start, "end_frame": end}
     return span | {"width": size[0], "height": size[1], "crop_xyxy": [x0, y0, x1, y1]}
