@@ -17,13 +17,9 @@ _PAPER, _LINE = (250, 250, 248), (214, 214, 210)
 # Pillow's own font knows Latin letters only; for others the first of these that is installed is used.
 _OTHER_FONTS = (
     "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
     "wqy-microhei.ttc",
     "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
     "msyh.ttc",
-    "Arial Unicode.ttf",
     "DejaVuSans.ttf",
 )
 
