@@ -28,6 +28,13 @@ def blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), _PAPER)
 
 
+def padded(part: Image.Image, height: int) -> Image.Image:
+    """A part with empty paper under it, or cut off, so that it has this height."""
+    page = blank(part.width, height)
+    page.paste(part, (0, 0))
+    return page
+
+
 def stacked(parts: Sequence[Image.Image], width: int, *, margin: int = 0, gap: int = GAP) -> Image.Image:
     """Parts one below the other."""
     page = blank(width, sum(part.height for part in parts) + gap * (len(parts) - 1) + 2 * margin)
