@@ -11,8 +11,7 @@ from refalign_ext.backbone import SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
 from refalign_ext.request import DTYPES, SOLVERS
 from refalign_ext.tasks import TASKS, find_task
 from wan.configs import TASKS as WAN_TASKS
-from wan.utils.runtime import DTYPE_NAMES
-from wan.utils.solvers import SOLVER_NAMES
+from wan.utils import runtime, solvers
 
 
 def test_the_table_agrees_with_wans() -> None:
@@ -24,7 +23,7 @@ def test_the_table_agrees_with_wans() -> None:
         assert WAN_CONFIGS[task.name].sample_fps == task.fps
         assert all(isinstance(getattr(task, scale), float) for scale in task.scales)
         assert task.bundled is None or task.bundled.is_dir()
-    assert (set(SOLVERS), DTYPES) == (set(SOLVER_NAMES), DTYPE_NAMES)
+    assert (tuple(solvers.SOLVERS), ("auto", *runtime.DTYPES)) == (SOLVERS, DTYPES)
 
 
 def test_reference_tasks_grow_from_wans() -> None:

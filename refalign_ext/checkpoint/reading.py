@@ -75,6 +75,11 @@ def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
     return DiTCheckpoint(read_weights(found.weights), read_weights(found.projectors), found.config, files)
 
 
+def dit_files(path: Path) -> list[Path]:
+    """The files that hold a DiT's tensors; empty where nothing readable is."""
+    return sorted(path.glob("*.distcp")) if is_checkpoint(path) else checkpoint_files(path)
+
+
 def read_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
     """All of them at once."""
     return {name: weight.read() for name, weight in weights.items()}
@@ -115,7 +120,7 @@ def open_dit(
         weights = _merged_weights(under.weights, adapter, *scale)
     elif base is not None:
         raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
-    return StoredDiT(path, weights, _tensor_files(path), read_model_config(path), projectors, under)
+    return StoredDiT(path, weights, dit_files(path), read_model_config(path), projectors, under)
 
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
@@ -138,7 +143,7 @@ def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = N
     under = base_named_by(settings) if base is None else require_base(path, settings, base)
     sha256 = None
     if under is not None and under.exists():
-        files = _tensor_files(under) if is_checkpoint(under) else checkpoint_files(under)
+        files = dit_files(under)
         sha256 = files_sha256(files) if files else None
     tensors = {name: stored.read(key) for name, key in keys.items()}
     return Adapter(tensors, rank, alpha, None if under is None else str(under), sha256)
@@ -209,7 +214,3 @@ def _under(stored: StoredTensors, prefix: str) -> dict[str, Weight]:
 
 def _weight(stored: StoredTensors, key: str) -> Weight:
     return Weight(stored.shape(key), stored.dtype(key), lambda: stored.read(key))
-
-
-def _tensor_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.distcp"))
