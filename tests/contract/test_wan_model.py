@@ -16,7 +16,7 @@ from torch import nn
 
 from wan.configs import WAN_CONFIGS
 from wan.modules import model as model_module
-from wan.modules.model import WanModel, rope_apply, rope_multipliers, rope_params, sinusoidal_embedding_1d
+from wan.modules.model import WanModel, rope_apply, rope_multipliers, sinusoidal_embedding_1d
 
 TEXT_DIM = 20
 TEXT_LEN = 16
