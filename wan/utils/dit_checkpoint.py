@@ -48,6 +48,7 @@ _TOP_LEVEL = {
 }
 _IN_BLOCK = {
     "norm3": "norm2",  # diffusers counts the norms in the order of their use
+    "norm2": "norm3",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
