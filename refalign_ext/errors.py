@@ -36,8 +36,13 @@ def describe_error(error: BaseException, memory_advice: str) -> str | None:
         return memory_advice
     is_own = isinstance(error, (ValueError, FloatingPointError)) and _is_raised_by_us(error)
     if isinstance(error, click.ClickException):
-        return " ".join(error.format_message().split())
-    return " ".join(str(error).split()) if is_own or isinstance(error, OSError) else None
+        return one_line(error.format_message())
+    return one_line(error) if is_own or isinstance(error, OSError) else None
+
+
+def one_line(error: object, limit: int | None = None) -> str:
+    """What an error says in one line, of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

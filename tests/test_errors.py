@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from multiprocessing import get_context
 
 import click
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from refalign_ext import config
-from refalign_ext.data.loading.loader import begin_worker, unchanged
+from refalign_ext.data.loading.loader import ClipLoader
+from refalign_ext.data.sampling.order import Order, SetOrder
+from refalign_ext.data.sampling.sample_spec import Bucket
 from refalign_ext.errors import describe_error
 
 
@@ -27,17 +30,14 @@ def in_a_process(call, *arguments: object) -> None:
 
 
 class Clips(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> object:
+    def __getitem__(self, entry: object) -> object:
         return config.recipe("papr")
 
 
 def in_a_loader() -> None:
-    options = {"collate_fn": unchanged, "worker_init_fn": begin_worker}
-    loader = torch.utils.data.DataLoader(Clips(), num_workers=1, multiprocessing_context="spawn", **options)
-    next(iter(loader))
+    rows = SetOrder(np.zeros(1, int), [Bucket(8, 8, 1)], [range(1)], 1, mixed_shards=1, seed=0, name="0")
+    with closing(ClipLoader(Clips(), Order([rows]), batch_size=1, workers=1, start_method="fork")) as loader:
+        next(loader)
 
 
 @pytest.mark.parametrize("carrier", [None, in_a_process])

@@ -38,10 +38,7 @@ def _to_share(_: click.Context, __: click.Parameter, text: str | None) -> Share:
 
 def workers_option(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(
-        "--workers",
-        type=click.IntRange(0),
-        default=default,
-        help="Processes; 0 does all of it in this one.",
+        "--workers", type=click.IntRange(0), default=default, help="Processes; 0 does all of it in this one."
     )
 
 
@@ -65,21 +62,16 @@ def length_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_length
 
 
-def beside(clips: Path, ending: str) -> Path:
-    """The file next to a manifest or folder whose name goes on with `ending`; "." has a name too."""
-    clips = clips if clips.name else Path(os.path.abspath(clips))
-    return clips.with_name(clips.name + ending)
-
-
-def named_png(flag: str, path: Path | None, usual: Path) -> Path:
-    """Where a picture goes: it is written as PNG.
+def png_path(flag: str, path: Path | None, clips: Path, ending: str) -> Path:
+    """Where a picture goes: `path`, or the name of the clips' manifest or folder with `ending` after it.
 
     Raises:
-        ValueError: naming the flag, for another ending.
+        ValueError: naming the flag, if `path` is no .png file.
     """
     if path is not None and path.suffix.lower() != ".png":
         raise ValueError(f"{flag} {path}: name a .png file")
-    return path or usual
+    clips = Path(os.path.abspath(clips))  # "." has a name too
+    return path or clips.with_name(clips.name + ending)
 
 
 def is_helper() -> bool:
@@ -89,14 +81,12 @@ def is_helper() -> bool:
     return Share.from_environment().index > 0
 
 
-def start_together() -> Callable[[], None]:
+def join_ranks() -> Callable[[], None]:
     """Joins the ranks of torchrun, if it started any; what is returned waits for all of them.
 
     A rank that ends with an exit code other than 0 makes torchrun end all others: none may before they are done.
     """
-    from refalign_ext.data.pieces import Share
-
-    if Share.from_environment().count == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return lambda: None
     import torch
 
@@ -107,11 +97,7 @@ def start_together() -> Callable[[], None]:
 
 
 def tell(report: ConversionReport, out: Path) -> None:
-    """Shows what was kept and dropped, and where the result lies.
-
-    Raises:
-        ValueError: if there is nothing in it.
-    """
+    """Shows what was kept and dropped, and where the result lies; an empty result is an error."""
     click.echo(report.table())
     if report.next_step is None:
         if not report.kept["clips"]:

@@ -24,6 +24,11 @@ class BoxProblem(str, Enum):
     CROP_BEYOND_FRAME = "crop_beyond_frame"
 
 
+def lies_in_frame(box: Sequence[float], frame_size: tuple[int, int]) -> bool:
+    """Whether (x0, y0, x1, y1) is not empty and lies in a frame of (width, height)."""
+    return 0 <= box[0] < box[2] <= frame_size[0] and 0 <= box[1] < box[3] <= frame_size[1]
+
+
 def box_in_frame(
     box: Sequence[float],
     space: str,
@@ -31,7 +36,7 @@ def box_in_frame(
     crop: tuple[int, int, int, int] | None = None,
     declared_size: tuple[int, int] | None = None,
 ) -> Box | BoxProblem:
-    """Maps a box to pixels of the whole, uncropped frame.
+    """Maps a box to pixels of the whole, uncropped frame, or says what is wrong with it.
 
     Up to `BOX_TOLERANCE` pixels of `space` beyond an edge are rounding and are clamped. Boxes that protrude further
     cannot be recovered and are refused.
@@ -44,37 +49,18 @@ def box_in_frame(
         crop: (x0, y0, x1, y1) in pixels of the whole frame; only "cropped_frame" uses it.
         declared_size: (width, height) that the data set gives for the video, where its boxes come from; only "long768"
             uses it: copies of a video often have another size. None: `frame_size`.
-
-    Returns:
-        The box, or what is wrong with it.
-
-    Raises:
-        ValueError: for an unknown space, a frame without pixels or "cropped_frame" without a crop: errors of the
-            caller, which no row causes once it is parsed.
     """
-    width, height = frame_size
-    if space not in BOX_SPACES:
-        raise ValueError(f"unknown box space {space!r}: choose one of {', '.join(BOX_SPACES)}")
-    if width < 1 or height < 1:
-        raise ValueError(f"a frame of {width}x{height} pixels has no place for a box")
-    if len(box) != 4:
-        raise ValueError(f"a box is four numbers (x0, y0, x1, y1), got {len(box)}")
-    if space == "long768" and declared_size is not None and declared_size != frame_size:
-        mapped = box_in_frame(box, space, declared_size)
-        if isinstance(mapped, BoxProblem):
-            return mapped
-        across, down = width / declared_size[0], height / declared_size[1]
-        return mapped[0] * across, mapped[1] * down, mapped[2] * across, mapped[3] * down
+    assert space in BOX_SPACES and min(frame_size) > 0 and len(box) == 4
+    size = frame_size
     left, top, scale = 0.0, 0.0, 1.0
     if space == "cropped_frame":
-        if crop is None:
-            raise ValueError("a box in a cropped frame needs the crop")
-        if not (0 <= crop[0] < crop[2] <= width and 0 <= crop[1] < crop[3] <= height):
+        if not lies_in_frame(crop, frame_size):
             return BoxProblem.CROP_BEYOND_FRAME
-        left, top = crop[0], crop[1]
-        width, height = crop[2] - crop[0], crop[3] - crop[1]
+        left, top, size = crop[0], crop[1], (crop[2] - crop[0], crop[3] - crop[1])
     elif space == "long768":
-        scale = max(1.0, max(width, height) / LONG_SIDE)
+        size = declared_size or frame_size
+        scale = max(1.0, max(size) / LONG_SIDE)
+    width, height = size
     x0, y0, x1, y1 = box
     if not all(math.isfinite(value) for value in box):
         return BoxProblem.NOT_FINITE
@@ -88,5 +74,9 @@ def box_in_frame(
         return BoxProblem.BEYOND_HEIGHT
     x0, x1 = (left + min(max(value * scale, 0.0), width) for value in (x0, x1))
     y0, y1 = (top + min(max(value * scale, 0.0), height) for value in (y0, y1))
-    # What lay within the tolerance beyond an edge is nothing once it is clamped.
-    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else BoxProblem.EMPTY
+    if x0 >= x1 or y0 >= y1:  # what lay within the tolerance beyond an edge is nothing once it is clamped
+        return BoxProblem.EMPTY
+    if space == "long768":
+        across, down = frame_size[0] / width, frame_size[1] / height
+        return x0 * across, y0 * down, x1 * across, y1 * down
+    return x0, y0, x1, y1

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
+from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame, lies_in_frame
 from refalign_ext.data.clip_set import ClipSet
-from refalign_ext.data.masks import cut_reference, decode
+from refalign_ext.data.masks import decode
 from refalign_ext.data.media_source import Media
 from refalign_ext.data.schema import Reference, Target
 from refalign_ext.references import load_image
@@ -39,19 +39,13 @@ class FrameMemory:
         self._frame: np.ndarray | None = None
 
     def read(self, media: Media, reference: Reference) -> np.ndarray:
-        """The whole frame [H, W, 3] uint8 that a reference of the video `media` is in; it may not be changed.
-
-        Raises:
-            ValueError: if it cannot be read.
-        """
+        """The whole frame [H, W, 3] uint8 that a reference of the video `media` is in; it may not be changed."""
         from refalign_ext.data.decoding import read_frame
 
-        key = (str(media), reference.frame, reference.frame_frac, reference.video)
+        frame, share, span = reference.frame, reference.frame_frac, reference.video
+        key = (str(media), frame, share, span)
         if key != self._key:
-            self._key = None
-            self._frame = read_frame(
-                media, frame=reference.frame, frame_share=reference.frame_frac, span=reference.video
-            )
+            self._frame = read_frame(media, frame=frame, frame_share=share, span=span)
             self._key = key
         return self._frame
 
@@ -76,62 +70,51 @@ def read_reference(
         media = clip_set.media(row, name)
     except ValueError as error:
         raise CropError(str(error), "file_missing") from None
-    crop = None
     try:
-        if reference.video is None:
-            image = load_image(media)
-            if reference.bbox_xyxy is None and reference.mask_rle is None:
-                return image
-            frame = np.asarray(image)
-        else:
-            crop = reference.video.crop_xyxy
+        if reference.video is not None:
             frame = (frames or FrameMemory()).read(media, reference)
+        else:
+            frame = np.asarray(load_image(media))
     except ValueError as error:
         raise CropError(f"{place}: {error}", "unreadable") from error
     try:
-        return _cut(frame, reference, crop)
+        return Image.fromarray(_cut(frame, reference))
     except CropError as error:
         raise CropError(f"{place}: {name}: {error}", error.reason) from None
-    except ValueError as error:
-        raise CropError(f"{place}: {name}: {error}", "not_cut") from error
 
 
-def _cut(frame: np.ndarray, reference: Reference, crop: tuple[int, int, int, int] | None) -> Image.Image:
-    """Cuts a picture out of a whole frame [H, W, 3]."""
+def _cut(frame: np.ndarray, reference: Reference) -> np.ndarray:
+    """Cuts a picture out of a whole frame [H, W, 3]: the box widened to whole pixels, then white outside of the mask."""
     height, width = frame.shape[:2]
-    if crop is not None and not (0 <= crop[0] < crop[2] <= width and 0 <= crop[1] < crop[3] <= height):
-        raise CropError(
-            f"crop {list(crop)} does not lie in the frame of {width}x{height} pixels",
-            BoxProblem.CROP_BEYOND_FRAME.value,
-        )
-    box = _box(reference, (width, height), crop)
-    mask = None if reference.mask_rle is None else mask_in_frame(reference, (width, height), crop)
-    background = reference.bg or ("raw" if mask is None else "white")
-    if mask is None:
-        background = "raw"  # a picture whose background is already white
-    elif background == "white" and not _inside(mask, box).any():
+    crop = None if reference.video is None else reference.video.crop_xyxy
+    if crop is not None and not lies_in_frame(crop, (width, height)):
+        message = f"crop {list(crop)} does not lie in the frame of {width}x{height} pixels"
+        raise CropError(message, BoxProblem.CROP_BEYOND_FRAME.value)
+    x0, y0, x1, y1 = _box(reference, (width, height), crop)
+    inside = (slice(math.floor(y0), math.ceil(y1)), slice(math.floor(x0), math.ceil(x1)))
+    if reference.mask_rle is None or reference.bg == "raw":
+        return np.ascontiguousarray(frame[inside])
+    mask = mask_in_frame(reference, (width, height), crop)[inside]
+    if not mask.any():
         raise CropError("the mask is empty inside of the box: the reference would be all white", "mask_empty")
-    return cut_reference(frame, box, mask, background)
+    return np.where(mask[..., None], frame[inside], np.uint8(255))
 
 
-def _box(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int, int] | None) -> Box | None:
-    """The part of the whole frame that shows the reference; None for all of it."""
+def _box(reference: Reference, size: tuple[int, int], crop: tuple[int, int, int, int] | None) -> Box:
+    """The part of the whole frame that shows the reference."""
+    left, top, right, bottom = crop or (0, 0, *size)
     if reference.bbox_xyxy is None:
-        return crop
+        return left, top, right, bottom
     declared = None if reference.video is None else reference.video.size
     box = box_in_frame(reference.bbox_xyxy, reference.box_space, size, crop, declared)
+    what = f"box {list(reference.bbox_xyxy)} ({reference.box_space})"
     if isinstance(box, BoxProblem):
         raise CropError(
-            f"box {list(reference.bbox_xyxy)} ({reference.box_space}) cannot be used in a frame of "
-            f"{size[0]}x{size[1]} pixels: {box.value}",
-            box.value,
+            f"{what} cannot be used in a frame of {size[0]}x{size[1]} pixels: {box.value}", box.value
         )
-    if crop is not None:
-        box = (max(box[0], crop[0]), max(box[1], crop[1]), min(box[2], crop[2]), min(box[3], crop[3]))
-        if box[0] >= box[2] or box[1] >= box[3]:
-            raise CropError(
-                f"box {list(reference.bbox_xyxy)} lies outside of the crop {list(crop)}", "box_outside_crop"
-            )
+    box = (max(box[0], left), max(box[1], top), min(box[2], right), min(box[3], bottom))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise CropError(f"{what} lies outside of the crop {list(crop)}", "box_outside_crop")
     return box
 
 
@@ -146,25 +129,15 @@ def mask_in_frame(
     Raises:
         CropError: (a ValueError) if the mask does not belong to this frame.
     """
-    mask = region.mask_rle
-    left, top, right, bottom = (0, 0, *size)
-    if region.box_space == "cropped_frame":
-        left, top, right, bottom = crop  # the schema sees to it that there is one
     if region.box_space == "long768":
         raise CropError("a mask cannot be given in long768: use frame or cropped_frame", "mask_space")
+    left, top, right, bottom = crop if region.box_space == "cropped_frame" else (0, 0, *size)
     expected = (bottom - top, right - left)
-    if mask.size != expected:
+    if region.mask_rle.size != expected:
         raise CropError(
-            f"the mask has {mask.size[1]}x{mask.size[0]} pixels, its {region.box_space} has "
-            f"{expected[1]}x{expected[0]}",
+            f"the mask is {list(region.mask_rle.size)} (height, width), its {region.box_space} {list(expected)}",
             "mask_size",
         )
     pixels = np.zeros((size[1], size[0]), bool)
-    pixels[top:bottom, left:right] = decode(mask)
+    pixels[top:bottom, left:right] = decode(region.mask_rle)
     return pixels
-
-
-def _inside(mask: np.ndarray, box: Box | None) -> np.ndarray:
-    if box is None:
-        return mask
-    return mask[math.floor(box[1]) : math.ceil(box[3]), math.floor(box[0]) : math.ceil(box[2])]

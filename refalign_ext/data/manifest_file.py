@@ -6,12 +6,13 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from refalign_ext.atomic_io import atomic_open
-from refalign_ext.data.schema import Clip, parse, parse_line, to_dict
+from refalign_ext.data.media_source import ClipSet
+from refalign_ext.data.schema import Clip, parse, resolve_inside, to_dict
 
 MAX_ROW_BYTES = 16 << 20
 _MAGIC = b"RAROWS1\n"
@@ -26,9 +27,6 @@ def write_manifest(path: str | os.PathLike[str], clips: Iterable[Clip]) -> int:
 
     Returns:
         The number of rows.
-
-    Raises:
-        ValueError: for a clip that `parse` would refuse, a value that is not JSON, or a row above `MAX_ROW_BYTES`.
     """
     target = Path(path)
     with atomic_open(index_path(target)) as index:
@@ -42,12 +40,7 @@ def write_manifest(path: str | os.PathLike[str], clips: Iterable[Clip]) -> int:
 
 
 def checked_line(clip: Clip, place: str) -> bytes:
-    """The line of a clip, with its end, checked as it will be when it is read.
-
-    Raises:
-        ValueError: starting with `place`, for a clip that `parse` would refuse, a value that is not JSON, or a row above
-            `MAX_ROW_BYTES`.
-    """
+    """The line of a clip, with its end, checked as it will be when it is read."""
     entry = to_dict(clip)
     parse(entry, place)
     line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
@@ -61,16 +54,12 @@ def index_path(manifest: Path) -> Path:
     return manifest.with_name(manifest.name + ".index")
 
 
-class ManifestReader:
-    """The rows of a manifest by number, each read and checked when it is asked for.
+class ManifestReader(ClipSet):
+    """The rows of a manifest, and files below its folder.
 
     Memory does not grow with the number of rows: offsets stay in the index file. It holds a header `_HEADER` and one
     little-endian uint64 for each row, and is built anew if it is missing, damaged, or the manifest's size or time of
     change is not what it says; in a folder that cannot be written to, in a temporary file. Blank lines are not rows.
-    Readers may be pickled and may be used by several threads and by processes forked after opening.
-
-    Raises:
-        ValueError: if there is no such file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,42 +68,18 @@ class ManifestReader:
             self._file = self.path.open("rb")
         except OSError as error:
             raise ValueError(f"{self.path}: the manifest cannot be opened ({error.strerror})") from None
-        status = os.fstat(self._file.fileno())
-        self._index = _open_index(index_path(self.path), status) or _build_index(
-            self._file, index_path(self.path)
-        )
+        status, index = os.fstat(self._file.fileno()), index_path(self.path)
+        self._index = _open_index(index, status) or _build_index(self._file, index, status)
         self._rows = _HEADER.unpack(os.pread(self._index.fileno(), _HEADER.size, 0))[1]
         self._size = status.st_size
-
-    @property
-    def root(self) -> Path:
-        """The folder that the rows' paths are relative to."""
-        return self.path.parent
 
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, row: int) -> Clip:
-        """Row `row`, from 0; negative numbers count from the end.
-
-        Raises:
-            IndexError: if there is no such row.
-            ValueError: naming the file, the row (from 1) and the field that is not as it should be.
-        """
-        number = row + self._rows if row < 0 else row
-        if not 0 <= number < self._rows:
-            raise IndexError(f"{self.path} has {self._rows} rows, there is no row {row}")
-        return parse_line(self.line(number), f"{self.path}, row {number + 1}")
-
-    def __iter__(self) -> Iterator[Clip]:
-        return (self[row] for row in range(self._rows))
+    def place(self, row: int) -> str:
+        return f"{self.path}, row {row + 1}"
 
     def line(self, row: int) -> bytes:
-        """The text of row `row`, from 0, unchecked; use it to report or copy rows that are not valid.
-
-        Raises:
-            ValueError: if the row is longer than `MAX_ROW_BYTES`, or the manifest was changed since it was opened.
-        """
         stored = os.pread(self._index.fileno(), 2 * _OFFSET.size, _HEADER.size + row * _OFFSET.size)
         start = _OFFSET.unpack_from(stored)[0]
         end = _OFFSET.unpack_from(stored, _OFFSET.size)[0] if row + 1 < self._rows else self._size
@@ -124,11 +89,26 @@ class ManifestReader:
         text, newline, rest = data.partition(b"\n")
         if len(text) >= MAX_ROW_BYTES:
             raise ValueError(
-                f"{self.path}, row {row + 1}: more than {MAX_ROW_BYTES} bytes in one line: is this JSON lines?"
+                f"{self.place(row)}: more than {MAX_ROW_BYTES} bytes in one line: is this JSON lines?"
             )
         if rest.strip() or not (newline or end == self._size):
             raise ValueError(f"{self.path} was changed while it was in use: start again")
         return text
+
+    def media(self, row: int, name: str) -> Path:
+        try:
+            path = resolve_inside(self.path.parent, name)
+            if not path.is_file():
+                raise ValueError(f"{name} does not exist or is no file")
+        except (ValueError, OSError, RuntimeError) as error:  # long names, locked folders, circles of links
+            raise ValueError(f"{self.place(row)}: {error}") from None
+        return path
+
+    def file_size(self, row: int, name: str) -> int:
+        return self.media(row, name).stat().st_size
+
+    def shard_ranges(self) -> list[range]:
+        return [range(len(self))] if len(self) else []
 
     def close(self) -> None:
         """Closes the files; the reader cannot be used any more."""
@@ -174,20 +154,19 @@ def _open_index(path: Path, manifest: os.stat_result) -> BinaryIO | None:
     header = file.read(_HEADER.size)
     if len(header) == _HEADER.size:
         magic, rows, size, changed = _HEADER.unpack(header)
-        whole = os.fstat(file.fileno()).st_size == _HEADER.size + rows * _OFFSET.size
-        if magic == _MAGIC and whole and (size, changed) == (manifest.st_size, manifest.st_mtime_ns):
+        is_whole = os.fstat(file.fileno()).st_size == _HEADER.size + rows * _OFFSET.size
+        if is_whole and (magic, size, changed) == (_MAGIC, manifest.st_size, manifest.st_mtime_ns):
             return file
     file.close()
     return None
 
 
-def _build_index(manifest: BinaryIO, path: Path) -> BinaryIO:
+def _build_index(manifest: BinaryIO, path: Path, status: os.stat_result) -> BinaryIO:
     """Scans a manifest line by line and stores where its rows start; the file stays usable if it cannot be kept."""
-    status = os.fstat(manifest.fileno())
     try:
-        with atomic_open(path) as aside:
-            _scan(manifest, status, aside)
-            return os.fdopen(os.dup(aside.fileno()), "rb")
+        with atomic_open(path) as kept:
+            _scan(manifest, status, kept)
+            return os.fdopen(os.dup(kept.fileno()), "rb")
     except OSError:
         file = tempfile.TemporaryFile()  # noqa: SIM115, the reader closes it
         _scan(manifest, status, file)
@@ -195,14 +174,13 @@ def _build_index(manifest: BinaryIO, path: Path) -> BinaryIO:
 
 
 def _scan(manifest: BinaryIO, status: os.stat_result, index: BinaryIO) -> None:
-    writer, offset, at_start = _IndexWriter(index), 0, True
+    writer, is_start = _IndexWriter(index), True
     manifest.seek(0)
-    if manifest.read(3) == b"\xef\xbb\xbf":  # a byte order mark
-        offset = 3
+    offset = 3 if manifest.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
     manifest.seek(offset)
     while chunk := manifest.readline(1 << 20):
-        if at_start and chunk.strip():
+        if is_start and chunk.strip():
             writer.add(offset)
-        at_start = chunk.endswith(b"\n")
+        is_start = chunk.endswith(b"\n")
         offset += len(chunk)
     writer.finish(status)

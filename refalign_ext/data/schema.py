@@ -23,23 +23,23 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from refalign_ext.data.boxes import BOX_SPACES, Box
-from refalign_ext.data.masks import BACKGROUNDS, RunLengthMask
+from refalign_ext.data.masks import RunLengthMask
 from refalign_ext.errors import shortened
 from refalign_ext.request import MAX_REFERENCES
 
 SOURCES = ("opens2v", "phantom", "custom")
 KINDS = ("human", "face", "object", "background")
 PAIRS = ("regular", "cross", "generated")
+BACKGROUNDS = ("raw", "white")
 
 _LARGEST = 10**12  # no number in a manifest comes near
 # At least one letter that is no space, and no half of a surrogate pair.
@@ -58,14 +58,9 @@ _Box = tuple[_Number, _Number, _Number, _Number]
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """A video file, or a part of it.
+    """A video file, or a part of it given in frames of the file or in seconds.
 
-    Attributes:
-        path: relative to the manifest's folder.
-        start_frame, end_frame: the part in frames of the file, the end exclusive.
-        start_s, end_s: the part in seconds, instead of frames.
-        fps: frames per second; width, height: of the whole frame in pixels.
-        crop_xyxy: the part of the frame that is used, in whole pixels, ends exclusive.
+    `width` and `height` are those of the whole frame in pixels; `crop_xyxy` is the part of it that is used.
     """
 
     path: _Text
@@ -105,12 +100,7 @@ class ReferenceScores:
 
 @dataclass(frozen=True)
 class Target:
-    """Where a subject is seen in the target clip.
-
-    Attributes:
-        frame: index in the file, or frame_frac: share in [0, 1) of the span's frames.
-        bbox_xyxy: box in pixels of `box_space`; mask_rle: mask of that space.
-    """
+    """Where a subject is seen in the target clip: its frame is an index in the file, or a share of the span's frames."""
 
     frame: _Index | None = None
     frame_frac: _Share | None = None
@@ -123,13 +113,8 @@ class Target:
 class Reference:
     """One picture of a subject: an image file, or a frame of a video that is still to be cut.
 
-    Attributes:
-        pair: "regular" (from the target clip itself), "cross" (from elsewhere) or "generated".
-        image: a picture file, or video: a span, of which `frame` is an index in the file or `frame_frac` a share in
-            [0, 1) of the span's frames.
-        bbox_xyxy: box in pixels of `box_space`; mask_rle: mask of that space.
-        bg: what lies behind the subject once it is cut: "raw" or "white".
-        source_id: id of the clip that it comes from; source_group: that clip's group, which must not be split from it.
+    `pair` is "regular" (from the target clip itself), "cross" (from elsewhere) or "generated". `source_id` is the clip
+    that it comes from, `source_group` that clip's group, which must not be split from it.
     """
 
     pair: Literal[PAIRS]
@@ -155,7 +140,7 @@ class Subject:
     cls: _Text | None = None
     kind: Literal[KINDS] = "object"
     target: Target | None = None
-    refs: tuple[Reference, ...] = ()
+    refs: tuple[Reference, ...] = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -190,7 +175,7 @@ class _SimpleClip:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-# The order of a line's keys is that of the description above, not of the fields, which defaults come last in.
+# A line's keys are written in the order of the description above; dataclasses have defaults last.
 _CLIP_KEYS = ("id", "source", "group_id", "video", "prompt", "prompt_alt", "scores", "subjects", "meta")
 _NESTED: dict[type, dict[str, type]] = {
     Clip: {"video": VideoSpan, "scores": ClipScores, "subjects": Subject},
@@ -198,9 +183,24 @@ _NESTED: dict[type, dict[str, type]] = {
     Target: {"mask_rle": RunLengthMask},
     Reference: {"video": VideoSpan, "mask_rle": RunLengthMask, "scores": ReferenceScores},
 }
-_WORDS = {"`int | float`": "a finite number", "`float`": "a finite number", "`int`": "a whole number"}
-_WORDS |= {"`array`": "a list", "`object`": "an object"}
-_CHOICES = {"source": SOURCES, "kind": KINDS, "pair": PAIRS, "bg": BACKGROUNDS, "box_space": BOX_SPACES}
+_EXPECTED = {
+    "bbox_xyxy": "four finite numbers [x0, y0, x1, y1]",
+    "crop_xyxy": "four whole pixels, none negative, [x0, y0, x1, y1]",
+    "frame_frac": "a number, at least 0 and below 1",
+    "source": f"one of {', '.join(SOURCES)}",
+    "kind": f"one of {', '.join(KINDS)}",
+    "pair": f"one of {', '.join(PAIRS)}",
+    "bg": f"one of {', '.join(BACKGROUNDS)}",
+    "box_space": f"one of {', '.join(BOX_SPACES)}",
+}
+_TYPE_NAMES = {
+    " | null": "",
+    "`int | float`": "a finite number",
+    "`float`": "a finite number",
+    "`int`": "a whole number",
+    "`array`": "a list",
+    "`object`": "an object",
+}
 
 
 class _Problem(ValueError):
@@ -222,10 +222,13 @@ def parse(entry: object, place: str) -> Clip:
     """
     is_simple = isinstance(entry, dict) and (isinstance(entry.get("video"), str) or "references" in entry)
     try:
-        clip = _convert(entry, _SimpleClip if is_simple else Clip)
-        if isinstance(clip, _SimpleClip):
-            clip = _full_clip(clip)
-        _check_clip(clip, entry)
+        if is_simple:
+            clip = _full_clip(_convert(entry, _SimpleClip))
+        else:
+            clip = _convert(entry, Clip)
+            for index, subject in enumerate(entry["subjects"]):
+                _require(not _is_absent(subject.get("kind")), f"subjects[{index}].kind", "is missing")
+        _check_clip(clip)
     except _Problem as problem:
         text = f"{place}: {problem}" if place else str(problem)
         # A key may hold half of a surrogate pair, which no log takes.
@@ -243,17 +246,11 @@ def to_dict(clip: Clip) -> dict[str, Any]:
 
 
 def parse_line(line: bytes, place: str) -> Clip:
-    """The clip of one line of a manifest.
-
-    Raises:
-        ValueError: starting with `place`, for text that is not UTF-8, not JSON or names a key twice, and as `parse`.
-    """
+    """The clip of one line of a manifest."""
     try:
-        entry = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 text ({error}); save the manifest as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from None
+        entry = msgspec.json.decode(line)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON in UTF-8 ({error})") from None
     return parse(entry, place)
 
 
@@ -273,11 +270,7 @@ def relative_path_problem(name: str) -> str | None:
 
 
 def resolve_inside(root: Path, name: str) -> Path:
-    """The file that a manifest in folder `root` means by `name`.
-
-    Raises:
-        ValueError: if the name is not one, or leads outside of the folder, also by a symbolic link.
-    """
+    """The file that a manifest in folder `root` means by `name`."""
     problem = relative_path_problem(name)
     if problem:
         raise ValueError(problem)
@@ -290,20 +283,38 @@ def resolve_inside(root: Path, name: str) -> Path:
 
 def _convert(entry: object, kind: type) -> Any:
     """An object of type `kind`, its types and ranges checked by msgspec."""
-    present = _present(entry, kind, "")
     try:
+        present = _present(entry, kind, "")
         return msgspec.convert(present, kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         path = path.removeprefix(".").removesuffix("`")
         missing = re.fullmatch(r"Object missing required field `(\w+)`", message)
         if missing:
-            raise _Problem(".".join(filter(None, (path, missing[1]))), "is missing") from None
+            raise _Problem(f"{path}.{missing[1]}".lstrip("."), "is missing") from None
         raise _Problem(path, _explanation(message, path, present)) from None
     except UnicodeEncodeError as error:  # where msgspec looks a text up
         raise _Problem("", f"holds half of a surrogate pair: {shortened(error.object)}") from None
     except RecursionError:
         raise _Problem("", "is nested too deeply") from None
+
+
+def _present(value: Any, kind: type | None, where: str) -> Any:
+    """An object, or a list of them, without the keys that count as absent; unknown keys are problems."""
+    if isinstance(value, list) and kind is not None:
+        return [_present(item, kind, f"{where}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, dict) or kind is None:
+        return value
+    known, nested, present = _field_names(kind), _NESTED.get(kind, {}), {}
+    for key, item in value.items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+            raise _Problem(path[:200], f"unknown key; {hint}")
+        if not _is_absent(item):
+            present[key] = _present(item, nested.get(key), path)
+    return present
 
 
 def _explanation(message: str, path: str, entry: Any) -> str:
@@ -312,45 +323,17 @@ def _explanation(message: str, path: str, entry: Any) -> str:
     for number, key in steps:
         entry = entry[int(number)] if number else entry[key]
     name = next((key for _, key in reversed(steps) if key), "")
-    if name in ("bbox_xyxy", "crop_xyxy"):
-        kind = "whole pixels, none negative," if name == "crop_xyxy" else "finite numbers"
-        message = f"expected four {kind} [x0, y0, x1, y1]"
-    elif "matching regex" in message or re.match(r"Expected `str( \| null)?`", message):
-        is_text = isinstance(entry, str) and entry.strip()
-        message = "holds half of a surrogate pair" if is_text else "expected text that is not empty"
-    elif name == "frame_frac":
-        message = "expected a number, at least 0 and below 1"
+    if name in _EXPECTED:
+        message = f"expected {_EXPECTED[name]}"
+    elif re.match(r"Expected `str( \| null)?`", message):
+        message = "expected text that is not empty and can be written as UTF-8"
     elif message.startswith("Expected"):
-        message = message.split(", got")[0].replace(" | null", "").replace("Expected", "expected", 1)
-        for type_name, words in _WORDS.items():
+        message = message.split(", got")[0].replace("Expected", "expected", 1)
+        for type_name, words in _TYPE_NAMES.items():
             message = message.replace(type_name, words)
     else:
         return message  # of a mask
     return f"{message}, got {shortened(entry)}"
-
-
-def _present(value: Any, kind: type, where: str) -> Any:
-    """An object, or a list of them, without the keys that count as absent; unknown keys and choices are problems."""
-    if isinstance(value, list):
-        return [
-            _present(item, kind, f"{where}[{index}]") if isinstance(item, dict) else item
-            for index, item in enumerate(value)
-        ]
-    if not isinstance(value, dict):
-        return value
-    known, nested, present = _names(kind), _NESTED.get(kind, {}), {}
-    for key, item in value.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-            raise _Problem(f"{where}.{str(key)[:60]}" if where else str(key)[:60], f"unknown key; {hint}")
-        if not _is_absent(item):
-            if key in _CHOICES and item not in _CHOICES[key]:
-                raise _Problem(path, f"expected one of {', '.join(_CHOICES[key])}, got {shortened(item)}")
-            is_nested = key in nested and isinstance(item, list) == (key in ("subjects", "refs"))
-            present[key] = _present(item, nested[key], path) if is_nested else item
-    return present
 
 
 def _full_clip(line: _SimpleClip) -> Clip:
@@ -368,23 +351,22 @@ def _full_clip(line: _SimpleClip) -> Clip:
 # What msgspec cannot know: rules between fields.
 
 
-def _check_clip(clip: Clip, entry: Any) -> None:
-    if not clip.subjects:
-        raise _Problem("subjects", "is missing")
-    is_simple = isinstance(entry["video"], str)
-    _check_video(clip.video, "video", "video" if is_simple else "video.path")
+def _require(is_met: bool, where: str, message: str) -> None:
+    if not is_met:
+        raise _Problem(where, message)
+
+
+def _check_clip(clip: Clip) -> None:
+    _check_video(clip.video, "video")
     seen: set[str] = set()
     for index, subject in enumerate(clip.subjects):
         where = f"subjects[{index}]"
-        if subject.subject_id in seen:
-            raise _Problem(f"{where}.subject_id", f"{subject.subject_id!r} is used twice in this clip")
+        _require(subject.subject_id not in seen, f"{where}.subject_id", "is used twice in this clip")
         seen.add(subject.subject_id)
-        if not is_simple and _is_absent(entry["subjects"][index].get("kind")):
-            raise _Problem(f"{where}.kind", "is missing")
         if subject.target is not None:
-            _check_target(subject.target, clip.video, f"{where}.target")
-        if not subject.refs:
-            raise _Problem(f"{where}.refs", "is missing")
+            is_marked = subject.target.bbox_xyxy is not None or subject.target.mask_rle is not None
+            _check_region(subject.target, clip.video, f"{where}.target")
+            _require(is_marked, f"{where}.target", "has neither bbox_xyxy nor mask_rle")
         for number, reference in enumerate(subject.refs):
             _check_reference(reference, f"{where}.refs[{number}]")
     try:
@@ -395,92 +377,67 @@ def _check_clip(clip: Clip, entry: Any) -> None:
 
 def _check_path(name: str, where: str) -> None:
     problem = relative_path_problem(name)
-    if problem:
-        raise _Problem(where, problem)
+    _require(problem is None, where, str(problem))
 
 
-def _check_video(video: VideoSpan, where: str, path_field: str) -> None:
-    _check_path(video.path, path_field)
+def _check_video(video: VideoSpan, where: str) -> None:
+    _check_path(video.path, f"{where}.path")
     frames, seconds = (video.start_frame, video.end_frame), (video.start_s, video.end_s)
-    if frames != (None, None) and seconds != (None, None):
-        given = "start_frame" if video.start_frame is not None else "end_frame"
-        extra = "start_s" if video.start_s is not None else "end_s"
-        raise _Problem(
-            f"{where}.{extra}", f"the span is already given in frames by {given}: use one of the two"
-        )
+    _require((None, None) in (frames, seconds), where, "the span is given in frames and in seconds: use one")
     for (start, end), key in ((frames, "end_frame"), (seconds, "end_s")):
-        if end is not None and end <= (start or 0):
-            start = 0 if start is None else start
-            raise _Problem(f"{where}.{key}", f"{end} is not after the start {start}; ends are exclusive")
-    if video.fps == 0:
-        raise _Problem(f"{where}.fps", "expected a number above 0, got 0")
-    if (video.width is None) != (video.height is None):
-        absent = "width" if video.width is None else "height"
-        raise _Problem(f"{where}.{absent}", "is missing: give width and height, or neither")
+        is_after = end is None or end > (start or 0)
+        _require(is_after, f"{where}.{key}", f"{end} is not after the start {start or 0}; ends are exclusive")
+    _require(video.fps != 0, f"{where}.fps", "expected a number above 0, got 0")
+    _require((video.width is None) == (video.height is None), where, "give width and height, or neither")
     if video.crop_xyxy is not None:
         _check_box(video.crop_xyxy, f"{where}.crop_xyxy")
-        if video.size and (video.crop_xyxy[2] > video.width or video.crop_xyxy[3] > video.height):
-            raise _Problem(
-                f"{where}.crop_xyxy",
-                f"{list(video.crop_xyxy)} exceeds the frame of {video.width}x{video.height} pixels",
-            )
+        width, height = video.size or video.crop_xyxy[2:]
+        exceeds = f"{list(video.crop_xyxy)} exceeds the frame of {width}x{height} pixels"
+        is_inside = video.crop_xyxy[2] <= width and video.crop_xyxy[3] <= height
+        _require(is_inside, f"{where}.crop_xyxy", exceeds)
 
 
 def _check_box(box: Box, where: str) -> None:
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise _Problem(where, f"expected x0 < x1 and y0 < y1, got {shortened(list(box))}")
+    is_ordered = box[0] < box[2] and box[1] < box[3]
+    _require(is_ordered, where, f"expected x0 < x1 and y0 < y1, got {shortened(list(box))}")
 
 
 def _check_region(region: Target | Reference, video: VideoSpan | None, where: str) -> None:
     """What part of which frame of a video or, where it is None, of a picture."""
-    if region.frame is not None and region.frame_frac is not None:
-        raise _Problem(f"{where}.frame_frac", "the frame is already given by frame: use one of the two")
+    space, frame = region.box_space, region.frame
     if region.bbox_xyxy is not None:
         _check_box(region.bbox_xyxy, f"{where}.bbox_xyxy")
-    is_marked = region.bbox_xyxy is not None or region.mask_rle is not None
-    if is_marked and region.box_space is None:
-        raise _Problem(f"{where}.box_space", "is missing")
-    if region.box_space is not None and not is_marked:
-        raise _Problem(f"{where}.box_space", "has no bbox_xyxy or mask_rle that it could apply to")
+    if region.bbox_xyxy is not None or region.mask_rle is not None:
+        _require(space is not None, f"{where}.box_space", "is missing")
+    else:
+        _require(space is None, f"{where}.box_space", "has no bbox_xyxy or mask_rle that it could apply to")
     if video is None:
+        _require(frame is None and region.frame_frac is None, f"{where}.frame", "a picture has no frames")
+        _require(space != "cropped_frame", f"{where}.box_space", "a picture has no cropped_frame: use frame")
         return
-    if region.frame is None and region.frame_frac is None:
-        raise _Problem(f"{where}.frame", "is missing: a video needs frame or frame_frac")
-    start, end = video.start_frame or 0, video.end_frame
-    if region.frame is not None and (region.frame < start or (end is not None and region.frame >= end)):
-        span = f"[{start}, {'end' if end is None else end})"
-        raise _Problem(f"{where}.frame", f"{region.frame} lies outside the span {span} of its video")
-    if region.box_space == "cropped_frame" and video.crop_xyxy is None:
-        raise _Problem(f"{where}.box_space", "is cropped_frame, but its video has no crop_xyxy")
-
-
-def _check_target(target: Target, video: VideoSpan, where: str) -> None:
-    _check_region(target, video, where)
-    if target.box_space is None:
-        raise _Problem(f"{where}.bbox_xyxy", "is missing: a target has a bbox_xyxy or a mask_rle")
+    is_one_frame = (frame is None) != (region.frame_frac is None)
+    _require(is_one_frame, f"{where}.frame", "a video needs one of frame and frame_frac")
+    start, end = video.start_frame or 0, _LARGEST if video.end_frame is None else video.end_frame
+    is_inside = frame is None or start <= frame < end
+    _require(is_inside, f"{where}.frame", f"{frame} lies outside the span [{start}, {end}) of its video")
+    has_crop = space != "cropped_frame" or video.crop_xyxy is not None
+    _require(has_crop, f"{where}.box_space", "is cropped_frame, but its video has no crop_xyxy")
 
 
 def _check_reference(reference: Reference, where: str) -> None:
-    if reference.image is None and reference.video is None:
-        raise _Problem(f"{where}.image", "is missing: give image or video")
-    if reference.image is not None and reference.video is not None:
-        raise _Problem(f"{where}.video", "the reference is already given by image: use one of the two")
-    if reference.video is not None:
-        _check_video(reference.video, f"{where}.video", f"{where}.video.path")
+    is_one_file = (reference.image is None) != (reference.video is None)
+    _require(is_one_file, f"{where}.image", "a reference needs one of image and video")
     _check_region(reference, reference.video, where)
-    if reference.image is not None:
+    if reference.video is None:
         _check_path(reference.image, f"{where}.image")
-        for key in ("frame", "frame_frac"):
-            if getattr(reference, key) is not None:
-                raise _Problem(f"{where}.{key}", "a picture has no frames")
-        if reference.box_space == "cropped_frame":
-            raise _Problem(f"{where}.box_space", "a picture has no cropped_frame: use frame")
-    elif reference.bg == "white" and reference.mask_rle is None:
-        raise _Problem(f"{where}.mask_rle", 'is missing: bg "white" cannot be cut from a video without it')
+        return
+    _check_video(reference.video, f"{where}.video")
+    can_be_cut = reference.bg != "white" or reference.mask_rle is not None
+    _require(can_be_cut, f"{where}.mask_rle", 'is missing: bg "white" cannot be cut from a video without it')
 
 
 @cache
-def _names(kind: type) -> tuple[str, ...]:
+def _field_names(kind: type) -> tuple[str, ...]:
     return tuple(item.name for item in fields(kind))
 
 
@@ -491,18 +448,6 @@ def _is_absent(value: Any) -> bool:
 def _to_plain(value: Any) -> Any:
     """Dataclasses and tuples as JSON's objects and lists, absent values left out."""
     if is_dataclass(value):
-        plain = {name: _to_plain(getattr(value, name)) for name in _names(type(value))}
+        plain = {name: _to_plain(getattr(value, name)) for name in _field_names(type(value))}
         return {name: item for name, item in plain.items() if not _is_absent(item)}
     return [_to_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice!r} occurs twice in one object")
-    return result
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number in JSON")

@@ -70,11 +70,7 @@ class ShardTable:
     damage: str | None = None
 
     def member_range(self, member: str) -> tuple[int, int]:
-        """Offset and bytes of a member.
-
-        Raises:
-            ValueError: if the shard has no such member, or it is no plain file.
-        """
+        """Offset and bytes of a member."""
         found = self.members.get(member)
         if found is None:
             rest = f"; the shard is {self.damage}" if self.damage else ""
@@ -84,11 +80,7 @@ class ShardTable:
         return found
 
     def read(self, member: str, limit: int = MAX_MEMBER_BYTES) -> bytes:
-        """The bytes of a member.
-
-        Raises:
-            ValueError: if the shard has no such member, or it is no plain file, too large or cut off.
-        """
+        """The bytes of a member."""
         offset, size = self.member_range(member)
         if size > limit:
             raise ValueError(f"{self.name}: member {member!r} has {size} bytes; {limit} are the most")
@@ -107,44 +99,41 @@ def scan_shard(path: Path) -> ShardTable:
 
     Only plain files with names `<key>.<extension>` can be used: links, folders, devices and names with a slash are
     noted as unusable.
-
-    Raises:
-        ValueError: if the shard cannot be opened.
     """
     try:
         table = ShardTable(str(path), path.open("rb"))
     except OSError as error:
         raise ValueError(f"{path}: the shard cannot be opened ({error.strerror})") from None
-    total, offset = os.fstat(table.file.fileno()).st_size, 0
-    seen: set[str] = set()
+    table.damage = _scan_headers(table)
+    return table
+
+
+def _scan_headers(table: ShardTable) -> str | None:
+    """Fills the table; why it could not be filled to the end, or None."""
+    total, offset, keys = os.fstat(table.file.fileno()).st_size, 0, {}
     for _ in range(_MAX_MEMBERS):
         block = os.pread(table.file.fileno(), _BLOCK, offset)
         if block == bytes(_BLOCK):  # the end mark
-            return table
+            return None
         if len(block) < _BLOCK:
-            table.damage = f"cut off at byte {total}"
-            return table
+            return f"cut off at byte {total}"
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if header.size < 0:
+                raise tarfile.HeaderError("a negative size")
         except tarfile.HeaderError as error:
-            table.damage = f"damaged at byte {offset} ({error})"
-            return table
+            return f"damaged at byte {offset} ({error})"
         offset += _BLOCK
-        if header.size < 0:
-            table.damage = f"damaged at byte {offset - _BLOCK} (a negative size)"
-            return table
-        name = _NAME.fullmatch(header.name)
-        if name:
-            if name[1] not in seen:
-                seen.add(name[1])
+        if name := _NAME.fullmatch(header.name):
+            if name[1] not in keys:
+                keys[name[1]] = None
                 table.keys.append(name[1])
-            table.members[header.name] = _checked_range(header, offset, total, header.name in table.members)
+            is_known = header.name in table.members
+            table.members[header.name] = _checked_range(header, offset, total, is_known)
         offset += -(-header.size // _BLOCK) * _BLOCK
         if offset > total:
-            table.damage = f"cut off at byte {total}"
-            return table
-    table.damage = f"not read beyond its first {_MAX_MEMBERS} members"
-    return table
+            return f"cut off at byte {total}"
+    return f"not read beyond its first {_MAX_MEMBERS} members"
 
 
 def _checked_range(header: tarfile.TarInfo, offset: int, total: int, is_known: bool) -> tuple[int, int] | str:
@@ -172,42 +161,30 @@ class ShardWriter:
         Raises:
             OSError: if a file is shorter than it should be.
         """
-        self._member(f"{key}.json", io.BytesIO(row), len(row))
-        for name, contents, size in media:
-            self._member(name, contents, size)
+        for name, contents, size in [(f"{key}.json", io.BytesIO(row), len(row)), *media]:
+            header = tarfile.TarInfo(name)  # everything else is 0: no time, no owner
+            header.size = size
+            self._tar.addfile(header, contents)
         self.samples += 1
-
-    def _member(self, name: str, contents: BinaryIO, size: int) -> None:
-        header = tarfile.TarInfo(name)  # everything else is 0: no time, no owner
-        header.size = size
-        self._tar.addfile(header, contents)
 
     def close(self) -> None:
         """Writes the end mark."""
         self._tar.close()
 
 
-def write_listing(folder: Path, shards: Iterable[ShardInfo]) -> None:
+def write_listing(folder: Path, infos: list[ShardInfo]) -> None:
     """Writes `shards.json`, whole or not at all."""
-    infos = list(shards)
     listing = _Listing(_VERSION, sum(info.samples for info in infos), infos)
     with atomic_open(folder / LISTING) as file:
         file.write(msgspec.json.format(msgspec.json.encode(listing), indent=1) + b"\n")
 
 
 def read_listing(folder: Path) -> list[ShardInfo]:
-    """What `shards.json` of a packed folder says.
-
-    Raises:
-        ValueError: if it is missing or not as `write_listing` leaves it.
-    """
+    """What `shards.json` of a packed folder says."""
     path = folder / LISTING
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_LISTING_BYTES + 1)
-        if len(data) > _MAX_LISTING_BYTES:
-            raise ValueError(f"{path}: has more than {_MAX_LISTING_BYTES} bytes")
-        return msgspec.json.decode(data, type=_Listing).shards
+            return msgspec.json.decode(file.read(_MAX_LISTING_BYTES), type=_Listing).shards
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -221,13 +198,11 @@ def verify_shard(folder: Path, info: ShardInfo) -> str | None:
     path = folder / info.name
     try:
         size = path.stat().st_size
-        if size != info.bytes:
-            return f"{path}: has {size} bytes, {LISTING} says {info.bytes}: copy or pack it again"
-        if sha256_of(path) != info.sha256:
-            return f"{path}: its contents differ from what was packed (SHA-256): copy or pack it again"
+        if size == info.bytes and sha256_of(path) == info.sha256:
+            return None
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
-    return None
+    return f"{path}: {size} bytes with another SHA-256 than the {info.bytes} bytes that were packed: copy or pack it again"
 
 
 def sha256_of(path: Path) -> str:

@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,6 +24,15 @@ _AHEAD = 4  # items per worker that are handed out or wait for an earlier one to
 
 class RowCrashedWorker(ValueError):
     """A worker died while it worked on this row."""
+
+
+class _Worker(NamedTuple):
+    work: Callable[[Any], Any]
+    row_file: Path  # outlives the process, and says which row it is at
+    crashed: frozenset[int]
+
+
+_worker: _Worker | None = None  # of this process, if it is one
 
 
 def begin_row(row: int) -> None:
@@ -63,7 +71,6 @@ def run_each(
     Args:
         work: with `workers` above 0 it, the items and the results have to be picklable; a worker gets it once.
         workers: processes to start (by spawning, with one thread of arithmetic each); 0 works in this process.
-        description: what the progress bar says.
         weight: how many of `unit` an item counts for in the bar.
 
     Raises:
@@ -74,11 +81,15 @@ def run_each(
 
     if workers < 0:
         raise ValueError(f"--workers {workers}: give 0 (this process alone) or more")
-    total, scaled = sum(map(weight, items)), unit == "B"
+    results = _isolating_pool(work, items, min(workers, len(items))) if workers else map(work, items)
     with tqdm(
-        total=total, desc=description, unit=unit, unit_scale=scaled, dynamic_ncols=True, disable=None
+        total=sum(map(weight, items)),
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        dynamic_ncols=True,
+        disable=None,
     ) as bar:
-        results = _isolating_pool(work, items, min(workers, len(items))) if workers else map(work, items)
         try:
             for item, result in zip(items, results):
                 bar.update(weight(item))
@@ -90,27 +101,28 @@ def run_each(
 
 def _isolating_pool(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
     crashed, done, alone_until = set[int](), 0, 0
-    with tempfile.TemporaryDirectory(prefix="refalign-workers-") as folder:
+    with tempfile.TemporaryDirectory(prefix="refalign-workers-") as name:
+        folder = Path(name)
         while done < len(items):
-            alone = done < alone_until
-            todo = items[done : alone_until if alone else None]
+            is_alone = done < alone_until
+            todo = items[done : alone_until if is_alone else None]
             try:
-                for result in _pool(work, todo, 1 if alone else workers, Path(folder), frozenset(crashed)):
+                for result in _pool(work, todo, 1 if is_alone else workers, folder, frozenset(crashed)):
                     done += 1
                     yield result
-                continue
             except BrokenProcessPool:  # told when work is handed out, or when a result is asked for
-                pass
-            begun = _rows_begun(Path(folder))
-            if not begun:
-                raise OSError(
-                    "a worker process was killed (too little memory?): run again with fewer --workers"
-                )
-            if alone:
-                crashed |= begun
-            else:
-                logger.warning("a worker process died: looking for the row that it died of")
-                alone_until = done + _AHEAD * workers
+                begun = {int(text) for file in folder.iterdir() if (text := file.read_text())}
+                for file in folder.iterdir():
+                    file.unlink()
+                if not begun:
+                    raise OSError(
+                        "a worker process was killed (too little memory?): run again with fewer --workers"
+                    ) from None
+                if is_alone:
+                    crashed |= begun
+                else:
+                    logger.warning("a worker process died: looking for the row that it died of")
+                    alone_until = done + _AHEAD * workers
 
 
 def _pool(
@@ -133,26 +145,6 @@ def _pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _rows_begun(folder: Path) -> set[int]:
-    """The rows that workers were at when they ended; their files are removed."""
-    rows = set()
-    for file in folder.iterdir():
-        text = file.read_text()
-        file.unlink()
-        rows |= {int(text)} if text else set()
-    return rows
-
-
-@dataclass(frozen=True)
-class _Worker:
-    work: Callable[[Any], Any]
-    row_file: Path  # outlives the process, and says which row it is at
-    crashed: frozenset[int]
-
-
-_worker: _Worker | None = None  # of this process, if it is one
-
-
 def _start_worker(work: Callable[[Any], Any], folder: Path, crashed: frozenset[int]) -> None:
     import signal
     from multiprocessing import parent_process
@@ -171,16 +163,16 @@ def _start_worker(work: Callable[[Any], Any], folder: Path, crashed: frozenset[i
     threading.Thread(target=_end_with, args=(parent_process().sentinel,), daemon=True).start()
 
 
-def _work_on(item: Any) -> Any:
-    try:
-        return _worker.work(item)
-    finally:
-        _worker.row_file.unlink(missing_ok=True)
-
-
 def _end_with(sentinel: int) -> None:
     """Ends this process once its parent is gone: a worker waiting for work would not notice."""
     from multiprocessing.connection import wait
 
     wait([sentinel])
     os._exit(1)
+
+
+def _work_on(item: Any) -> Any:
+    try:
+        return _worker.work(item)
+    finally:
+        _worker.row_file.unlink(missing_ok=True)

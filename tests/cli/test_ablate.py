@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(600)
 ARMS = ("--arm", "A", "--arm", "D")
 FOLDERS = {"A": "runs/seed-1/recipe", "D": "runs/seed-1/alignment.weight=0.0,teacher_input=True"}
 QUICK = ("ablate", "--table", "2", "--quick", "--device", "cpu", "--threads", "1", *ARMS, "--steps", "12")
-SETTINGS = ("--save_every", "1", "--preview_every", "6")
+SETTINGS = ("--save_every", "1", "--preview_every", "6", "--optimizer", "adamw", "--precision", "fp32")
 
 
 def call(*arguments: object) -> Result:

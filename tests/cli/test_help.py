@@ -13,7 +13,7 @@ import pytest
 from refalign_ext.config import setting_fields
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "numpy", "av", "PIL", "diffusers", "transformers", "easydict", "pyarrow")
+HEAVY = ("torch", "numpy", "av", "PIL", "diffusers", "transformers", "easydict")
 # The help of every command of `python -m refalign_ext`, one after another, and what has been imported by then.
 WALK = """
 import json, sys

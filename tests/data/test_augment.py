@@ -28,7 +28,7 @@ def subject(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return image
 
 
-def variants(image: Image.Image, count: int = 200) -> list[Image.Image]:
+def variants(image: Image.Image, count: int = 100) -> list[Image.Image]:
     return [augment(image, keyed_generator(0, "augment", number)) for number in range(count)]
 
 
@@ -68,7 +68,7 @@ def test_nothing_of_the_subject_is_lost() -> None:
 
 def test_half_are_mirrored_and_all_are_turned_scaled_and_moved() -> None:
     mirrored, angles, scales, places = [], [], [], []
-    for varied in variants(subject((120, 80)), 400):
+    for varied in variants(subject((120, 80)), 200):
         red, blue = kinds(varied)
         centres = [np.array([points.mean() for points in np.nonzero(mask)]) for mask in (red, blue)]
         difference = centres[1] - centres[0]
@@ -77,7 +77,7 @@ def test_half_are_mirrored_and_all_are_turned_scaled_and_moved() -> None:
         rows, columns = np.nonzero(red | blue)
         scales.append(max(np.ptp(rows) / varied.height, np.ptp(columns) / varied.width))
         places.append((rows.min() / varied.height, columns.min() / varied.width))
-    assert 0.42 < np.mean(mirrored) < 0.58
+    assert 0.38 < np.mean(mirrored) < 0.62
     assert np.std(angles) > 5 and np.abs(angles).max() < 30
     assert min(scales) < 0.75 and max(scales) > 0.93 and max(scales) <= 1
     assert np.std(places, axis=0).min() > 0.03
@@ -85,15 +85,10 @@ def test_half_are_mirrored_and_all_are_turned_scaled_and_moved() -> None:
 
 def test_colours_change_but_white_and_black_hardly() -> None:
     def mean(color: tuple[int, int, int]) -> np.ndarray:
-        pictures = [np.asarray(image) for image in variants(Image.new("RGB", (60, 40), color), 100)]
-        return np.array(
-            [
-                p[p.shape[0] // 2 - 4 : p.shape[0] // 2 + 4, p.shape[1] // 2 - 4 : p.shape[1] // 2 + 4].mean(
-                    (0, 1)
-                )
-                for p in pictures
-            ]
-        )
+        """Of the middle of each variant."""
+        pictures = variants(Image.new("RGB", (60, 40), color))
+        boxes = [(x // 2 - 4, y // 2 - 4, x // 2 + 4, y // 2 + 4) for x, y in (p.size for p in pictures)]
+        return np.array([np.asarray(p.crop(box)).mean((0, 1)) for p, box in zip(pictures, boxes)])
 
     assert mean((255, 255, 255)).min() == 255
     assert mean((0, 0, 0)).max() < 60
@@ -104,11 +99,10 @@ def test_colours_change_but_white_and_black_hardly() -> None:
 
 
 def test_some_are_blurred() -> None:
-    stripes = Image.fromarray(
-        np.repeat(np.tile(np.array([0, 255], np.uint8).repeat(8), 20)[None, :, None], 200, 0).repeat(3, -1)
-    )
+    row = np.tile(np.array([0, 255], np.uint8).repeat(8), 20)
+    stripes = Image.fromarray(np.broadcast_to(row, (200, len(row)))).convert("RGB")
     contrast = []
-    for varied in variants(stripes, 100):
+    for varied in variants(stripes):
         grey = np.asarray(varied.convert("L")).astype(float)
         contrast.append(np.abs(np.diff(grey, axis=1)).max())
     assert 0.15 < np.mean(np.array(contrast) < 120) < 0.45

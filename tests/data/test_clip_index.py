@@ -53,6 +53,9 @@ SPANS = [
 ]
 
 
+TEN = [VideoSpan("clip.mp4", start_frame=number) for number in range(10)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("clips")
@@ -156,7 +159,7 @@ def rows_of(folder: Path, *spans: VideoSpan, name: str = "rows.jsonl") -> ClipSe
 def clips(tmp_path: Path) -> ClipSet:
     """Ten rows of one file."""
     render(tmp_path / "clip.mp4", 10)
-    return rows_of(tmp_path, *[VideoSpan("clip.mp4")] * 10)
+    return rows_of(tmp_path, *TEN)
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -186,7 +189,7 @@ def test_every_clip_is_known_and_the_index_kept(
     ]
     assert found["group"][0] == hash64("g") and found["id"][1] == hash64("1") and found["is_free"][0]
     assert sum(message.startswith("skipping ") for message in caplog.messages) == 2
-    index = pickle.loads(pickle.dumps(partial(clip_index._index_rows, clips, ())))
+    index = pickle.loads(pickle.dumps(partial(clip_index._index_rows, clips, clip_index._measured_records())))
     assert index(range(5))[0].tobytes() == found.tobytes()
     monkeypatch.setattr(clip_index, "measure", refuse)
     again = open_clip_index(clips)
@@ -229,7 +232,7 @@ def test_files_that_have_not_changed_are_not_opened_for_another_manifest(
     opened: list[int] = []
     original = clip_index.measure
     monkeypatch.setattr(clip_index, "measure", lambda *given: opened.append(given[1]) or original(*given))
-    more = rows_of(folder, VideoSpan("new.mp4"), *[VideoSpan("clip.mp4")] * 10)
+    more = rows_of(folder, VideoSpan("new.mp4"), *TEN)
     assert open_clip_index(more)["frames"].tolist() == [8, *found["frames"].tolist()]
     assert opened == [0]
     render(folder / "clip.mp4", 12)
@@ -268,7 +271,7 @@ def test_an_index_needs_no_locks_but_does_not_share_a_file(
     (path,) = clip_index_paths(clips)
     path.unlink()
     monkeypatch.undo()
-    with clip_index._continued(path.with_name(path.name + ".part"), b"busy"):
+    with clip_index._continued(path.with_name(path.name + ".part"), bytes(40)):
         assert not isinstance(open_clip_index(clips), np.memmap)
     assert "cannot be kept" in caplog.text
 

@@ -7,13 +7,14 @@ import json
 import os
 import pickle
 import tarfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from refalign_ext.data import clip_set, shards
-from refalign_ext.data.clip_set import ManifestRows, ShardRows, open_clip_set
+from refalign_ext.data.clip_set import ShardRows, open_clip_set
+from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.media_source import MediaBytes
 from refalign_ext.data.shards import ShardInfo, read_listing, sha256_of, verify_shard, write_listing
 
@@ -70,14 +71,11 @@ def test_rows_of_a_manifest(tmp_path: Path) -> None:
     (folder / "out.png").symlink_to(tmp_path / "secret.png")
     (folder / "circle.png").symlink_to("circle.png")
     (tmp_path / "secret.png").write_bytes(b"secret")
-    names = ["a.mp4", "none.mp4"]
-    lines = [
-        json.dumps({"id": name, "video": name, "prompt": "A.", "references": ["b.png"]}) for name in names
-    ]
-    path = folder / "data.jsonl"
-    path.write_text("\n".join([*lines, "{}"]))
+    path, names = folder / "data.jsonl", ["a.mp4", "none.mp4"]
+    line = json.dumps({"id": "a.mp4", "video": "a.mp4", "prompt": "A.", "references": ["b.png"]})
+    path.write_text("\n".join([line, line.replace("a.mp4", "none.mp4"), "{}"]))
     clips = open_clip_set(path)
-    assert isinstance(clips, ManifestRows) and len(clips) == 3 and clips.path == path
+    assert isinstance(clips, ManifestReader) and len(clips) == 3 and clips.path == path
     assert [clips[0].id, clips[1].id] == names
     assert clips.place(1) == f"{path}, row 2" and clips.shard_ranges() == [range(3)]
     assert json.loads(clips.line(0))["id"] == "a.mp4"
@@ -114,10 +112,8 @@ def test_rows_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         key = flat[number]
         assert clips[number].id == f"clip {key}"
         if number >= 0:
-            media = clips.media(number, clips[number].video.path)
-            assert media == MediaBytes(
-                f"{clips.place(number).split(',')[0]}: {key}.mp4", f"video {key}".encode() * 50
-            )
+            name = f"{clips.place(number).split(',')[0]}: {key}.mp4"
+            assert clips.media(number, f"{key}.mp4") == MediaBytes(name, f"video {key}".encode() * 50)
     assert clips.place(7) == f"{tmp_path / 'shards/00003.tar'}, sample 2"
     with pytest.raises(IndexError, match="has 12 rows, there is no row 12"):
         clips[12]
@@ -137,15 +133,9 @@ def test_rows_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(clips._tables) == 2
     again = pickle.loads(pickle.dumps(clips))
     assert [clip.id for clip in map(again.__getitem__, range(12))] == [f"clip {key}" for key in flat]
-    found: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: found.extend(clips[n].id for n in range(12))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == sorted(4 * [f"clip {key}" for key in flat])
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda number: clips[number].id, 4 * [*range(12)])
+        assert list(found) == 4 * [f"clip {key}" for key in flat]
 
 
 def test_opened_before_a_fork_it_works_in_the_child(tmp_path: Path) -> None:
@@ -168,9 +158,7 @@ def test_twice_named_members_are_refused(tmp_path: Path) -> None:
 def test_huge_declared_sizes_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = pack(tmp_path, [sample("1") + [header("2.json", 1 << 34)]], [2])
     small = pack(tmp_path / "small", [sample("1") + [header("2.json", 1 << 30)]], [2])
-    with pytest.raises(
-        ValueError, match=r"sample 2: .*'2\.json' is cut off$"
-    ):  # told without reserving memory
+    with pytest.raises(ValueError, match="sample 2: .*'2.json' is cut off"):  # told without reserving memory
         small[1]
     assert clips[0].id == "clip 1"
     with pytest.raises(ValueError, match=r"sample 2: .*'2\.json' has 17179869184 bytes"):
@@ -229,20 +217,11 @@ def test_more_or_fewer_samples_than_listed(tmp_path: Path) -> None:
 
 def test_a_listing_that_is_none_is_named(tmp_path: Path) -> None:
     good = {"name": "shards/00000.tar", "samples": 1, "bytes": 5, "sha256": "0" * 64}
-    bad = [
-        good | change
-        for change in ({"name": "../a.tar"}, {"name": "/a.tar"}, {"samples": -1}, {"samples": True})
-    ]
-    bad += [
-        good | {"bytes": "5"},
-        good | {"sha256": "x"},
-        {"name": "shards/00000.tar"},
-        7,
-    ]
-    for entry in bad:
-        (tmp_path / "shards.json").write_text(
-            json.dumps({"version": 1, "samples": 2, "shards": [good, entry]})
-        )
+    changes = ({"name": "../a.tar"}, {"name": "/a.tar"}, {"samples": -1}, {"samples": True}, {"bytes": "5"})
+    bad = [good | change for change in (*changes, {"sha256": "x"})]
+    for entry in (*bad, {"name": "shards/00000.tar"}, 7):
+        listing = {"version": 1, "samples": 2, "shards": [good, entry]}
+        (tmp_path / "shards.json").write_text(json.dumps(listing))
         with pytest.raises(ValueError, match=r"shards\.json: .*shards\[1\]"):
             read_listing(tmp_path)
     for text in ("", "[]", "{}", "[" * 100_000, '{"version": 2, "shards": []}', '{"version": 1}', "\xff"):
@@ -259,9 +238,9 @@ def test_changed_shards_are_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert "differ from what was packed" in verify_shard(tmp_path, infos[1])
+    assert "SHA-256" in verify_shard(tmp_path, infos[1])
     path.write_bytes(data[:-1])
-    assert f"has {len(data) - 1} bytes, shards.json says {len(data)}" in verify_shard(tmp_path, infos[1])
+    assert f"{len(data) - 1} bytes" in verify_shard(tmp_path, infos[1])
     path.unlink()
     assert "cannot be read" in verify_shard(tmp_path, infos[1])
     assert verify_shard(tmp_path, infos[0]) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from refalign_ext.data.sampling.sample_spec import (
     possible_prompts,
     possible_references,
 )
-from refalign_ext.data.sampling.split import AllowedReferences, GroupTable, Split
+from refalign_ext.data.sampling.split import AllowedReferences, Split
 from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan
 
 BUCKET = Bucket(64, 48, 9)
@@ -120,24 +120,9 @@ def test_what_can_be_drawn_is_listed_whole() -> None:
     assert [c.augmentation for c in possible_references(item, endless)] == [None]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"buckets": ()}, "buckets is"),
-        ({"buckets": (Bucket(0, 8, 1),)}, "buckets is"),
-        ({"fps": 0.0}, "fps is 0.0"),
-        ({"fps": float("nan")}, "fps is nan"),
-        ({"stride": 0}, "stride is 0"),
-        ({"fps": 8.0, "stride": 2}, "fps and stride exclude each other"),
-        ({"cross_pairs": 1.5}, "cross_pairs is 1.5"),
-        ({"reference_dropout": -0.1}, "reference_dropout is -0.1"),
-        ({"max_references": 0}, "max_references is 0"),
-        ({"clip_variants": -1}, "clip_variants is -1"),
-    ],
-)
-def test_settings_out_of_range_are_named(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Sampling(**{"buckets": (BUCKET,), **settings})
+def test_too_many_references_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_references is 9"):
+        Sampling((BUCKET,), max_references=9)
 
 
 # --- buckets
@@ -153,7 +138,6 @@ def test_buckets_have_the_area_of_the_task_and_divide() -> None:
     assert make_buckets((48, 48), (9,), (4, 8, 8)) == (Bucket(48, 48, 9),)
     for frames, ratios, message in (
         ((80,), (), "bucket_frames"),
-        ((), (), "bucket_frames"),
         ((81,), (0.0,), "bucket_ratios"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -222,17 +206,13 @@ def test_batches_share_a_bucket_and_every_bucket_walks_through_its_rows() -> Non
 
 def test_fallback_rows_are_others_of_the_bucket() -> None:
     order = Order([set_order([100, 6], 2)])
-    for position in range(300):
-        entry = order.at(position)
-        assert entry.row not in entry.fallback_rows and len(set(entry.fallback_rows)) == len(
-            entry.fallback_rows
-        )
-        assert len(entry.fallback_rows) == 5 if entry.bucket.frames == 2 else len(entry.fallback_rows) >= 7
-    rows = {bucket: set() for bucket in (1, 2)}
-    for position in range(300):
-        rows[order.at(position).bucket.frames] |= {order.at(position).row}
-    for position in range(300):
-        assert set(order.at(position).fallback_rows) <= rows[order.at(position).bucket.frames]
+    entries = [order.at(position) for position in range(300)]
+    rows = {frames: {entry.row for entry in entries if entry.bucket.frames == frames} for frames in (1, 2)}
+    for entry in entries:
+        others = set(entry.fallback_rows)
+        assert entry.row not in others and len(others) == len(entry.fallback_rows)
+        assert len(others) == 5 if entry.bucket.frames == 2 else len(others) >= 7
+        assert others <= rows[entry.bucket.frames]
 
 
 def test_shards_are_read_nearly_in_sequence() -> None:
@@ -253,8 +233,6 @@ def test_shards_are_read_nearly_in_sequence() -> None:
 
 
 def test_interleaving_is_exact_and_needs_no_walk() -> None:
-    from fractions import Fraction
-
     interleaver = Interleaver([Fraction(128 * 6, 10), Fraction(128 * 4, 10)], 0, "sets")
     seen = Counter()
     for batch in range(2000):
@@ -272,33 +250,18 @@ def test_interleaving_is_exact_and_needs_no_walk() -> None:
 def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
     sets = [set_order([7], 4), set_order([5], 4)]
     mixed = Order(sets, (0.6, 0.4))
-    parts = [mixed.at(position).set_index for position in range(4000)]
-    assert all(len(set(parts[start : start + 4])) == 1 for start in range(0, 4000, 4))
-    assert sum(parts) / 4000 == pytest.approx(0.4, abs=0.03)
-    assert len({tuple(parts[start : start + 40]) for start in range(0, 4000, 40)}) > 5
-    first = [mixed.at(p).row for p in range(4000) if parts[p] == 0]
-    assert all(sorted(first[start : start + 7]) == list(range(7)) for start in range(0, 2000, 7))
+    entries = [mixed.at(position) for position in range(1200)]
+    parts = [entry.set_index for entry in entries]
+    assert all(len(set(parts[start : start + 4])) == 1 for start in range(0, 1200, 4))
+    assert sum(parts) / 1200 == pytest.approx(0.4, abs=0.05)
+    assert len({tuple(parts[start : start + 40]) for start in range(0, 1200, 40)}) > 5
+    first = [entry.row for entry in entries if entry.set_index == 0]
+    assert all(sorted(first[start : start + 7]) == list(range(7)) for start in range(0, 600, 7))
     stages = Order(sets, (0.6, 0.4), "stages", total=400)
     parts = [stages.at(position).set_index for position in range(500)]
     assert parts == [0] * 240 + [1] * 260
     second = [stages.at(position).row for position in range(240, 250)]
     assert sorted(second[:5]) == sorted(second[5:]) == list(range(5))
-    for shares, schedule, message in (
-        ((0.6,), "mixed", "mix has 1 shares for 2"),
-        ((0.6, 0.0), "mixed", "shares are above 0"),
-        ((0.6, 0.4), "waves", "mix_schedule is 'waves'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Order(sets, shares, schedule)
-
-
-def test_a_million_rows_need_arrays_alone() -> None:
-    shards = [range(start, start + 1000) for start in range(0, 10**6, 1000)]
-    shapes = [Bucket(8, 8, 1), Bucket(8, 8, 5)]
-    buckets = (np.arange(10**6) % 3 == 0).astype(np.int64)
-    order = Order([SetOrder(buckets, shapes, shards, 8, mixed_shards=4, seed=0, name="0")])
-    rows = [order.at(position).row for position in islice(range(0, 10**7, 4_999_999), 3)]
-    assert len(rows) == 3
 
 
 def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
@@ -326,8 +289,6 @@ def test_groups_are_split_whole_by_chance_alone() -> None:
     assert (other & validation).mean() < 0.01
     assert Split(0.0, 3, "train").contains(groups).all() and Split(0.3, 3, "all").contains(groups).all()
     assert not Split(0.0, 3, "validation").contains(groups).any()
-    with pytest.raises(ValueError, match="validation_share is 1.0"):
-        Split(1.0)
 
 
 def test_references_from_the_other_side_are_never_used() -> None:
@@ -335,10 +296,8 @@ def test_references_from_the_other_side_are_never_used() -> None:
     names = [f"g{n}" for n in range(100)]
     here = next(name for name in names if holds(split, name))
     there = next(name for name in names if not holds(split, name))
-    table = GroupTable.of(
-        np.array([hash64("b"), hash64("c")], np.uint64), np.array([hash64(there), hash64(here)], np.uint64)
-    )
-    rule = AllowedReferences(split, table)
+    ids, groups = (np.array([*map(hash64, names)], np.uint64) for names in (("b", "c"), (there, here)))
+    rule = AllowedReferences(split, ids, groups)
     item = clip(
         (
             reference("cross", source_group=there),

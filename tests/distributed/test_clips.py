@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from refalign_ext.data.cache.names import cache_fingerprint
 from refalign_ext.data.cache.reader import LatentCache
 from refalign_ext.data.cache.rows import RowLoader
 from refalign_ext.data.clip_set import open_clip_set
-from refalign_ext.data.loading.source import ClipSource, LoaderSettings
+from refalign_ext.data.loading.source import ClipSource
 from refalign_ext.data.manifest_file import write_manifest
 from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling
@@ -60,14 +59,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
         render(root / f"{number}.mp4", 8 + number, size=size)
         Image.new("RGB", (20 + number, 30), (20 * number, 60, 200)).save(root / f"{number}.png")
         own, other = Reference("regular", image=f"{number}.png"), Reference("cross", image="0.png")
-        span = VideoSpan(
-            f"{number}.mp4",
-            start_frame=0,
-            end_frame=8 + number,
-            fps=float(RATE),
-            width=size[0],
-            height=size[1],
-        )
+        told = {"end_frame": 8 + number, "fps": float(RATE), "width": size[0], "height": size[1]}
+        span = VideoSpan(f"{number}.mp4", start_frame=0, **told)
         subjects = (Subject("1", refs=(own, other)), Subject("2", refs=(own,)))
         rows.append(Clip(f"clip {number}", "custom", span, f"prompt {number}", subjects))
     (root / "4.mp4").write_bytes((root / "4.mp4").read_bytes()[:300])
@@ -135,7 +128,9 @@ def train(
         data_rank=parallel.data_rank,
         data_size=sizes.data,
         caches=[] if cache is None else [LatentCache(cache, FINGERPRINT)],
-        settings=LoaderSettings(workers=workers, max_bad_share=1.0, start_method="fork"),
+        workers=workers,
+        max_bad_share=1.0,
+        start_method="fork",
     )
     config = change(batch_size=1, global_batch_size=GLOBAL_BATCH, steps=STEPS, out=str(out))
     trainer = build(config, source, parallel, heads=4)
@@ -174,13 +169,8 @@ def expected(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize(
     ("sizes", "workers"),
-    [
-        (ParallelSizes(2), 2),
-        (ParallelSizes(4), 0),
-        pytest.param(ParallelSizes(1, 1, 2), 0),
-        pytest.param(ParallelSizes(2, 1, 2), 1, marks=pytest.mark.slow),
-    ],
-    ids=["2 data, 2 workers", "4 data", "2 sequence", "2 data x 2 sequence, 1 worker"],
+    [(ParallelSizes(2), 2), (ParallelSizes(1, 1, 2), 0)],
+    ids=["2 data, 2 workers", "2 sequence"],
 )
 def test_ranks_and_workers_do_not_change_what_is_trained(
     clips: Path, expected: Run, tmp_path: Path, sizes: ParallelSizes, workers: int
@@ -193,20 +183,13 @@ def test_ranks_and_workers_do_not_change_what_is_trained(
 def test_an_interrupted_run_goes_on_with_the_next_samples_on_other_ranks_and_workers(
     clips: Path, expected: Run, tmp_path: Path
 ) -> None:
-    seen: dict[int, tuple[str, str]] = {}
-    losses: list[float] = []
-    # 8 and 12 samples are in the middle of the first and of the second pass over the clips.
-    for sizes, workers, start, end in (
-        (ParallelSizes(2), 2, 0, 2),
-        (ParallelSizes(4), 0, 2, 3),
-        (ALONE, 2, 3, STEPS),
-    ):
-        run = train_on(sizes, clips, tmp_path, start, end, workers)
-        assert sorted(run.seen) == list(range(start * GLOBAL_BATCH, end * GLOBAL_BATCH))
-        seen |= run.seen
-        losses += run.losses
-    assert seen == expected.seen
-    assert losses == pytest.approx(expected.losses, rel=1e-5)
+    # 12 samples are in the middle of the second pass over the clips.
+    stop = 3
+    first = train_on(ParallelSizes(2), clips, tmp_path, 0, stop, 1)
+    second = train_on(ALONE, clips, tmp_path, stop, STEPS, 2)
+    assert sorted(first.seen) == list(range(stop * GLOBAL_BATCH))
+    assert first.seen | second.seen == expected.seen
+    assert first.losses + second.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
@@ -215,7 +198,7 @@ def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
     loader = RowLoader(open_clip_set(data), SAMPLING)
     made_from = {**FINGERPRINT, "settings": {**FINGERPRINT["settings"], "dtype": "float32"}}
     encoders = SimpleNamespace(
-        task=SimpleNamespace(t5_dtype=torch.float32),
+        task=SimpleNamespace(t5_dtype=torch.float32, sample_neg_prompt=""),
         vae=SimpleNamespace(encode=encode),
         features=features,
         encode_text=lambda prompts: [torch.full((len(text) + 1, 2), float(len(text))) for text in prompts],
@@ -226,11 +209,11 @@ def fill(rank: int, data: Path, folder: Path, ranks: int) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def cache(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by two processes at once."""
     folder = tmp_path_factory.mktemp("cache") / "two"
     assert run_ranks(fill, 2, clips, folder, 2) == [(3, 2), (3, 0)]  # both cuts of clip 4, in the third chunk
-    yield folder
+    return folder
 
 
 def test_a_cache_of_many_processes_is_that_of_one(clips: Path, cache: Path, tmp_path: Path) -> None:
@@ -251,20 +234,15 @@ def open_on_rank_0(rank: int, data: Path, cache: Path) -> tuple[int, str]:
     """Rows of the caches that this rank gets, and what it is told about one that is not there."""
     encoders = SimpleNamespace(fingerprint=lambda: ENCODERS)
     if rank:
-        training_data.LatentCache = training_data.check_rows = lambda *given: pytest.fail(
-            "opened on every rank"
-        )
+        training_data.LatentCache = lambda *given: pytest.fail("opened on every rank")
     parallel = Parallel.create(ParallelSizes(2), CPU)
     config = with_overrides(tiny(), {"data": str(data), "cache": str(cache)})
     (found,) = training_data.open_caches(config, SAMPLING, encoders, parallel)
     assert found.video("clip 1", SAMPLING.buckets[0], 1) is not None
-    try:
-        training_data.open_caches(
-            with_overrides(config, {"cache": f"{cache}-none"}), SAMPLING, encoders, parallel
-        )
-    except ValueError as error:
-        return len(found), str(error)
-    raise AssertionError("opened")
+    elsewhere = with_overrides(config, {"cache": f"{cache}-none"})
+    with pytest.raises(ValueError) as caught:
+        training_data.open_caches(elsewhere, SAMPLING, encoders, parallel)
+    return len(found), str(caught.value)
 
 
 def test_one_rank_opens_and_checks_a_cache_for_all(clips: Path, cache: Path) -> None:

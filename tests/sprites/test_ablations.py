@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from torch import Tensor
 
 from refalign_ext.atomic_io import locked, write_json
@@ -471,15 +471,15 @@ def test_published_tables_are_what_their_runs_say(folder: Path) -> None:
     assert json.loads(json.dumps(summarize(study, found))) == published
 
 
-def compare(*words: str) -> subprocess.CompletedProcess[str]:
+def compare(*words: str) -> Result:
     script = PUBLISHED.parents[1] / "benchmarks" / "ablation_pairs.py"
-    return subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+    return CliRunner().invoke(runpy.run_path(str(script))["main"], words)
 
 
 def test_any_two_arms_of_a_published_table_are_compared() -> None:
     published = json.loads((PUBLISHED / "table-2" / "table.json").read_text())["arms"]["D"]["figures"]
     shown = compare(str(PUBLISHED / "table-2"), "A", "D")
-    assert shown.returncode == 0, shown.stderr
+    assert shown.exit_code == 0, shown.output
     wanted = {key: 100 * published["two"]["colors"]["a_minus_this"][key] for key in ("mean", "low", "high")}
     assert "two colors: {mean:+.1f} [{low:+.1f}, {high:+.1f}], seeds 1, 2, 3".format(**wanted) in shown.stdout
     assert "validation flow_error: +0.0090 [+0.0036, +0.0144]" in shown.stdout
@@ -487,7 +487,7 @@ def test_any_two_arms_of_a_published_table_are_compared() -> None:
     assert "validation" in compare(recipes, "C", "E").stdout
     assert "validation" not in compare(recipes, "A", "C").stdout  # other timesteps
     unknown = compare(recipes, "A", "Z")
-    assert unknown.returncode == 2 and "Z: this table has A, B, C, D, E" in unknown.stderr
+    assert unknown.exit_code == 2 and "Z: this table has A, B, C, D, E" in unknown.stderr
 
 
 def test_published_runs_started_from_the_published_model() -> None:

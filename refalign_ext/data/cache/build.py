@@ -21,17 +21,10 @@ from refalign_ext.data.cache.files import (
     default_folder,
     open_chunk,
     read_header,
-    read_record,
     write_chunk,
     write_header,
 )
-from refalign_ext.data.cache.names import (
-    LATENT_TYPES,
-    cache_fingerprint,
-    differences,
-    features_name,
-    text_name,
-)
+from refalign_ext.data.cache.names import cache_fingerprint, differences, features_name, text_name
 from refalign_ext.data.cache.rows import LoadedRow, RowLoader
 from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.pieces import Share
@@ -42,19 +35,12 @@ from refalign_ext.encoders import Encoders
 
 logger = logging.getLogger(__name__)
 
-CHUNK_ROWS = 32
 _EXAMPLES = 10
 
 
 @dataclass
 class CacheSummary:
-    """What a call did, for its share of the chunks.
-
-    Attributes:
-        rows: in the share; made, kept: chunks written, and found as they should be.
-        failures: videos, references and whole rows that could not be loaded; examples: why, of the first few.
-        bytes: of the chunk files of this share.
-    """
+    """Rows and bytes of a share, chunks made and kept, failures of variants and whole rows, and why, of the first few."""
 
     rows: int = 0
     made: int = 0
@@ -64,12 +50,10 @@ class CacheSummary:
     examples: list[str] = field(default_factory=list)
 
     def add(self, record: ChunkRecord, path: Path) -> None:
-        """Counts a chunk."""
         self.rows += len(record.rows)
         self.bytes += path.stat().st_size
         self.failures += len(record.failures)
-        room = _EXAMPLES - len(self.examples)
-        self.examples += list(record.failures.values())[:room]
+        self.examples = [*self.examples, *record.failures.values()][:_EXAMPLES]
 
 
 def build_cache(
@@ -82,10 +66,10 @@ def build_cache(
     share: Share | None = None,
     workers: int = 0,
     dtype: str = "float32",
-    chunk_rows: int = CHUNK_ROWS,
+    chunk_rows: int = 32,
     retry_failed: bool = False,
 ) -> CacheSummary:
-    """Makes a cache or goes on with one; chunks that are as they should be are kept.
+    """Makes a cache or goes on with one: chunks that are as they should be are kept.
 
     Nothing is loaded onto the device if this share of the cache is complete.
 
@@ -104,24 +88,14 @@ def build_cache(
         ValueError: for settings and files that do not fit, or if `out` holds a cache of something else.
         OSError: if `out` cannot be written.
     """
-    if dtype not in LATENT_TYPES:
-        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(LATENT_TYPES)}")
-    if chunk_rows < 1:
-        raise ValueError(f"--chunk_rows {chunk_rows}: give at least 1")
     loader = RowLoader(open_clip_set(data), sampling)
     encoders = Encoders(config, device, dit=False, cached_prompts=0)
     fingerprint = cache_fingerprint(sampling, **encoders.fingerprint(), dtype=dtype)
+    folder = default_folder(Path(data)) if out is None else Path(out)
     header = CacheHeader(fingerprint, len(loader.clip_set), chunk_rows)
+    share = share or Share.from_environment()
     return fill_cache(
-        loader,
-        default_folder(Path(data)) if out is None else Path(out),
-        header,
-        encoders,
-        share=share or Share.from_environment(),
-        workers=workers,
-        # Prompts that every run may ask for: dropped text, and the negative prompt of previews.
-        prompts=("", encoders.task.sample_neg_prompt),
-        retry_failed=retry_failed,
+        loader, folder, header, encoders, share=share, workers=workers, retry_failed=retry_failed
     )
 
 
@@ -133,46 +107,45 @@ def fill_cache(
     *,
     share: Share,
     workers: int = 0,
-    prompts: Sequence[str] = ("",),
     retry_failed: bool = False,
 ) -> CacheSummary:
     """Makes this share's chunks that are missing, damaged or of rows that have changed; see `build_cache`."""
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same(folder, header)
+    _require_own_folder(folder, header)
     write_header(folder, header)
     summary, todo = CacheSummary(), []
     mine = share.take(range(header.chunks))
     for number in tqdm(mine, "looking for finished chunks", unit="chunk", disable=None, delay=2):
-        record = _current(folder, number, header, loader)
+        record = _finished_chunk(folder, number, header, loader)
         if record is None or (retry_failed and record.failures):
             todo.append(number)
         else:
             summary.kept += 1
             summary.add(record, chunk_path(folder, number))
-    if todo:
-        dtype = getattr(torch, header.fingerprint["settings"]["dtype"])
-        rows = [row for number in todo for row in header.chunk(number)]
-        with closing(run_each(loader, rows, workers=workers, description="caching", unit="row")) as stream:
-            for number in todo:
-                chunk = _Chunk(encoders, dtype, prompts)
-                for row in header.chunk(number):
-                    chunk.add(loader.clip_set.place(row), next(stream)[1])
-                record = ChunkRecord(header.fingerprint, chunk.rows, chunk.failures)
-                write_chunk(folder, number, chunk.tensors, record)
-                summary.made += 1
-                summary.add(record, chunk_path(folder, number))
+    dtype = getattr(torch, header.fingerprint["settings"]["dtype"])
+    rows = [row for number in todo for row in header.chunk(number)]
+    with closing(run_each(loader, rows, workers=workers, description="caching", unit="row")) as stream:
+        for number in todo:
+            chunk = _ChunkEncoder(encoders, dtype)
+            for row in header.chunk(number):
+                chunk.add(loader.clip_set.place(row), next(stream)[1])
+            record = ChunkRecord(header.fingerprint, chunk.rows, chunk.failures)
+            write_chunk(folder, number, chunk.tensors, record)
+            summary.made += 1
+            summary.add(record, chunk_path(folder, number))
     return summary
 
 
-class _Chunk:
-    """Collects the tensors of a chunk's rows on the CPU."""
+class _ChunkEncoder:
+    """Encodes the rows of a chunk and collects their tensors on the CPU."""
 
-    def __init__(self, encoders: Encoders, dtype: torch.dtype, prompts: Sequence[str]) -> None:
+    def __init__(self, encoders: Encoders, dtype: torch.dtype) -> None:
         self.encoders, self.dtype = encoders, dtype
         self.tensors: dict[str, Tensor] = {}
         self.rows: list[tuple[str, str]] = []
         self.failures: dict[str, str] = {}
-        self._add_prompts(prompts)
+        # Every run may ask for these: dropped text, and the negative prompt of previews.
+        self._add_prompts(("", encoders.task.sample_neg_prompt))
 
     @torch.no_grad()
     def add(self, place: str, row: LoadedRow) -> None:
@@ -180,24 +153,18 @@ class _Chunk:
         if row.clip_id and any(row.clip_id == other for other, _ in self.rows):
             raise ValueError(f"{place}: id {row.clip_id!r} is used twice: `data check` names all such rows")
         self.rows.append((row.clip_id, row.digest))
-        if row.reason:
-            self.failures[place] = row.reason
-            return
+        self.failures |= row.failures
         self._add_prompts(row.prompts)
-        for item in row.items:
-            if item.levels is None:
-                self.failures[item.name] = item.reason
-                continue
-            pixels = from_uint8(torch.from_numpy(item.levels))  # [3, T, H, W] or [3, H, W]
+        for name, levels in row.pixels.items():
+            pixels = from_uint8(torch.from_numpy(levels))  # [3, T, H, W] or [3, H, W]
             is_image = pixels.ndim == 3
-            video = pixels[:, None] if is_image else pixels
-            found = {item.name: self.encoders.vae.encode([video])[0]}
+            found = {name: self.encoders.vae.encode([pixels[:, None] if is_image else pixels])[0]}
             if is_image and self.encoders.features is not None:
-                found[features_name(item.name)] = self.encoders.features(pixels[None])[0]
+                found[features_name(name)] = self.encoders.features(pixels[None])[0]
             if all(tensor.isfinite().all() for tensor in found.values()):
                 self.tensors |= {name: tensor.to("cpu", self.dtype) for name, tensor in found.items()}
             else:
-                self.failures[item.name] = f"{place} ({row.clip_id}): what the encoders give is not finite"
+                self.failures[name] = f"{place} ({row.clip_id}): what the encoders give is not finite"
 
     @torch.no_grad()
     def _add_prompts(self, prompts: Sequence[str]) -> None:
@@ -209,32 +176,30 @@ class _Chunk:
                 self.tensors[name] = features.cpu()
 
 
-def _require_same(folder: Path, header: CacheHeader) -> None:
+def _require_own_folder(folder: Path, header: CacheHeader) -> None:
     """Raises ValueError if the folder holds a cache that was made from something else."""
     if not (folder / HEADER).exists():
         return
     old = read_header(folder)
     found = differences(old.fingerprint, header.fingerprint)
     found = found or differences(header.fingerprint, old.fingerprint)
-    if not found and old.chunk_rows != header.chunk_rows:
-        found = [f"chunk_rows {old.chunk_rows}, this run asks for {header.chunk_rows}"]
+    if old.chunk_rows != header.chunk_rows:
+        found.append(f"chunk_rows {old.chunk_rows}, this run asks for {header.chunk_rows}")
     if found:
         raise ValueError(
             f"--out {folder} holds another cache: {'; '.join(found)}: give another folder or delete this one"
         )
 
 
-def _current(folder: Path, number: int, header: CacheHeader, loader: RowLoader) -> ChunkRecord | None:
+def _finished_chunk(folder: Path, number: int, header: CacheHeader, loader: RowLoader) -> ChunkRecord | None:
     """The record of a chunk that need not be made again, or None."""
     path = chunk_path(folder, number)
     if not path.exists():
         return None
     try:
-        record, _ = read_record(open_chunk(path), path)
+        record = open_chunk(path).record
     except ValueError as error:
         logger.warning("making a chunk again: %s", error)
         return None
-    if record.fingerprint != header.fingerprint or len(record.rows) != len(header.chunk(number)):
-        return None
-    same = all(loader.identify(row) == stored for row, stored in zip(header.chunk(number), record.rows))
-    return record if same else None
+    rows = [loader.identify(row) for row in header.chunk(number)]
+    return record if record.fingerprint == header.fingerprint and record.rows == rows else None

@@ -12,20 +12,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from refalign_ext.atomic_io import atomic_open, atomic_path, sync
 from refalign_ext.data.cache.names import AGAIN
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 HEADER = "cache.json"
 _KEY = "refalign_cache"  # the one key of a file's metadata: with several their order would be by chance
 _MAX_HEADER_BYTES = 1 << 20
-_INVALID = (ValueError, RecursionError, msgspec.ValidationError)
+_INVALID = (ValueError, RecursionError, msgspec.DecodeError)
 _NAME = re.compile("(video|reference|features|text)-[0-9a-f]{32}")
 
 
@@ -74,89 +74,80 @@ class ChunkRecord:
     failures: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """An open chunk, whose tensors are read one by one."""
+
+    path: Path
+    file: Any  # of safetensors
+    record: ChunkRecord
+    names: frozenset[str]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in float32; raises CacheError if the file is damaged."""
+        try:
+            return self.file.get_tensor(name).float()
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self.path, error) from None
+
+
 def default_folder(data: Path) -> Path:
     """Where the cache of a manifest or of a packed folder lies unless another place is given; training looks there."""
     return data / "cache" if data.is_dir() else data.with_name(data.name + ".cache")
 
 
 def chunk_path(folder: Path, number: int) -> Path:
-    """Where a chunk is stored."""
     return folder / f"chunk-{number:06d}.safetensors"
 
 
 def write_header(folder: Path, header: CacheHeader) -> None:
-    """Writes `cache.json`, whole or not at all; several processes may write the same at once."""
-    text = json.dumps(vars(header), indent=2, sort_keys=True) + "\n"
+    """Writes `cache.json`; several processes may write the same at once."""
     with atomic_open(folder / HEADER) as file:
-        file.write(text.encode("utf-8"))
+        file.write((json.dumps(vars(header), indent=2, sort_keys=True) + "\n").encode())
     sync(folder)
 
 
 def read_header(folder: Path) -> CacheHeader:
-    """The header of a cache.
-
-    Raises:
-        ValueError: if there is no cache or its header is damaged.
-    """
+    """The header of a cache; raises ValueError if there is none or it is damaged."""
     path = folder / HEADER
     try:
         with path.open("rb") as file:
-            return msgspec.convert(json.loads(file.read(_MAX_HEADER_BYTES)), CacheHeader)
+            return msgspec.json.decode(file.read(_MAX_HEADER_BYTES), type=CacheHeader)
     except FileNotFoundError:
         raise ValueError(f"{folder}: there is no {HEADER}: make the cache with `data cache`") from None
     except _INVALID as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
+        raise _damaged(path, error) from None
 
 
 def write_chunk(folder: Path, number: int, tensors: Mapping[str, Tensor], record: ChunkRecord) -> None:
-    """Writes a chunk, whole or not at all; the same contents give the same bytes.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    """Writes a chunk; the same contents give the same bytes. Raises OSError if it cannot be written."""
     path = chunk_path(folder, number)
     for leftover in folder.glob(f".{path.name}.*.part"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     metadata = {_KEY: json.dumps(vars(record), sort_keys=True)}
-    whole = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     try:
         with atomic_path(path) as temporary:
-            save_file(whole, temporary, metadata)
+            save_file(ordered, temporary, metadata)
         sync(folder)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written ({error}): is the disk full?") from None
 
 
-def read_record(file: Any, path: Path) -> tuple[ChunkRecord, list[str]]:
-    """The record of a chunk that `open_chunk` opened, and the names of its tensors.
-
-    Raises:
-        CacheError: if the file is damaged, naming it.
-    """
+def open_chunk(path: Path) -> Chunk:
+    """Opens a chunk and reads its header; raises CacheError if it is missing or damaged."""
     try:
-        record = msgspec.convert(json.loads((file.metadata() or {})[_KEY]), ChunkRecord)
-        names = list(file.keys())
+        file = safe_open(path, framework="pt")
+        record = msgspec.json.decode((file.metadata() or {})[_KEY], type=ChunkRecord)
+        names = frozenset(file.keys())
         if not all(_NAME.fullmatch(name) for name in names):
             raise ValueError("it has tensors that no cache has")
-        return record, names
-    except (KeyError, *_INVALID) as error:
-        raise CacheError(f"{path} is damaged ({error}): delete it and {AGAIN}") from None
-
-
-def open_chunk(path: Path) -> Any:
-    """A chunk as a `safe_open` file, whose tensors are read one by one.
-
-    Raises:
-        CacheError: if the file is missing, cut off or damaged, naming it.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
+        return Chunk(path, file, record, names)
     except FileNotFoundError:
         raise CacheError(f"{path} is missing: {AGAIN}") from None
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"{path} is damaged or cut off ({error}): delete it and {AGAIN}") from None
+    except (SafetensorError, OSError, KeyError, *_INVALID) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> CacheError:
+    return CacheError(f"{path} is damaged or cut off ({error}): delete it and {AGAIN}")

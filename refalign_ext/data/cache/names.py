@@ -5,28 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from refalign_ext.data.clip_set import ClipSet
+from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 from refalign_ext.data.schema import Clip, to_dict
-
-if TYPE_CHECKING:
-    from refalign_ext.data.sampling.sample_spec import Bucket, ReferenceSpec, Sampling
 
 FORMAT = 1
 """Raised whenever files are laid out differently or the same settings would give other pixels."""
 
 AGAIN = "run `data cache` again"
-LATENT_TYPES = ("float32", "bfloat16")
 
 
-def video_name(clip_id: str, bucket: Bucket, cut: int) -> str:
-    """Name of the latents of one cut of a clip."""
-    return _name("video", clip_id, bucket.width, bucket.height, bucket.frames, cut)
+def video_name(clip_id: str, bucket: Bucket, clip_variant: int) -> str:
+    return _name("video", clip_id, bucket.width, bucket.height, bucket.frames, clip_variant)
 
 
-def reference_name(clip_id: str, bucket: Bucket, choice: ReferenceSpec) -> str:
+def reference_name(clip_id: str, bucket: Bucket, spec: ReferenceSpec) -> str:
     """Name of a reference's latents; a reference is one frame, so buckets of the same size share it."""
-    place = (choice.subject, choice.reference, choice.augmentation)
+    place = (spec.subject, spec.reference, spec.augmentation)
     return _name("reference", clip_id, bucket.width, bucket.height, *place)
 
 
@@ -36,16 +33,15 @@ def features_name(reference: str) -> str:
 
 
 def text_name(prompt: str) -> str:
-    """Name of a prompt's text features."""
     return _name("text", prompt)
 
 
-def row_name(clip_id: str) -> str:
-    """Name of a row, which tables know it by."""
-    return _name("row", clip_id)
+def row_hash(clip_id: str) -> int:
+    """64 bits that tables know a row by."""
+    return name_hash(_name("row", clip_id))
 
 
-def short_hash(name: str) -> int:
+def name_hash(name: str) -> int:
     """The first 64 bits of a name, for tables."""
     return int(name.rpartition("-")[2][:16], 16)
 
@@ -55,10 +51,16 @@ def _name(kind: str, *parts: object) -> str:
     return f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
 
 
-def row_digest(clip: Clip, sizes: Sequence[int]) -> str:
-    """Digest of a row's content and of its files' sizes in bytes; 16 hexadecimal digits."""
-    content = json.dumps([to_dict(clip), list(sizes)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def row_digest(clip_set: ClipSet, row: int, clip: Clip) -> str:
+    """16 hexadecimal digits of a row's content and the sizes of its files; nothing is decoded."""
+    references = [reference for subject in clip.subjects for reference in subject.refs]
+    sizes = []
+    for name in (clip.video.path, *(one.image or one.video.path for one in references)):
+        try:
+            sizes.append(clip_set.file_size(row, name))
+        except (ValueError, OSError):
+            sizes.append(-1)
+    return hashlib.sha256(json.dumps([to_dict(clip), sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cache_fingerprint(
@@ -70,15 +72,14 @@ def cache_fingerprint(
     text_length: int,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """All that decides what a cache holds, apart from the rows.
+    """All that decides what a cache holds, apart from the rows: settings that change contents, and what made them.
 
     Args:
-        sampling: of it, what changes contents; not what only chooses among them.
         files: digests of weights and tokenizer by what they are ("VAE", "text encoder", "tokenizer", "teacher").
         teacher: its name; None: no features are needed.
         token_stride: rows and columns of pixels per token, which is the grid of the teacher's features.
         text_length: tokens at which a prompt is cut.
-        dtype: of latents and features, one of LATENT_TYPES; None: a run that reads takes either.
+        dtype: of latents and features, "float32" or "bfloat16"; None: a run that reads takes either.
     """
     settings = {
         "buckets": sorted([b.width, b.height, b.frames] for b in sampling.buckets),
@@ -96,9 +97,8 @@ def cache_fingerprint(
         settings["teacher"] = teacher
     if dtype is not None:
         settings["dtype"] = dtype
-    chosen = {name: digest for name, digest in files.items() if name != "teacher" or teacher is not None}
-    # Through JSON, so that what was read from a file compares equal.
-    return json.loads(json.dumps({"format": FORMAT, "files": chosen, "settings": settings}))
+    used = {name: digest for name, digest in files.items() if name != "teacher" or teacher is not None}
+    return {"format": FORMAT, "files": used, "settings": settings}
 
 
 def differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -106,10 +106,8 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
 
     What `expected` does not name is not compared: a run without a teacher reads a cache that has its features.
     """
-    if stored.get("format") != expected.get("format"):
-        return [
-            f"made by another version (format {stored.get('format')!r}, this one reads {expected.get('format')!r})"
-        ]
+    if stored["format"] != expected["format"]:
+        return [f"its format is {stored['format']}, this version reads {expected['format']}"]
     found = []
     for name, digest in expected["files"].items():
         old = stored["files"].get(name)
@@ -120,12 +118,5 @@ def differences(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
     for name, value in expected["settings"].items():
         old = stored["settings"].get(name)
         if old != value:
-            found.append(f"{name} {_plain(old)}, this run asks for {_plain(value)}")
-    # A damaged header may hold half of a surrogate pair, which no log takes.
-    return [reason.encode("utf-8", "backslashreplace").decode("utf-8") for reason in found]
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, list) and value and all(isinstance(item, list) for item in value):
-        return ", ".join("x".join(map(str, item)) for item in value)
-    return str(value)
+            found.append(f"{name} {old}, this run asks for {value}")
+    return found

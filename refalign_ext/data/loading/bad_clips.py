@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refalign_ext.data.loading.dataset import Failure, LoadedSample
+from refalign_ext.data.loading.dataset import LoadedSample
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +29,20 @@ class BadClips:
     """
 
     def __init__(self, max_share: float, rows: Sequence[int] = ()) -> None:
-        self.max_share = max_share
+        self.max_share, self.count = max_share, 0
         self._tried = [np.zeros(number, bool) for number in rows]
         self._bad = [np.zeros(number, bool) for number in rows]
-        self._examples: list[Failure] = []
-
-    @property
-    def count(self) -> int:
-        """Different bad clips so far."""
-        return sum(int(bad.sum()) for bad in self._bad)
+        self._examples: list[str] = []
 
     def add(self, sample: LoadedSample) -> None:
-        """Counts the clips that were tried for a sample.
-
-        Raises:
-            ValueError: with examples, if too many were bad.
-        """
+        """Counts the clips that were tried for a sample; raises ValueError with examples if too many were bad."""
         tried, bad = self._tried[sample.entry.set_index], self._bad[sample.entry.set_index]
         for failure in sample.failures:
             tried[failure.row] = True
             if not bad[failure.row]:
                 bad[failure.row] = True
-                self._examples = (self._examples + [failure])[:_EXAMPLES]
+                self.count += 1
+                self._examples = [*self._examples, f"{failure.clip}: {failure.reason}"][:_EXAMPLES]
                 logger.warning(
                     "skipping clip %s (%d skipped so far): %s", failure.clip, self.count, failure.reason
                 )
@@ -59,8 +51,7 @@ class BadClips:
         tried[sample.spec.row] = True
         number = sum(int(tried.sum()) for tried in self._tried) if sample.failures else 0
         if are_too_many(self.count, number, self.max_share):
-            examples = "; ".join(f"{failure.clip}: {failure.reason}" for failure in self._examples)
             raise ValueError(
                 f"{self.count} of the {number} clips tried so far cannot be used, more than max_bad_share "
-                f"{self.max_share:g}: {examples}"
+                f"{self.max_share:g}: {'; '.join(self._examples)}"
             )

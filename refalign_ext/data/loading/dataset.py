@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from refalign_ext.data.cache.files import CacheError
+from refalign_ext.data.cache.reader import LatentCache
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.pixels import load_reference, to_uint8, video_uint8
 from refalign_ext.data.sampling.order import OrderEntry
 from refalign_ext.data.sampling.sample_spec import ReferenceSpec, SampleSpec, Sampling, draw_sample_spec
 from refalign_ext.data.sampling.split import AllowedReferences
 from refalign_ext.data.schema import Clip
-
-if TYPE_CHECKING:
-    from refalign_ext.data.cache.reader import LatentCache
-
-_MAX_REASON = 500  # characters
+from refalign_ext.errors import one_line
 
 
 @dataclass(frozen=True)
 class Failure:
     """A clip that could not be used, and why."""
 
-    set_index: int
     row: int
     clip: str
     reason: str
@@ -36,11 +31,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class LoadedReference:
-    """One reference: pixels, or what the cache has of them.
+    """One reference: pixels [3, H, W] uint8 if something has to be computed from them, and what the cache has.
 
-    Attributes:
-        pixels: [3, H, W] uint8, if something has to be computed from them.
-        latents: [C, 1, h, w]; features: [N, D].
+    That is latents [C, 1, h, w] and features [N, D].
     """
 
     pixels: Tensor | None
@@ -53,7 +46,6 @@ class LoadedSample:
     """One sample as a loader process hands it over; bytes instead of floats, as these are passed between processes.
 
     Attributes:
-        entry: where it is in the order.
         spec: what was drawn, None if no clip could be used; its row is that of the clip that was.
         clip: the clip's id.
         pixels: [3, T, H, W] uint8, or latents: [C, F, h, w] from the cache.
@@ -76,7 +68,6 @@ class ClipDataset(Dataset):
 
     Args:
         clip_sets: by their number.
-        sampling: what is drawn.
         allowed: which references may be used, for each set; None: all.
         caches: latents of each set, None where there are none.
         needs_features: whether the teacher's features are wanted: where the cache has none, pixels are loaded.
@@ -105,20 +96,19 @@ class ClipDataset(Dataset):
                 return replace(self._load(entry, row, clip), failures=tuple(failures))
             except CacheError as error:
                 # Not this clip's fault: passing over all clips of a file would change what is trained without a word.
-                return LoadedSample(entry, clip=name, failures=tuple(failures), stop=str(error))
+                return LoadedSample(entry, failures=tuple(failures), stop=str(error))
             except (ValueError, OSError) as error:
-                reason = " ".join(str(error).split())[:_MAX_REASON]
-                failures.append(Failure(entry.set_index, row, name, reason))
+                failures.append(Failure(row, name, one_line(error, limit=500)))
         return LoadedSample(entry, failures=tuple(failures))
 
     def _load(self, entry: OrderEntry, row: int, clip: Clip) -> LoadedSample:
-        clip_set, bucket = self.clip_sets[entry.set_index], entry.bucket
+        bucket, cache = entry.bucket, self.caches[entry.set_index]
         allowed = None if self.allowed is None else partial(self.allowed[entry.set_index].allows, clip)
         spec = draw_sample_spec(clip, row, bucket, self.sampling, entry.position, allowed=allowed)
-        cache = self.caches[entry.set_index]
         latents = None if cache is None else cache.video(clip.id, bucket, spec.clip_variant)
         pixels = None
         if latents is None:
+            clip_set = self.clip_sets[entry.set_index]
             pixels = video_uint8(clip_set, row, clip, bucket, spec.clip_variant, self.sampling)
         references = tuple(self._load_reference(entry, row, clip, reference) for reference in spec.references)
         return LoadedSample(entry, spec, clip.id, pixels, latents, references)

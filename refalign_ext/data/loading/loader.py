@@ -10,7 +10,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
-from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -24,12 +23,9 @@ class ClipLoader:
     """Endless batches of `LoadedSample` for one data rank, in the order's order.
 
     Args:
-        dataset, order: what is loaded, and when.
-        batch_size: samples of a batch.
         data_rank, data_size: this rank among those that take turns.
         start: global position at which all ranks begin; this one begins `data_rank` batches later.
         workers: processes that load ahead; 0 loads when a batch is asked for.
-        prefetch: batches that each worker loads ahead.
         start_method: how processes begin; forking one that uses threads or a GPU is not safe.
 
     Attributes:
@@ -46,21 +42,17 @@ class ClipLoader:
         data_size: int = 1,
         start: int = 0,
         workers: int = 0,
-        prefetch: int = 2,
         start_method: str = "spawn",
     ) -> None:
         self.batch_size, self._step = batch_size, batch_size * data_size
         self.position = start + data_rank * batch_size
-        options: dict[str, Any] = {}
-        if workers:
-            options = {"prefetch_factor": prefetch, "multiprocessing_context": start_method}
         loader = DataLoader(
             dataset,
             batch_sampler=_batches(order, self.position, batch_size, self._step),
             num_workers=workers,
             collate_fn=unchanged,
             worker_init_fn=begin_worker,
-            **options,
+            multiprocessing_context=start_method if workers else None,
         )
         with workers_ignore_signals() if workers else nullcontext():
             self._loaded = iter(loader)

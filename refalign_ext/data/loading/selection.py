@@ -13,7 +13,7 @@ from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.loading.bad_clips import are_too_many
 from refalign_ext.data.sampling.buckets import assign
 from refalign_ext.data.sampling.sample_spec import Sampling
-from refalign_ext.data.sampling.split import AllowedReferences, GroupTable, Split
+from refalign_ext.data.sampling.split import AllowedReferences, Split
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,9 @@ def reference_rules(indexes: Sequence[np.ndarray], split: Split) -> list[Allowed
     rules = []
     for records in indexes:
         by_id = (1 << records["source_count"].astype(np.int64)) - 1 > records["source_is_group"]
-        ids, groups = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-        if by_id.any():  # 16 bytes for each clip, but only where ids have to be looked up
-            ids, groups = np.array(records["id"]), np.array(records["group"])
-        rules.append(AllowedReferences(split, GroupTable.of(ids, groups)))
+        # 16 bytes for each clip, but only where ids have to be looked up
+        looked_up = records if by_id.any() else records[:0]
+        rules.append(AllowedReferences(split, np.array(looked_up["id"]), np.array(looked_up["group"])))
     return rules
 
 
@@ -44,43 +43,38 @@ def assign_rows(
     """The bucket of every row of a set, [rows] int64, -1 for those that are not used; the log says how many and why.
 
     Args:
-        records: the set's clip index; its file in `fallback_dir`, if it is there, is deleted if too many rows are bad.
+        records: the set's clip index; its file, beside the set or in `fallback_dir`, is deleted if rows are bad and
+            training cannot start: they may be usable when it is tried again.
         rule: which references may be used; None: all.
 
     Raises:
         ValueError: if more than `max_bad_share` of the rows are bad, or none is left.
     """
-    path, is_usable = clip_set.path, records["state"] == USABLE
-    broken = int((~is_usable).sum())
-    if are_too_many(broken, len(records), max_bad_share):
-        delete_clip_index(clip_set, fallback_dir)
-        raise ValueError(
-            f"{path}: {broken} of {len(records)} clips cannot be used, more than max_bad_share "
-            f"{max_bad_share:g}: `data check` lists them"
-        )
+    is_usable = records["state"] == USABLE
     buckets = assign(records["width"], records["height"], records["frames"], records["fps"], sampling)
     fits = is_usable & (buckets >= 0)
     here = fits if rule is None else fits & rule.split.contains(np.array(records["group"]))
     supplied = here if rule is None else here & _has_source(records, rule)
     counts = {
-        "cannot be used": broken,
-        f"are shorter than {min(bucket.frames for bucket in sampling.buckets)} frames": (
-            is_usable & ~fits
-        ).sum(),
+        "cannot be used": (~is_usable).sum(),
+        "are too short for every bucket": (is_usable & ~fits).sum(),
         "belong to the other side of the split": (fits & ~here).sum(),
         "have all their references on the other side": (here & ~supplied).sum(),
     }
     reasons = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    if not supplied.any():
-        if broken:
+    problem, bad = "", counts["cannot be used"]
+    if are_too_many(bad, len(records), max_bad_share):
+        problem = f"more than max_bad_share {max_bad_share:g} cannot be used"
+    elif not supplied.any():
+        problem = "no clip can be used" + ("" if rule is None else f" for {rule.split.subset}")
+    if problem:
+        if bad:
             delete_clip_index(clip_set, fallback_dir)
-        where = "" if rule is None else f" for {rule.split.subset}"
         raise ValueError(
-            f"{path}: no clip can be used{where}: of {len(records)} clips {reasons} (`data check` says why)"
+            f"{clip_set.path}: {problem}: of {len(records)} clips {reasons} (`data check` says why)"
         )
-    logger.info(
-        "%s: %d of %d clips%s", path, supplied.sum(), len(records), f" ({reasons})" if reasons else ""
-    )
+    used = f"{supplied.sum()} of {len(records)} clips"
+    logger.info("%s: %s%s", clip_set.path, used, f" ({reasons})" if reasons else "")
     return np.where(supplied, buckets, -1)
 
 
@@ -90,6 +84,6 @@ def _has_source(records: np.ndarray, rule: AllowedReferences) -> np.ndarray:
     for number in range(MAX_SOURCES):
         sources = np.array(records["sources"][:, number])
         is_group = (records["source_is_group"] >> number) & 1 > 0
-        groups = np.where(is_group, sources, rule.table.groups_of(sources))
+        groups = np.where(is_group, sources, rule.groups_of(sources))
         usable = usable | ((records["source_count"] > number) & rule.split.contains(groups))
     return usable

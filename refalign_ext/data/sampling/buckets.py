@@ -20,8 +20,7 @@ def make_buckets(
     """Every aspect ratio with every number of frames, all of about the area of the task's own size.
 
     Args:
-        size: the task's (width, height) in pixels, which is always one of them; without ratios the only one.
-        frames: numbers of frames.
+        size: the task's (width, height) in pixels, which is always one of them.
         stride: (frames, rows, columns) of pixels that become one token: sizes are multiples of the last two, and
             frames are multiples of the first plus 1.
         aspect_ratios: widths over heights.
@@ -29,7 +28,7 @@ def make_buckets(
     Raises:
         ValueError: for a number of frames, a size or a ratio that is not possible.
     """
-    if not frames or any(count < 1 or (count - 1) % stride[0] for count in frames):
+    if any(count < 1 or (count - 1) % stride[0] for count in frames):
         raise ValueError(
             f"bucket_frames is {tuple(frames)}: give numbers that are a multiple of {stride[0]} plus 1, such as 81,49"
         )
@@ -37,16 +36,13 @@ def make_buckets(
         raise ValueError(f"size {size[0]}x{size[1]}: it must divide by {stride[2]}x{stride[1]} pixels")
     sizes = [size]
     for ratio in aspect_ratios:
-        if not (math.isfinite(ratio) and 0.1 <= ratio <= 10):
+        if not 0.1 <= ratio <= 10:
             raise ValueError(f"bucket_ratios has {ratio}: a width over a height, from 0.1 to 10")
         width = math.sqrt(size[0] * size[1] * ratio)
         columns, rows = round(width / stride[2]), round(width / ratio / stride[1])
         sizes.append((max(columns, 1) * stride[2], max(rows, 1) * stride[1]))
-    return tuple(
-        Bucket(width, height, count)
-        for width, height in dict.fromkeys(sizes)
-        for count in sorted(set(frames), reverse=True)
-    )
+    counts = sorted(set(frames), reverse=True)
+    return tuple(Bucket(*size, count) for size in dict.fromkeys(sizes) for count in counts)
 
 
 def assign(

@@ -11,35 +11,27 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from functools import lru_cache
 
 import numpy as np
 
-from refalign_ext.config import DATA_SCHEDULES
 from refalign_ext.data.hashing import keyed_generator
 from refalign_ext.data.sampling.sample_spec import Bucket
-
-T = TypeVar("T")
 
 FALLBACK_ROWS = 8
 _FEW_ROWS = 32  # of a bucket: then all others are fallbacks
 _BLOCK = 128  # batches over which the shares of sets come out even
-_CACHED = 2  # permutations kept of each kind: batches fetched ahead may be in the next one already
+_CACHED = 2  # blocks, or epochs of a bucket, kept: batches fetched ahead may be in the next one already
 
 
 @dataclass(frozen=True)
 class OrderEntry:
-    """What is at a position.
+    """What is at a global position: row `row` of set `set_index`, shown in `bucket`.
 
-    Attributes:
-        position: the global one.
-        set_index: number of the clip set.
-        row: in that set.
-        bucket: its shape.
-        fallback_rows: rows of the same set and bucket, to be tried in this order if it cannot be loaded.
+    `fallback_rows` are rows of the same set and bucket, to be tried in this order if it cannot be loaded.
     """
 
     position: int
@@ -62,16 +54,14 @@ class Interleaver:
         # Blocks of less than one batch would make the search for a batch's block long.
         scale = max(1, math.ceil(1 / sum(shares)))
         self.shares, self.seed, self.name = [share * scale for share in shares], seed, name
-        self._blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cached_block = lru_cache(_CACHED)(self._block)
 
     def at(self, batch: int) -> tuple[int, int]:
         """(stream, how many batches that stream had before) of a batch."""
-        block = int(batch / sum(self.shares))
-        while self._start(block) > batch:
-            block -= 1
+        block = int(batch / sum(self.shares))  # or later, as each stream has whole batches only
         while self._start(block + 1) <= batch:
             block += 1
-        streams, ordinals = _cached(self._blocks, block, lambda: self._block(block))
+        streams, ordinals = self._cached_block(block)
         offset = batch - self._start(block)
         return int(streams[offset]), int(ordinals[offset])
 
@@ -95,15 +85,12 @@ class SetOrder:
     """The endless order of one clip set: every row of a bucket comes once before any comes twice.
 
     Args:
-        buckets: of every row, as positions in `shapes`; -1: the row is not used.
+        buckets: of every row, as positions in `shapes`, -1 where the row is not used; at least one is.
         shapes: the buckets.
         shard_ranges: rows that are stored together. With several, these are shuffled, and rows only within a few of them.
         batch_size: samples of a batch.
         mixed_shards: how many of them rows are shuffled among.
         seed, name: what the order depends on.
-
-    Raises:
-        ValueError: if no row is used.
     """
 
     def __init__(
@@ -122,12 +109,10 @@ class SetOrder:
         rows = [np.flatnonzero(buckets == number).astype(np.int64) for number in range(len(shapes))]
         self.rows = [found for found in rows if len(found)]
         self.shapes = [shape for shape, found in zip(shapes, rows, strict=True) if len(found)]
-        if not self.rows:
-            raise ValueError("no clip is left to train on")
         # One block is one pass over all rows, in which each bucket gets the batches that its rows fill.
         shares = [Fraction(len(found), batch_size) for found in self.rows]
         self.interleaver = Interleaver(shares, seed, f"buckets of {name}")
-        self._epochs: list[dict[int, np.ndarray]] = [{} for _ in self.rows]
+        self._cached_epoch = lru_cache(_CACHED * len(self.rows))(self._epoch)
 
     def __len__(self) -> int:
         """Rows in use."""
@@ -138,8 +123,7 @@ class SetOrder:
         stream, ordinal = self.interleaver.at(batch)
         rows = self.rows[stream]
         epoch, place = divmod(ordinal * self.batch_size + offset, len(rows))
-        order = _cached(self._epochs[stream], epoch, lambda: self._epoch(stream, epoch))
-        row = int(order[place])
+        row = int(self._cached_epoch(stream, epoch)[place])
         generator = keyed_generator(self.seed, "spare", position)
         # Of a few rows all are tried; of many, enough that all being bad is no accident.
         if len(rows) <= _FEW_ROWS:
@@ -171,9 +155,6 @@ class Order:
         schedule: "mixed": sets are interleaved; "stages": one set after the other.
         total: positions that the stages are divided over; beyond them the last set goes on.
         shift: positions before the first batch; 0 unless a run of another batch size is continued.
-
-    Raises:
-        ValueError: naming `mix` or `mix_schedule`, if they do not fit.
     """
 
     def __init__(
@@ -186,7 +167,6 @@ class Order:
         shift: int = 0,
         seed: int = 0,
     ) -> None:
-        check_mix(len(sets), shares, schedule)
         self.sets, self.batch_size, self.schedule, self.shift = sets, sets[0].batch_size, schedule, shift
         exact = [Fraction(share).limit_denominator(10**6) for share in shares]
         whole = sum(exact)
@@ -202,24 +182,4 @@ class Order:
             within = batch - (self._ends[set_index - 1] if set_index else 0)
         else:
             set_index, within = self._interleaver.at(batch)
-        row, bucket, fallback_rows = self.sets[set_index].at(within, offset, position)
-        return OrderEntry(position, set_index, row, bucket, fallback_rows)
-
-
-def check_mix(sets: int, shares: Sequence[float], schedule: str) -> None:
-    """Raises ValueError unless the shares and the schedule fit the number of sets."""
-    if schedule not in DATA_SCHEDULES:
-        raise ValueError(f"mix_schedule is {schedule!r}: choose one of {', '.join(DATA_SCHEDULES)}")
-    if len(shares) != sets:
-        raise ValueError(f"mix has {len(shares)} shares for {sets} clip sets: give one for each")
-    if not all(math.isfinite(share) and share > 1e-6 for share in shares):
-        raise ValueError(f"mix is {tuple(shares)}: shares are above 0, such as 0.6,0.4")
-
-
-def _cached(cache: dict[int, T], key: int, make: Callable[[], T]) -> T:
-    if key not in cache:
-        made = make()
-        while len(cache) >= _CACHED:
-            del cache[min(cache)]
-        cache[key] = made
-    return cache[key]
+        return OrderEntry(position, set_index, *self.sets[set_index].at(within, offset, position))

@@ -12,30 +12,20 @@ import numpy as np
 from refalign_ext.data.hashing import hash64
 from refalign_ext.data.schema import Clip, Reference
 
-SUBSETS = ("all", "train", "validation")
-
 
 @dataclass(frozen=True)
 class Split:
     """One side of a division of clips by their groups.
 
     Attributes:
-        share: of the groups that validate; 0 divides nothing.
+        share: of the groups that validate, from 0 (divides nothing) to below 1.
         seed: what decides, with the group's name.
         subset: "train", "validation", or "all" for both.
-
-    Raises:
-        ValueError: naming `validation_share`, if it is not a share.
     """
 
     share: float = 0.0
     seed: int = 0
     subset: str = "all"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share < 1:
-            raise ValueError(f"validation_share is {self.share}: it is a share, from 0 to below 1")
-        assert self.subset in SUBSETS
 
     @property
     def divides(self) -> bool:
@@ -52,36 +42,25 @@ class Split:
         return validates if self.subset == "validation" else ~validates
 
 
-@dataclass(frozen=True, eq=False)
-class GroupTable:
-    """The groups of clips by their ids: two arrays [n] uint64 of hashes, ids ascending."""
+class AllowedReferences:
+    """Which references of clips may be used on one side of a split.
 
-    ids: np.ndarray
-    groups: np.ndarray
+    References that name no source belong to the clip. A source is known by its group, or by its id.
 
-    @classmethod
-    def of(cls, ids: np.ndarray, groups: np.ndarray) -> GroupTable:
-        """A table of ids [n] in any order."""
+    Args:
+        ids, groups: hashes [n], uint64, of the clips whose groups have to be looked up by their ids, in any order.
+    """
+
+    def __init__(self, split: Split, ids: np.ndarray, groups: np.ndarray) -> None:
         order = np.argsort(ids, kind="stable")
-        return cls(ids[order], groups[order])
+        self.split, self._ids, self._groups = split, ids[order], groups[order]
 
     def groups_of(self, ids: np.ndarray) -> np.ndarray:
         """The groups [m] of ids [m]; an unknown clip is taken to be a group of its own, named like it."""
-        if not len(self.ids):
+        if not len(self._ids):
             return ids
-        places = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where(self.ids[places] == ids, self.groups[places], ids)
-
-
-@dataclass(frozen=True, eq=False)
-class AllowedReferences:
-    """Whether a reference of a clip may be used on one side of a split.
-
-    References that name no source belong to the clip. A source is known by its group, or by its id and the table.
-    """
-
-    split: Split
-    table: GroupTable
+        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        return np.where(self._ids[places] == ids, self._groups[places], ids)
 
     def allows(self, clip: Clip, reference: Reference) -> bool:
         """Whether what the reference shows is on this side."""
@@ -89,7 +68,7 @@ class AllowedReferences:
         if known is None:
             return True
         source = np.array([known], np.uint64)
-        return bool(self.split.contains(source if is_group else self.table.groups_of(source))[0])
+        return bool(self.split.contains(source if is_group else self.groups_of(source))[0])
 
 
 def source_hash(clip: Clip, reference: Reference) -> tuple[int | None, bool]:

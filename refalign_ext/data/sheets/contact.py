@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from refalign_ext.data.boxes import BoxProblem, box_in_frame
 from refalign_ext.data.clip_set import ClipSet, open_clip_set
@@ -20,11 +20,9 @@ from refalign_ext.data.sheets.layout import (
     captioned,
     error_text,
     flow,
-    heading,
     paragraph,
     scaled,
     stacked,
-    text_line,
 )
 
 MARGIN = 24
@@ -32,6 +30,7 @@ FRAMES = 5  # evenly spaced ones per sample; frames of targets come in addition
 MAX_TARGETS = 3  # frames of targets shown per sample
 MAX_REFERENCES = 8  # pictures of references shown per sample
 _FRAME_HEIGHT = 300  # at most
+_REFERENCE_SIDE = 190
 _PROMPT_LINES = 3
 _SUBJECTS = ((230, 60, 50), (30, 120, 230), (20, 160, 80), (240, 150, 0), (150, 70, 200), (0, 165, 180))
 _CROP = (250, 220, 60)
@@ -47,107 +46,117 @@ def contact_sheet(
     read is shown by its error.
 
     Args:
-        clips: the data set or its path.
         samples: how many; all if there are fewer.
         seed: the same choice for the same number of rows.
         width: of the page in pixels.
 
     Raises:
-        ValueError: if the data set cannot be opened or is empty, or an argument is out of range.
+        ValueError: if the data set cannot be opened or is empty.
     """
-    if samples < 1:
-        raise ValueError(f"--samples {samples}: a contact sheet has at least one")
-    if not 600 <= width <= 8000:
-        raise ValueError(f"--width {width}: a contact sheet is 600 to 8000 pixels wide")
     clip_set = open_clip_set(clips) if isinstance(clips, (str, Path)) else clips
     if not len(clip_set):
         raise ValueError(f"{clip_set.path} has no rows to show")
     rows = choose_rows(len(clip_set), samples, seed)
-    title = text_line(
-        f"{clip_set.path.name}: {len(rows)} of {len(clip_set):,} rows, seed {seed}",
-        26,
-        INK,
-        width - 2 * MARGIN,
-    )
-    samples_drawn = [_sample(clip_set, row, width - 2 * MARGIN) for row in rows]
-    return stacked([title, *samples_drawn], width, margin=MARGIN, gap=2 * MARGIN)
+    title = f"{clip_set.path.name}: {len(rows)} of {len(clip_set):,} rows, seed {seed}"
+    inner = width - 2 * MARGIN
+    parts = [paragraph(title, 26, INK, inner, 1)]
+    parts += [SampleSheet(clip_set, row, inner).drawn() for row in rows]
+    return stacked(parts, width, margin=MARGIN, gap=2 * MARGIN)
 
 
 def choose_rows(count: int, samples: int, seed: int) -> list[int]:
     """Ascending distinct rows, from 0."""
-    return sorted(
-        np.random.default_rng([seed, 61]).choice(count, min(samples, count), replace=False).tolist()
-    )
+    chosen = np.random.default_rng([seed, 61]).choice(count, min(samples, count), replace=False)
+    return sorted(chosen.tolist())
 
 
-def _sample(clip_set: ClipSet, row: int, width: int) -> Image.Image:
-    """Everything about one row."""
-    try:
-        clip = clip_set[row]
-    except (ValueError, OSError) as error:
-        message = error_text(_without_place(clip_set, row, error), width)
-        return stacked([heading(f"row {row + 1}", "", width), message], width)
-    span = clip.video
-    details = " \u00b7 ".join(filter(None, [clip.source, span.path, _span_text(clip)]))
-    parts = [heading(f"row {row + 1}: {clip.id}", details, width)]
-    parts.append(paragraph(clip.prompt, 18, INK, width, _PROMPT_LINES))
-    try:
-        parts.append(flow(_frame_tiles(clip_set, row, clip, width), width))
-    except Exception as error:  # noqa: BLE001, a sheet of what can be shown is better than none
-        parts.append(error_text(_without_place(clip_set, row, error), width))
-    parts.append(flow(_reference_tiles(clip_set, row, clip), width))
-    return stacked(parts, width)
+class SampleSheet:
+    """Everything about one row, `width` pixels wide."""
 
+    def __init__(self, clip_set: ClipSet, row: int, width: int) -> None:
+        self.clip_set, self.row, self.width = clip_set, row, width
 
-def _span_text(clip: Clip) -> str:
-    span = clip.video
-    if span.start_s is not None or span.end_s is not None:
-        end = "end" if span.end_s is None else f"{span.end_s:g}"
-        return f"{span.start_s or 0:g} to {end} s"
-    if span.start_frame is not None or span.end_frame is not None:
-        return f"frames {span.start_frame or 0} to {'end' if span.end_frame is None else span.end_frame}"
-    return ""
-
-
-def _frame_tiles(clip_set: ClipSet, row: int, clip: Clip, width: int) -> list[Image.Image]:
-    """Evenly spaced frames, then those of targets with what is marked in them."""
-    from refalign_ext.data.decoding import read_frame
-
-    media, crop = clip_set.media(row, clip.video.path), clip.video.crop_xyxy
-    targets: dict[tuple[int | None, float | None], list[tuple[int, Subject]]] = {}
-    for number, subject in enumerate(clip.subjects):
-        if subject.target is not None:
-            key = (subject.target.frame, subject.target.frame_frac)
-            targets.setdefault(key, []).append((number, subject))
-    marked = list(targets.items())[:MAX_TARGETS]
-    columns = FRAMES + len(marked)
-    side = (width - (columns - 1) * GAP) // columns - 2
-    tiles = []
-    for share in np.linspace(0, 1 - 2**-40, FRAMES).tolist():
-        picture = Image.fromarray(read_frame(media, frame_share=share, span=clip.video))
-        _outline(picture, crop, _CROP)
-        tiles.append(captioned(scaled(picture, side, _FRAME_HEIGHT), f"{share:.0%} of the clip", FAINT))
-    for (frame, share), subjects in marked:
-        when = f"frame {frame}" if share is None else f"{share:.0%}"
-        names = ", ".join(_name(subject) for _, subject in subjects)
-        spaces = ", ".join(dict.fromkeys(subject.target.box_space for _, subject in subjects))
+    def drawn(self) -> Image.Image:
+        name = f"row {self.row + 1}"
         try:
-            pixels = read_frame(media, frame=frame, frame_share=share, span=clip.video)
-            picture = Image.fromarray(_with_targets(pixels, subjects, clip.video))
-        except ValueError as error:
-            tiles.append(error_text(f"target at {when}: {_without_place(clip_set, row, error)}", side))
-            continue
-        colour = _SUBJECTS[subjects[0][0] % len(_SUBJECTS)]
-        tiles.append(
-            captioned(scaled(picture, side, _FRAME_HEIGHT), f"target, {when}: {names} ({spaces})", colour)
-        )
-    return tiles
+            clip = self.clip_set[self.row]
+        except (ValueError, OSError) as error:
+            return stacked(
+                [paragraph(name, 20, INK, self.width, 1), self._error(error, self.width)], self.width
+            )
+        details = " \u00b7 ".join(filter(None, (clip.source, clip.video.path, _span_text(clip.video))))
+        parts = [
+            paragraph(f"{name}: {clip.id}", 20, INK, self.width, 1),
+            paragraph(details, 15, FAINT, self.width, 1),
+            paragraph(clip.prompt, 18, INK, self.width, _PROMPT_LINES),
+        ]
+        try:
+            parts.append(flow(self._frames(clip), self.width))
+        except Exception as error:  # noqa: BLE001, a sheet of what can be shown is better than none
+            parts.append(self._error(error, self.width))
+        parts.append(flow(self._references(clip), self.width))
+        return stacked(parts, self.width)
+
+    def _error(self, error: Exception, width: int) -> Image.Image:
+        """What an error says beyond the row, which stands above it."""
+        place = f"{self.clip_set.place(self.row)}: "
+        return error_text(str(error).removeprefix(place) or type(error).__name__, width)
+
+    def _frames(self, clip: Clip) -> list[Image.Image]:
+        """Evenly spaced frames, then those of targets with what is marked in them."""
+        from refalign_ext.data.decoding import read_frame
+
+        media = self.clip_set.media(self.row, clip.video.path)
+        targets: dict[tuple[int | None, float | None], list[tuple[int, Subject]]] = {}
+        for number, subject in enumerate(clip.subjects):
+            if subject.target is not None:
+                key = (subject.target.frame, subject.target.frame_frac)
+                targets.setdefault(key, []).append((number, subject))
+        shown = [((None, share), []) for share in np.linspace(0, 1 - 2**-40, FRAMES).tolist()]
+        shown += list(targets.items())[:MAX_TARGETS]
+        side = (self.width - (len(shown) - 1) * GAP) // len(shown) - 2
+        tiles = []
+        for (frame, share), subjects in shown:
+            caption = f"frame {frame}" if share is None else f"{share:.0%} of the clip"
+            colour = FAINT
+            if subjects:
+                names = ", ".join(f"{_name(subject)} ({subject.target.box_space})" for _, subject in subjects)
+                caption, colour = f"target, {caption}: {names}", _colour(subjects[0][0])
+            try:
+                pixels = read_frame(media, frame=frame, frame_share=share, span=clip.video)
+                picture = scaled(marked(pixels, subjects, clip.video), side, _FRAME_HEIGHT)
+            except ValueError as error:
+                if not subjects:
+                    raise
+                picture = self._error(error, side)
+            tiles.append(captioned(picture, (caption, colour)))
+        return tiles
+
+    def _references(self, clip: Clip) -> list[Image.Image]:
+        frames = FrameMemory()
+        listed = [(number, item) for number, subject in enumerate(clip.subjects) for item in subject.refs]
+        tiles = [
+            self._reference(number, clip.subjects[number], reference, frames)
+            for number, reference in listed[:MAX_REFERENCES]
+        ]
+        if len(listed) > MAX_REFERENCES:
+            tiles.append(paragraph(f"and {len(listed) - MAX_REFERENCES} more", 16, FAINT, 120, 2))
+        return tiles
+
+    def _reference(
+        self, number: int, subject: Subject, reference: Reference, frames: FrameMemory
+    ) -> Image.Image:
+        side = _REFERENCE_SIDE
+        try:
+            picture = scaled(read_reference(self.clip_set, self.row, reference, frames), side, side)
+        except Exception as error:  # noqa: BLE001, as for frames
+            picture = self._error(error, side)
+        details = " \u00b7 ".join((reference.pair, subject.kind, reference.box_space or "whole"))
+        return captioned(picture, (_name(subject), _colour(number)), (details, FAINT), width=side)
 
 
-def _with_targets(
-    pixels: np.ndarray, subjects: Sequence[tuple[int, Subject]], video: VideoSpan
-) -> np.ndarray:
-    """A frame [H, W, 3] with the boxes and outlined masks of targets.
+def marked(pixels: np.ndarray, subjects: Sequence[tuple[int, Subject]], video: VideoSpan) -> Image.Image:
+    """A frame [H, W, 3] uint8 with its crop, and the boxes and outlined masks of targets by subject number.
 
     Raises:
         ValueError: if one of them does not fit into the frame.
@@ -157,73 +166,45 @@ def _with_targets(
     for number, subject in subjects:
         if subject.target.mask_rle is not None:
             inside = mask_in_frame(subject.target, (width, height), crop)
-            colour = np.array(_SUBJECTS[number % len(_SUBJECTS)])
+            colour = np.array(_colour(number))
             pixels[inside] = (0.65 * pixels[inside] + 0.35 * colour).astype(np.uint8)
-            pixels[_edge(inside, max(1, width // 400))] = colour
+            thickness = max(1, width // 400)
+            inner = Image.fromarray(inside).convert("L").filter(ImageFilter.MinFilter(2 * thickness + 1))
+            pixels[inside & (np.asarray(inner) == 0)] = colour
     picture = Image.fromarray(pixels)
-    _outline(picture, crop, _CROP)
+    if crop is not None:
+        _outline(picture, crop, _CROP)
     for number, subject in subjects:
         target = subject.target
         if target.bbox_xyxy is not None:
             box = box_in_frame(target.bbox_xyxy, target.box_space, (width, height), crop, video.size)
             if isinstance(box, BoxProblem):
                 raise ValueError(f"box {list(target.bbox_xyxy)} ({target.box_space}): {box.value}")
-            _outline(picture, box, _SUBJECTS[number % len(_SUBJECTS)])
-    return np.asarray(picture)
+            _outline(picture, box, _colour(number))
+    return picture
 
 
-def _edge(inside: np.ndarray, thickness: int) -> np.ndarray:
-    """Pixels [H, W] of a mask that are at most `thickness` from its outside."""
-    inner = inside
-    for _ in range(thickness):
-        padded = np.pad(inner, 1)
-        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return inside & ~inner
+def _outline(picture: Image.Image, box: Sequence[float], colour: Colour) -> None:
+    # As thick as three pixels of the page, whatever the size of the frame.
+    thickness = max(1, round(max(picture.size) / 120))
+    x0, y0, x1, y1 = (round(edge) for edge in box)
+    corners = (x0, y0, max(x1 - 1, x0), max(y1 - 1, y0))
+    ImageDraw.Draw(picture).rectangle(corners, outline=colour, width=thickness)
 
 
-def _outline(picture: Image.Image, box: Sequence[float] | None, colour: Colour) -> None:
-    if box is not None:
-        # As thick as three pixels of the page, whatever the size of the frame.
-        thickness = max(1, round(max(picture.size) / 120))
-        x0, y0, x1, y1 = (round(edge) for edge in box)
-        corners = (x0, y0, max(x1 - 1, x0), max(y1 - 1, y0))
-        ImageDraw.Draw(picture).rectangle(corners, outline=colour, width=thickness)
-
-
-def _reference_tiles(clip_set: ClipSet, row: int, clip: Clip) -> list[Image.Image]:
-    listed = [
-        (number, subject, item) for number, subject in enumerate(clip.subjects) for item in subject.refs
-    ]
-    frames = FrameMemory()
-    tiles = [_reference_tile(clip_set, row, *item, frames) for item in listed[:MAX_REFERENCES]]
-    if len(listed) > MAX_REFERENCES:
-        tiles.append(paragraph(f"and {len(listed) - MAX_REFERENCES} more", 16, FAINT, 120, 2))
-    return tiles
-
-
-def _reference_tile(
-    clip_set: ClipSet,
-    row: int,
-    number: int,
-    subject: Subject,
-    reference: Reference,
-    frames: FrameMemory,
-    side: int = 190,
-) -> Image.Image:
-    colour = _SUBJECTS[number % len(_SUBJECTS)]
-    try:
-        picture = scaled(read_reference(clip_set, row, reference, frames), side, side)
-    except Exception as error:  # noqa: BLE001, as for frames
-        picture = error_text(_without_place(clip_set, row, error), side)
-    details = [reference.pair, subject.kind, reference.box_space or "whole"]
-    tile = captioned(picture, _name(subject), colour, side)
-    return captioned(tile, " \u00b7 ".join(details), FAINT, side, frame=False)
+def _colour(number: int) -> Colour:
+    return _SUBJECTS[number % len(_SUBJECTS)]
 
 
 def _name(subject: Subject) -> str:
     return subject.cls or subject.phrase or f"subject {subject.subject_id}"
 
 
-def _without_place(clip_set: ClipSet, row: int, error: Exception) -> str:
-    """What an error says beyond the row, which stands above it."""
-    return str(error).removeprefix(f"{clip_set.place(row)}: ") or type(error).__name__
+def _span_text(span: VideoSpan) -> str:
+    for start, end, unit in (
+        (span.start_s, span.end_s, "seconds"),
+        (span.start_frame, span.end_frame, "frames"),
+    ):
+        if (start, end) != (None, None):
+            return f"{unit} {start or 0:g} to {'end' if end is None else f'{end:g}'}"
+    return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import suppress
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -13,7 +14,7 @@ GAP = 10
 INK, FAINT, ACCENT, BAD = (28, 30, 34), (110, 114, 122), (46, 98, 190), (190, 30, 30)
 _PAPER, _LINE = (250, 250, 248), (214, 214, 210)
 
-# Pillow's own font knows Latin letters only; the first of these that has a text's other letters is used.
+# Pillow's own font knows Latin letters only; for others the first of these that is installed is used.
 _OTHER_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -28,15 +29,7 @@ _OTHER_FONTS = (
 
 
 def blank(width: int, height: int) -> Image.Image:
-    """An empty piece of paper."""
     return Image.new("RGB", (width, height), _PAPER)
-
-
-def padded(part: Image.Image, height: int) -> Image.Image:
-    """A part with empty paper under it, or cut off, so that it has this height."""
-    page = blank(part.width, height)
-    page.paste(part, (0, 0))
-    return page
 
 
 def stacked(parts: Sequence[Image.Image], width: int, *, margin: int = 0, gap: int = GAP) -> Image.Image:
@@ -49,7 +42,7 @@ def stacked(parts: Sequence[Image.Image], width: int, *, margin: int = 0, gap: i
     return page
 
 
-def flow(tiles: Sequence[Image.Image], width: int, *, gap: int = GAP, row_gap: int = GAP) -> Image.Image:
+def flow(tiles: Sequence[Image.Image], width: int, *, gap: int = GAP) -> Image.Image:
     """Tiles from left to right, their lower edges in line, in as many rows as they need."""
     rows: list[list[Image.Image]] = [[]]
     for tile in tiles:
@@ -64,7 +57,7 @@ def flow(tiles: Sequence[Image.Image], width: int, *, gap: int = GAP, row_gap: i
             band.paste(tile, (left, band.height - tile.height))
             left += tile.width + gap
         bands.append(band)
-    return stacked(bands, width, gap=row_gap)
+    return stacked(bands, width, gap=gap)
 
 
 def scaled(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -85,29 +78,12 @@ def framed(picture: Image.Image) -> Image.Image:
 
 
 def captioned(
-    picture: Image.Image, text: str, colour: Colour, width: int = 0, *, size: int = 14, frame: bool = True
+    picture: Image.Image, *lines: tuple[str, Colour], width: int = 0, size: int = 14
 ) -> Image.Image:
-    """A picture in a hairline with one line of text under it."""
-    picture = framed(picture) if frame else picture
-    width = max(width, picture.width)
-    return stacked([picture, text_line(text, size, colour, width)], width, gap=1)
-
-
-def ruled(line: Image.Image) -> Image.Image:
-    """A line of text with a hairline under it."""
-    return stacked([line, Image.new("RGB", (line.width, 2), _LINE)], line.width, gap=4)
-
-
-def heading(name: str, details: str, width: int) -> Image.Image:
-    """The line above a sample, its name large and details small."""
-    line = blank(width, 34)
-    ImageDraw.Draw(line).line((0, 0, width, 0), fill=_LINE, width=2)
-    half = text_line(name, 20, INK, width // 2)
-    line.paste(half, (0, 6))
-    shown, font = _font_for(name, 20)
-    left = min(half.width, round(font.getlength(shown))) + 2 * GAP
-    line.paste(text_line(details, 15, FAINT, width - left), (left, 10))
-    return line
+    """A picture in a hairline with lines of text under it, at least `width` pixels wide."""
+    width = max(width, picture.width + 2)
+    texts = [paragraph(text, size, colour, width, 1) for text, colour in lines]
+    return stacked([framed(picture), *texts], width, gap=1)
 
 
 def error_text(text: str, width: int) -> Image.Image:
@@ -115,15 +91,10 @@ def error_text(text: str, width: int) -> Image.Image:
     return paragraph(text, 14, BAD, width, 10)
 
 
-def text_line(text: str, size: int, colour: Colour, width: int) -> Image.Image:
-    """One line of text, cut off where it does not fit."""
-    return paragraph(text, size, colour, width, 1)
-
-
 def paragraph(text: str, size: int, colour: Colour, width: int, lines: int) -> Image.Image:
     """Text in at most so many lines, the rest of it left out."""
-    text, font = _font_for(text, size)
-    shown = _wrapped(text, font, width, lines)
+    font = _font(size, all(ord(letter) < 0x250 or 0x2010 <= ord(letter) <= 0x2026 for letter in text))
+    shown = wrapped(text, font, width, lines)
     height = round(size * 1.35)
     page = blank(width, height * len(shown) + 2)
     draw = ImageDraw.Draw(page)
@@ -132,19 +103,17 @@ def paragraph(text: str, size: int, colour: Colour, width: int, lines: int) -> I
     return page
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """Lines that fit, broken at spaces, or anywhere in a word that is longer than half a line."""
     text = " ".join(text.split())[: 400 * lines]
     shown: list[str] = []
     while text and len(shown) < lines:
         fits = _longest(text, font, width)
-        if fits < len(text):
-            space = text.rfind(" ", 0, fits + 1)
-            if len(shown) == lines - 1:
-                end = _longest(text[:fits], font, width - round(font.getlength("\u2026")))
-                shown.append(text[:end].rstrip() + "\u2026")
-                break
-            fits = space if space > fits // 2 else fits
+        if fits < len(text) and len(shown) == lines - 1:
+            end = _longest(text[:fits], font, width - round(font.getlength("\u2026")))
+            return [*shown, text[:end].rstrip() + "\u2026"]
+        space = text.rfind(" ", 0, fits + 1) if fits < len(text) else -1
+        fits = space if space > fits // 2 else fits
         shown.append(text[:fits].rstrip())
         text = text[fits:].lstrip()
     return shown or [""]
@@ -159,39 +128,9 @@ def _longest(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     return low
 
 
-def has_fonts_for(text: str) -> bool:
-    """Whether a font on this machine has the letters of a text."""
-    return _font_for(text, 20)[0] == text
-
-
-@functools.lru_cache(maxsize=16)
-def _latin_font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
 @functools.lru_cache(maxsize=64)
-def _other_font(size: int, letter: str) -> ImageFont.FreeTypeFont | None:
-    """A font that has this letter: one that has not shows the same mark for it as for what is no letter at all."""
-    for name in _OTHER_FONTS:
-        try:
-            font = ImageFont.truetype(name, size)
-        except OSError:
-            continue
-        if bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff")):
-            return font
-    return None
-
-
-def _font_for(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """A font and the text, with a mark for each letter that no font here has."""
-    other = next((letter for letter in text if not _is_latin(letter)), None)
-    if other is None:
-        return text, _latin_font(size)
-    font = _other_font(size, other)
-    if font is not None:
-        return text, font
-    return "".join(letter if _is_latin(letter) else "?" for letter in text), _latin_font(size)
-
-
-def _is_latin(letter: str) -> bool:
-    return ord(letter) < 0x250 or 0x2010 <= ord(letter) <= 0x2026
+def _font(size: int, is_latin: bool) -> ImageFont.FreeTypeFont:
+    for name in () if is_latin else _OTHER_FONTS:
+        with suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)

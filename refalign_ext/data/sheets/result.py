@@ -16,13 +16,9 @@ from refalign_ext.data.sheets.layout import (
     captioned,
     flow,
     framed,
-    has_fonts_for,
-    padded,
     paragraph,
-    ruled,
     scaled,
     stacked,
-    text_line,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +30,6 @@ _MARGIN, _GAP = 48, 20
 _WIDTH = PAGE_WIDTH - 2 * _MARGIN
 _REFERENCE_SIDE = 216
 _REFERENCES_PER_ROW = 4
-_LABEL_HEIGHT = 34
 _FRAME_HEIGHT = 360
 _MAX_FRAMES = 6
 
@@ -55,34 +50,27 @@ def make_sheet(
         prompt: wrapped, and cut after `MAX_PROMPT_LINES` lines.
         video: [3, F, H, W] in [-1, 1]; first and last frame are always shown.
         fps: frames per second, for the times under the frames.
-        title: shown at the top, such as the task.
-        footer: shown at the bottom, such as seed and settings.
-
-    Small pictures are enlarged by repeating pixels, large ones are shrunk smoothly.
+        title: shown at the top, such as the task; footer: at the bottom, such as seed and settings.
     """
     bands = [_conditions(references, prompt), _frames(video, fps)]
     if title:
-        bands.insert(0, padded(ruled(text_line(title, 34, INK, _WIDTH)), 56))
+        bands.insert(0, paragraph(title, 34, INK, _WIDTH, 1))
     if footer:
-        bands.append(padded(text_line(footer, 17, FAINT, _WIDTH), 24))
+        bands.append(paragraph(footer, 17, FAINT, _WIDTH, 1))
     return stacked(bands, PAGE_WIDTH, margin=_MARGIN, gap=_GAP)
 
 
 def _conditions(references: Sequence[Image.Image], prompt: str) -> Image.Image:
-    """References in rows, with the prompt to their right, where it has room for a few words a line."""
-    if not has_fonts_for(prompt):
-        prompt = "(written in letters that no font on this machine knows; the settings file has it)"
-    columns = min(len(references), _REFERENCES_PER_ROW)
-    rows = -(-len(references) // _REFERENCES_PER_ROW)
-    left = columns * (_REFERENCE_SIDE + _GAP)
+    """References in rows, with the prompt to their right."""
+    left = min(len(references), _REFERENCES_PER_ROW) * (_REFERENCE_SIDE + _GAP)
     text = paragraph(prompt, 30, INK, _WIDTH - left - _GAP, MAX_PROMPT_LINES)
-    texts = _labelled("prompt", padded(text, text.height + _GAP))
+    texts = _labelled("prompt", text)
     if not references:
         return texts
     tiles = [framed(scaled(image, _REFERENCE_SIDE, _REFERENCE_SIDE)) for image in references]
     label = "reference" if len(tiles) == 1 else f"{len(tiles)} references"
-    pictures = _labelled(label, flow(tiles, left, gap=_GAP - 2, row_gap=_GAP - 2))
-    band = blank(_WIDTH, max(_LABEL_HEIGHT + rows * (_REFERENCE_SIDE + _GAP), texts.height))
+    pictures = _labelled(label, flow(tiles, left, gap=_GAP - 2))
+    band = blank(_WIDTH, max(pictures.height, texts.height))
     band.paste(pictures, (0, 0))
     band.paste(texts, (left + _GAP, 0))
     return band
@@ -101,11 +89,10 @@ def _frames(video: torch.Tensor, fps: float) -> Image.Image:
     tiles = []
     for index, pixels in zip(indices, levels, strict=True):
         time = f"{index / fps:.2f} s" if count > 1 else ""
-        tiles.append(captioned(scaled(Image.fromarray(pixels), cell, _FRAME_HEIGHT), time, FAINT, size=17))
+        tiles.append(captioned(scaled(Image.fromarray(pixels), cell, _FRAME_HEIGHT), (time, FAINT), size=17))
     label = "image" if count == 1 else f"video, {count} frames, {count / fps:.2f} s"
-    band = flow(tiles, _WIDTH + 2, gap=_GAP - 2, row_gap=8)
-    return _labelled(label, padded(band, band.height + 8))
+    return _labelled(label, flow(tiles, _WIDTH + 2, gap=_GAP - 2))
 
 
 def _labelled(label: str, band: Image.Image) -> Image.Image:
-    return stacked([padded(text_line(label, 20, ACCENT, band.width), _LABEL_HEIGHT), band], band.width, gap=0)
+    return stacked([paragraph(label, 20, ACCENT, band.width, 1), band], band.width, gap=8)
