@@ -63,12 +63,10 @@ def convert_opens2v(
 
     Args:
         parts: the part JSONs; a part's name without .json, such as "total_part1", is that of its folders.
-        video_root: has `<part>/<metadata.path>`; inside the folder of `out`.
-        cross_pairs: the folder with `cluster_videos.json` and the clusters' pairs; None: regular pairs only.
-        backgrounds: has `<part>/<key>.png`; inside the folder of `out`; None: no backgrounds.
+        video_root: has `<part>/<metadata.path>`; cross_pairs: has `cluster_videos.json` and the clusters' pairs;
+            backgrounds: has `<part>/<key>.png`. Videos and backgrounds lie inside the folder of `out`.
         workers: processes that stage a part each; 0: this process.
         check_videos: drop clips and references whose video file does not exist.
-        keep_staging: keep the staged parts after the manifest is written; they are large.
 
     Returns:
         What was kept and dropped. Its `next_step` says what is missing if no manifest was written.

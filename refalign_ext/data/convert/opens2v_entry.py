@@ -82,8 +82,6 @@ class _AnnotatedSubject:
     number: int
     name: str
     mask: RunLengthMask
-    box: tuple[int, int, int, int]  # of the mask
-    pixels: int  # of the mask
     area_ratio: float
     gme: float | None
     unfit: Unusable | None  # why it is no good as a reference
@@ -99,10 +97,9 @@ def read_entry(
         identity: what names in the report start with, such as "total_part1/key".
 
     Returns:
-        `{"reason": why the clip is dropped or None, "clip": a line of the manifest, "ids": {number and class name: the
-        subject that it is, also of duplicates}, "areas": {subject: share of the frame}, "background": what it is or
-        None}`. The line's paths are relative to the part's folder of videos, and its subjects have one regular reference
-        or none.
+        `reason` why the clip is dropped or None; `clip`, a line of the manifest whose subjects have one regular reference
+        or none, its paths relative to the part's videos; `ids`, number and class name -> subject, also of duplicates;
+        `areas` of subjects as shares of the frame; `background`, what it is or None.
 
     Raises:
         Unusable: if nothing can be made of the entry.
@@ -125,30 +122,18 @@ def read_entry(
         raise Unusable("no_references")
     for subject in distinct:
         if subject.unfit:
-            what = f"{identity}, {subject.number}: {subject.name}"
-            report.drop("references", subject.unfit.reason, what)
+            report.drop("references", subject.unfit.reason, f"{identity}, {subject.number}: {subject.name}")
     scores, reason = ClipScores(metadata.aesthetic, metadata.motion, metadata.tech), None
     try:
         selection.check_clip(video["end_frame"] - video["start_frame"], scores)
     except Unusable as problem:
         reason = problem.reason
-    line = {
-        "source": "opens2v",
-        "video": video,
-        "prompt": captions[0],
-        "prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]],
-        "scores": asdict(scores),
-        "subjects": [subject.line for subject in distinct],
-    }
-    return {
-        "reason": reason,
-        "clip": line,
-        "ids": ids,
-        "areas": {str(subject.number): subject.area_ratio for subject in distinct},
-        "background": next(
-            (text.strip() for text in native.word_tags.get("background", ()) if text.strip()), None
-        ),
-    }
+    line = {"source": "opens2v", "video": video, "prompt": captions[0]}
+    line |= {"prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]]}
+    line |= {"scores": asdict(scores), "subjects": [subject.line for subject in distinct]}
+    areas = {str(subject.number): subject.area_ratio for subject in distinct}
+    background = next((text.strip() for text in native.word_tags.get("background", ()) if text.strip()), None)
+    return {"reason": reason, "clip": line, "ids": ids, "areas": areas, "background": background}
 
 
 def pack_record(record: dict[str, Any]) -> bytes:
@@ -172,15 +157,8 @@ def _video(metadata: _Metadata) -> dict[str, Any]:
     start, end = max(cut[0], 0), min(cut[1], metadata.num_frames)
     if start >= end:
         raise Unusable("cut_empty", f"face_cut {list(cut)} of {metadata.num_frames} frames")
-    return {
-        "path": metadata.path,
-        "start_frame": start,
-        "end_frame": end,
-        "fps": metadata.fps,
-        "width": width,
-        "height": height,
-        "crop_xyxy": [x0, y0, x1, y1],
-    }
+    span = {"path": metadata.path, "start_frame": start, "end_frame": end, "fps": metadata.fps}
+    return span | {"width": width, "height": height, "crop_xyxy": [x0, y0, x1, y1]}
 
 
 def _subjects(
@@ -234,35 +212,21 @@ def _subject(
     unfit = None
     try:
         selection.check_reference(scores)
-        is_judged = selection.min_gme is not None or selection.min_aesthetic is not None
-        if is_judged and scores.gme is None and scores.aes is None:
-            raise Unusable("score_missing")
     except Unusable as problem:
         unfit = problem
-    reference = {
+    target_box = _box_inside(annotated.bbox, (width, height), selection.overflow)
+    place = {"frame": frame, "box_space": "cropped_frame"}
+    reference = place | {
         "pair": "regular",
         "video": {key: value for key, value in video.items() if key != "fps"},
-        "frame": frame,
         "bbox_xyxy": box,
-        "box_space": "cropped_frame",
         "mask_rle": {"size": mask.size, "counts": mask.counts},
         "bg": "white",
         "scores": asdict(scores),
     }
-    target = {
-        "frame": frame,
-        "bbox_xyxy": _box_inside(annotated.bbox, (width, height), selection.overflow),
-        "box_space": "cropped_frame",
-    }
-    line = {
-        "subject_id": str(number),
-        "phrase": name,
-        "cls": name,
-        "kind": kind_of_class(name),
-        "target": target,
-        "refs": [] if unfit else [reference],
-    }
-    return _AnnotatedSubject(number, name, mask, box, area(mask), share, scores.gme, unfit, line)
+    line = {"subject_id": str(number), "phrase": name, "cls": name, "kind": kind_of_class(name)}
+    line |= {"target": place | {"bbox_xyxy": target_box}, "refs": [] if unfit else [reference]}
+    return _AnnotatedSubject(number, name, mask, share, scores.gme, unfit, line)
 
 
 def _box_inside(box: Box, size: tuple[int, int], overflow: str) -> Box:
@@ -302,9 +266,6 @@ def _distinct(
 
 
 def _overlaps(first: _AnnotatedSubject, second: _AnnotatedSubject, least: float) -> bool:
-    """Whether the masks' IoU reaches `least`; they are compared only if their boxes and areas allow it."""
-    (a0, b0, a1, b1), (c0, d0, c1, d1) = first.box, second.box
-    shared = max(0, min(a1, c1) - max(a0, c0)) * max(0, min(b1, d1) - max(b0, d0))
-    most = min(first.pixels, second.pixels, shared)
-    is_possible = most >= least * (first.pixels + second.pixels - most)
-    return is_possible and iou(first.mask, second.mask) >= least
+    """Whether the masks' IoU reaches `least`; it is at most the ratio of their areas."""
+    smaller, larger = sorted((area(first.mask), area(second.mask)))
+    return smaller >= least * larger and iou(first.mask, second.mask) >= least

@@ -23,14 +23,9 @@ _Reference = dict[str, Any]  # as in the manifest's lines
 
 
 class ClipJoiner:
-    """Makes clips of staged parts and pairs.
+    """Makes clips of staged parts, by the names of their folders, and of what `stage_pairs` made, if there are pairs.
 
-    Args:
-        parts: name of a part, such as "total_part1", which is that of its folders too -> its staged file.
-        pairs: what `stage_pairs` made, or None for regular pairs only.
-        root: the manifest's folder; videos, backgrounds: folders inside of it, the latter may be None.
-        check_videos: drop clips and references whose video does not exist.
-        report: is told of the references that are dropped here.
+    Paths are made relative to the manifest's folder `root`; the references that are dropped are counted in `report`.
     """
 
     def __init__(
@@ -47,7 +42,6 @@ class ClipJoiner:
         self.parts, self.pairs, self.root = parts, pairs, root
         self.videos, self.backgrounds, self.check_videos = videos, backgrounds, check_videos
         self.selection, self.report = selection, report
-        self._has_video = lru_cache(4096)(Path.is_file)
         self._record = lru_cache(_CACHED_RECORDS)(self._find_record)
 
     def rows(self) -> Iterator[tuple[str, tuple[str, str, _Record]]]:
@@ -149,7 +143,7 @@ class ClipJoiner:
     def _located(self, part: str, video: dict[str, Any], reason: str) -> dict[str, Any]:
         """A staged video with its path below the manifest's folder."""
         path = self.videos / part / video["path"]
-        if self.check_videos and not self._has_video(path):
+        if self.check_videos and not path.is_file():
             raise Unusable(reason, video["path"])
         return video | {"path": os.path.relpath(path, self.root)}
 

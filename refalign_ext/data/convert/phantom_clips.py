@@ -29,11 +29,7 @@ _SPACE = "long768"
 
 @dataclass(frozen=True)
 class RowRules:
-    """How rows become clips; see `convert_phantom`.
-
-    Attributes:
-        root: the manifest's folder; videos: the folder of the videos, relative to it ("" for the same).
-    """
+    """How rows become clips; see `convert_phantom`. `videos` is relative to the manifest's folder `root`."""
 
     root: Path
     videos: str
