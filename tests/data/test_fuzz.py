@@ -45,6 +45,7 @@ from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
+from refalign_ext.data.schema import Clip, parse, to_dict
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
 from refalign_ext.data.sheets.contact import contact_sheet
 from refalign_ext.data.statistics.stats import collect_stats
@@ -92,9 +93,13 @@ def test_rows_of_damaged_manifests(tmp_path: Path) -> None:
     path, rng, outcomes = tmp_path / "data.jsonl", random.Random(2), []
     write_rows(path, [good_row(name) for name in GOOD])
 
+    def row_comes_back(clip: Clip) -> None:
+        assert parse(json.loads(json.dumps(to_dict(clip))), "") == clip
+
     def read() -> None:
         with ManifestReader(path) as rows:
-            outcomes.extend(refused(lambda row=row: rows[row]) for row in range(len(rows)))
+            for row in range(len(rows)):
+                outcomes.append(refused(lambda row=row: row_comes_back(rows[row])))
 
     fuzz(path, 150, 1, read)
     for _ in cases(300):
