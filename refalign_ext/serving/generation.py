@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from refalign_ext.backbone import (
@@ -32,8 +31,7 @@ from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
-    environment_rank,
-    is_lost_contact,
+    lost_rank,
     rank_device,
     start_process_group,
     stop_process_group,
@@ -97,20 +95,17 @@ def distributed(device: str) -> Iterator[str]:
     """This rank's device, between `init_distributed` and `shutdown_distributed`.
 
     Raises:
-        ConnectionError: on rank 0 if another rank is gone; other ranks leave the report to it.
+        ConnectionError: if another rank is gone or does not answer.
     """
     own = init_distributed(device)
     try:
         yield own
         shutdown_distributed()
     except (OSError, RuntimeError) as error:
-        if not is_lost_contact(error):
+        reason = lost_rank(error, _TIMEOUT_SECONDS)
+        if reason is None:
             raise
-        if environment_rank() > 0:
-            raise click.exceptions.Exit(2) from error
-        raise ConnectionError(
-            "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
-        ) from error
+        raise ConnectionError(reason) from error
 
 
 def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
