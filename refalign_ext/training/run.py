@@ -29,7 +29,7 @@ from refalign_ext.distributed.process_group import (
 )
 from refalign_ext.encoders import Encoders, task_config
 from refalign_ext.planning.plan import Plan
-from refalign_ext.planning.table import describe
+from refalign_ext.planning.table import plan_table
 from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.data_source import DataSource, choose_data_source
@@ -76,7 +76,7 @@ def run_training(
     place = None if dry_run else resolve_device(rank_device(device))
     plan = _plan(config, place, world_size if dry_run else environment_world_size())
     if is_main and (dry_run or not plan.fits or plan.sizes.world > 1 or config.task != "r2v-tiny"):
-        print(describe(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
+        print(plan_table(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
     plan.require_fit()
     if dry_run:
         return None

@@ -422,7 +422,7 @@ def test_a_dry_run_needs_nothing(tmp_path: Path) -> None:
     result = run(*flags, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "guidance 3 x sequence parallel 2 (Ulysses 2 x ring 1)" in result.stdout
-    assert "branch group 2  ranks 4-5" in result.stdout
+    assert "ranks     3 x 2 in order" in result.stdout
     assert entries(tmp_path) == []
 
 
