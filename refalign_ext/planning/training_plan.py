@@ -249,7 +249,7 @@ class _TrainingRun:
         return (
             *model_facts(self.shape, task.size, task.frame_num, self.references, self.tokens, self.load.held),
             ("trains", f"{what}, {aligned}: {parameter_count(self.trained)} parameters"),
-            ("step", f"{count_of(samples, 'sample')} = {step}; {operations / 1e12:,.1f} TFLOP"),
+            ("step", f"{count_of(samples, 'sample')} = {step}; {_operations(operations)}"),
             ("settings", settings),
         )
 
@@ -295,3 +295,8 @@ def _suggestions(
         world = next((world for world in worlds if fits(changes, world)), None)
         if world is not None:
             yield f"{world} devices{text}"
+
+
+def _operations(count: int) -> str:
+    size, unit = next((each for each in ((1e15, "P"), (1e12, "T")) if count >= each[0]), (1e9, "G"))
+    return f"{count / size:,.1f} {unit}FLOP"
