@@ -62,12 +62,8 @@ def test_states_are_those_of_the_trained_parameters() -> None:
 def test_what_leaves_the_device_goes_to_the_host() -> None:
     on_device = plan_of("r2v-1.3B", 8)
     moved = plan_of("r2v-1.3B", 8, t5_cpu=True, cpu_offload=True)
-    assert set(moved.host) == {
-        "weights (float32)",
-        "gradients (float32)",
-        "optimizer state (adamw)",
-        "text encoder",
-    }
+    states = {"weights (float32)", "gradients (float32)", "optimizer state (adamw)"}
+    assert set(moved.host) == {*states, "text encoder"}
     assert moved.device_total + sum(moved.host.values()) == on_device.device_total
     alone = plan_of("r2v-1.3B", 1, cpu_offload=True)
     assert not alone.host
@@ -193,18 +189,14 @@ def test_generation_divides_branches_and_tokens() -> None:
     assert generation_plan_of("r2v-tiny", ParallelSizes(1, 1, 2), references=1).fits
     text = plan_table(sharded)
     assert "3 x 2 in order" in text and "one denoising step" in text
-
-
-def test_generation_that_does_not_fit_says_what_to_try() -> None:
-    plan = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
-    assert plan.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
+    small = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
+    assert small.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
     with pytest.raises(ValueError, match="r2v-14B does not fit on 2 devices"):
-        plan.require_fit()
+        small.require_fit()
 
 
 def test_a_teacher_that_is_in_no_table_is_an_error() -> None:
-    config = dataclasses.replace(
-        recipe("tiny"), alignment=dataclasses.replace(recipe("tiny").alignment, teacher="dinov9")
-    )
+    tiny = recipe("tiny")
+    config = dataclasses.replace(tiny, alignment=dataclasses.replace(tiny.alignment, teacher="dinov9"))
     with pytest.raises(ValueError, match="unknown teacher 'dinov9'.*dinov3-l"):
         make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 1)
