@@ -2,10 +2,9 @@
 
     python benchmarks/alignment_step.py --device cpu --threads 1 --write
 
-The same trainer, batch and weights, with the alignment weight at zero and with alignment of 1 to 6 blocks; each variant is a
-`Trainer` as `train_refalign.py` builds it, and all take turns in one process on the same samples. On a CPU the ratio is that of
-the process's CPU time, which other programs on the machine disturb least. Teacher features are read from the sprite cache, as in
-training: computing them is part of filling it.
+The same trainer, batch and weights without alignment and with alignment of 1 to 6 blocks, in turns in one process on the
+same samples. On a CPU the ratio is that of the process's CPU time, which other programs disturb least. Teacher features
+are read from the sprite cache, as in training.
 """
 
 from __future__ import annotations
@@ -54,33 +53,28 @@ def build(depth: int, references: int, folder: Path, device: torch.device) -> Tr
     return build_trainer(config, Parallel.single(device), SPRITE_DATA, Encoders(config, device))
 
 
-def seconds_of_step(trainer: Trainer) -> tuple[float, float]:
-    """CPU and wall seconds of one optimizer step."""
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize()
-    process, wall = time.process_time(), time.perf_counter()
+def step_seconds(trainer: Trainer) -> float:
+    """Seconds of one optimizer step: wall time on a GPU, CPU time elsewhere."""
+    on_gpu = trainer.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    start = clock()
     trainer.train_step()
-    if trainer.device.type == "cuda":
+    if on_gpu:
         torch.cuda.synchronize()
-    return time.process_time() - process, time.perf_counter() - wall
+    return clock() - start
 
 
-def measure(references: int, steps: int, device: torch.device) -> dict[int, tuple[float, float]]:
-    """Median CPU and wall seconds of a step by depth."""
+def measure(references: int, steps: int, device: torch.device) -> list[float]:
+    """Median seconds of a step for each of `DEPTHS`."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {depth: build(depth, references, Path(folder), device) for depth in DEPTHS}
-        for trainer in trainers.values():
+        trainers = [build(depth, references, Path(folder), device) for depth in DEPTHS]
+        for trainer in trainers:
             trainer.source.prepare()
             for _ in range(3):
                 trainer.train_step()
-        runs: dict[int, list[tuple[float, float]]] = {depth: [] for depth in DEPTHS}
-        for _ in tqdm(range(steps), desc=f"{references} references", unit="round"):
-            for depth, trainer in trainers.items():
-                runs[depth].append(seconds_of_step(trainer))
-    return {
-        depth: tuple(statistics.median(run[clock] for run in taken) for clock in (0, 1))
-        for depth, taken in runs.items()
-    }
+        rounds = tqdm(range(steps), desc=f"{references} references", unit="round")
+        runs = [[step_seconds(trainer) for trainer in trainers] for _ in rounds]
+    return [statistics.median(taken) for taken in zip(*runs, strict=True)]
 
 
 @click.command(context_settings={"show_default": True})
@@ -93,26 +87,20 @@ def main(steps: int, threads: int, device: str, write: bool) -> None:
     torch.set_num_threads(threads)
     place = resolve_device(device)
     name = processor() if place.type == "cpu" else torch.cuda.get_device_name(place)
-    clock = 1 if place.type == "cuda" else 0
+    title = f"Cost of reference alignment per training step, r2v-tiny, {place.type}"
+    columns = [f"{depth} blocks" if depth else "none" for depth in DEPTHS]
     lines = [
-        *section_head(
-            f"Cost of reference alignment per training step, r2v-tiny, {place.type}",
-            f"{name}, {threads} thread(s)",
-        ),
+        *section_head(title, f"{name}, {threads} thread(s)"),
         f"- `python benchmarks/alignment_step.py --device {device} --threads {threads} --steps {steps}`: recipe `tiny`, batch 8, "
-        f"eager, bf16 autocast, median of {steps} interleaved steps, {'wall' if clock else 'CPU'} time; in brackets the ratio to "
-        "no alignment",
+        f"eager, bf16 autocast, median of {steps} interleaved steps; in brackets the ratio to no alignment",
         "",
-        "| references | " + " | ".join(f"{depth} blocks" if depth else "none" for depth in DEPTHS) + " |",
+        f"| references | {' | '.join(columns)} |",
         "|---|" + "---|" * len(DEPTHS),
     ]
     for references in SHARES:
         found = measure(references, steps, place)
-        cells = [
-            f"{1000 * found[depth][clock]:.0f} ms ({found[depth][clock] / found[0][clock]:.2f})"
-            for depth in DEPTHS
-        ]
-        lines.append(f"| {references} | " + " | ".join(cells) + " |")
+        cells = [f"{1000 * seconds:.0f} ms ({seconds / found[0]:.2f})" for seconds in found]
+        lines.append(f"| {references} | {' | '.join(cells)} |")
     show_section(lines, write=write)
 
 

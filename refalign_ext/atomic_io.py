@@ -20,26 +20,25 @@ if TYPE_CHECKING:
 def atomic_path(target: Path, folder: Path | None = None) -> Iterator[Path]:
     """A temporary path to write to, for what takes no file; it takes the place of `target` if nothing goes wrong.
 
-    Args:
-        folder: where it lies until then, on the same file system; None: next to the target.
+    Until then it lies in `folder`, which is on the same file system, or next to the target.
     """
     folder = target.parent if folder is None else folder
     for needed in (target.parent, folder):
         needed.mkdir(parents=True, exist_ok=True)
     # Ranks on several machines may do the same at once: a process number would not be unique.
-    aside = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
+    temporary = folder / f".{target.name[:32]}.{uuid.uuid4().hex}.part"
     try:
-        yield aside
-        sync(aside)
-        os.replace(aside, target)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, target)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_open(target: Path, folder: Path | None = None) -> Iterator[BinaryIO]:
     """A file under a temporary name that takes the place of `target` if nothing goes wrong; see `atomic_path`."""
-    with atomic_path(target, folder) as aside, aside.open("x+b") as file:
+    with atomic_path(target, folder) as temporary, temporary.open("x+b") as file:
         yield file
 
 
@@ -59,13 +58,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, entry: dict[str, Any], *, indent: int | None = 1) -> None:
-    """Write a JSON file whole or not at all; `indent` None puts all on one line, for many answers."""
-    with atomic_open(path) as file:
-        file.write((json.dumps(entry, indent=indent, allow_nan=False) + "\n").encode())
+    """Writes a JSON file whole or not at all; `indent` None puts all on one line, for many answers."""
+    write_text(path, json.dumps(entry, indent=indent, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Writes a text file whole or not at all."""
     with atomic_open(path) as file:
         file.write(text.encode())
 

@@ -21,12 +21,7 @@ ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
 
 def setting(
-    default: Any,
-    text: str,
-    *,
-    choices: tuple[str, ...] = (),
-    least: float | None = None,
-    is_share: bool = False,
+    default: Any, text: str, *, choices: tuple[str, ...] = (), least: float | None = None, share: bool = False
 ) -> Any:
     """A field of a settings class.
 
@@ -34,9 +29,9 @@ def setting(
         text: what --help says about it.
         choices: the values that it may have; empty: any.
         least: the least value of a number.
-        is_share: whether a number has to lie between 0 and 1.
+        share: whether a number has to lie between 0 and 1.
     """
-    metadata = {"text": text, "choices": choices, "least": least, "is_share": is_share}
+    metadata = {"text": text, "choices": choices, "least": least, "share": share}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -45,28 +40,20 @@ class AlignmentConfig:
     """Reference alignment (paper eq. 6 to 11)."""
 
     weight: float = setting(
-        1.0,
-        "eta of eq. 11; 0 trains without reference alignment, teacher and projectors. Paper: 1.0.",
-        least=0,
+        1.0, "eta of eq. 11; 0: no alignment, teacher and projectors. Paper: 1.0.", least=0
     )
     negative_weight: float = setting(1.0, "lambda of eq. 10. Paper: 1.0.", least=0)
     margin: float = setting(1.0, "delta of eq. 9. Not in the paper; the release uses 1.0.")
     depth: int = setting(9, "K: the first K blocks are aligned. Paper: 9 (table 4).")
     tap: str = setting(
-        "block",
-        "Where student features are taken: block (output of the block, the release) or self_attn (paper's "
-        "wording).",
-        choices=TAPS,
+        "block", "Student features: block (its output, the release) or self_attn (the paper).", choices=TAPS
     )
     teacher: str = setting("dinov3-l", "Name in refalign_ext.teachers. Paper: DINOv3-L.")
     teacher_path: str | None = setting(
-        None,
-        "Local folder with the teacher's weights; None uses the hub's name (or the embedded teacher for "
-        "r2v-tiny).",
+        None, "Local folder of the teacher; None: from the hub, or the embedded one for r2v-tiny."
     )
     new_projectors: bool = setting(
-        False,
-        "Start with new projectors even where the DiT's checkpoint has some (another teacher or depth).",
+        False, "New projectors even where the DiT's checkpoint has some (another teacher or depth)."
     )
 
 
@@ -77,42 +64,31 @@ class SamplingConfig:
     fps: float = setting(0.0, "Frames per second to take; 0: the task's rate. See stride.", least=0)
     stride: int = setting(1, "Take every n-th frame of the file instead; 1: by fps.", least=1)
     bucket_frames: tuple[int, ...] = setting(
-        (),
-        "Numbers of frames, such as 81,49: a clip gives the most that it has. Empty: the task's number "
-        "alone.",
+        (), "Numbers of frames, such as 81,49: a clip gives the most it has. Empty: the task's number alone."
     )
     bucket_ratios: tuple[float, ...] = setting(
         (),
-        "Widths over heights besides the task's own, such as 1,0.5625: a clip goes to the nearest, all of "
-        "about the same area. Empty: every clip is cropped to the task's size.",
+        "Widths over heights besides the task's own, such as 1,0.5625: a clip goes to the nearest, all of about "
+        "the same area. Empty: the task's size.",
     )
     cross_pairs: float = setting(
-        0.5,
-        "Share of samples that prefer references from elsewhere to those cut out of the clip itself, where "
-        "there are both.",
-        is_share=True,
+        0.5, "Share of samples that prefer references from elsewhere to those of the clip itself.", share=True
     )
     reference_dropout: float = setting(
-        0.0, "Probability with which each reference of a sample beyond the first is left out.", is_share=True
+        0.0, "Probability of leaving out each reference of a sample beyond the first.", share=True
     )
     max_references: int = setting(8, "The most references of a sample.", least=1)
     augment: bool = setting(
         True,
-        "Rotate, scale, flip, shear, blur and recolour references that were cut out of the clip itself, as "
-        "the paper does.",
+        "Rotate, scale, flip, shear, blur and recolour references cut out of the clip itself, as the paper does.",
     )
     clip_variants: int = setting(
-        0, "Stretches of a clip that samples show; 0: any, or those that the cache has.", least=0
+        0, "Stretches of a clip that samples show; 0: any, or those of the cache.", least=0
     )
     reference_variants: int = setting(
-        0,
-        "Augmented pictures of a reference that samples show; 0: any, which are not cached, or those that "
-        "the cache has.",
-        least=0,
+        0, "Augmented pictures of a reference; 0: any (not cached), or those of the cache.", least=0
     )
-    prompt_alternatives: bool = setting(
-        False, "Draw from all captions of a clip instead of taking the first."
-    )
+    prompt_alternatives: bool = setting(False, "Sample from all captions of a clip instead of the first.")
 
 
 @dataclass(frozen=True)
@@ -125,14 +101,10 @@ class TrainConfig:
     )
     task: str = setting("r2v-tiny", "A reference-to-video task of WAN_CONFIGS.")
     ckpt_dir: str | None = setting(
-        None,
-        "Checkpoint folder in upstream's layout (VAE, text encoder, DiT); None: the embedded one, for "
-        "r2v-tiny only.",
+        None, "Checkpoint folder in upstream's layout; None: the embedded one, for r2v-tiny only."
     )
     dit_ckpt: str | None = setting(
-        None,
-        "DiT to start from (file, index or folder); None: the one in ckpt_dir, or a fresh one with "
-        "from_scratch.",
+        None, "DiT to start from (file, index or folder); None: the one in ckpt_dir. See from_scratch."
     )
     from_scratch: bool = setting(False, "Start the DiT from random weights.")
     data: str | None = setting(
@@ -140,68 +112,52 @@ class TrainConfig:
         "Manifest of clips, or a folder of tar shards (docs/data.md); several with commas. None: the sprite "
         "world, for r2v-tiny only.",
     )
-    data_mix: tuple[float, ...] = setting(
-        (), "Shares of several data, such as 6,4; empty: by their numbers of clips."
-    )
+    data_mix: tuple[float, ...] = setting((), "Shares of several data, such as 6,4; empty: by their clips.")
     data_schedule: str = setting(
         "mixed",
-        "How several data follow each other: mixed draws each batch from one of them, stages takes them one "
-        "after another, each for its share of the run. Paper: regular pairs, then cross pairs, 6 to 4.",
+        "Several data: mixed draws each batch from one of them, stages takes them one after another, each for its "
+        "share of the run. Paper: regular pairs, then cross pairs, 6 to 4.",
         choices=DATA_SCHEDULES,
     )
     sampling: SamplingConfig = SamplingConfig()
     cache: str | None = setting(
         None,
-        "Folder that python -m refalign_ext data cache wrote for data, several with commas as there; None: "
-        "where that command puts it, if it is there; off: none. Sprite world: where its clips are kept, for "
-        "any number of runs; None or off: in out.",
+        "Folder that `data cache` wrote for data, several with commas; None: where it puts it, if it is there; "
+        "off: none. Sprite world: where its clips are kept; None or off: in out.",
     )
-    data_workers: int = setting(
-        2, "Processes of each rank that decode clips ahead of training; 0: none.", least=0
-    )
+    data_workers: int = setting(2, "Processes of each rank that decode clips ahead; 0: none.", least=0)
     max_bad_share: float = setting(
-        0.1,
-        "Clips that cannot be used are replaced and named in the log; training stops if they are more than "
-        "this share.",
-        is_share=True,
+        0.1, "Unusable clips are replaced and logged; more than this share end the run.", share=True
     )
     validation_data: str | None = setting(
         None,
-        "Clips for validation, as data; None: by validation_share, or clips of the sprite world that "
-        "training does not see.",
+        "Clips for validation, as data; None: by validation_share, or clips that the sprite world keeps back.",
     )
     validation_share: float = setting(
         0.0,
-        "Share of the groups of data that are kept from training for validation: clips of one source stay "
-        "together.",
+        "Share of the groups of data kept for validation: clips of one source stay together.",
     )
     out: str = setting("outputs/train", "Folder for logs, previews and checkpoints.")
     alignment: AlignmentConfig = AlignmentConfig()
     teacher_input: bool = setting(
         False,
-        "Feed the teacher's features of the references to the DiT as well, added to their patch embeddings, "
-        "as a second reference encoder. Paper: arm D of table 2, which has no alignment (alignment.weight "
-        "0).",
+        "Feed the teacher's features of the references to the DiT as well, added to their patch embeddings. "
+        "Paper: arm D of table 2, with alignment.weight 0.",
     )
-    timesteps: str = setting(
-        "paper", "Timestep sampling and weighting by name (refalign_ext.timesteps).", choices=TIMESTEPS
-    )
-    drop_text: float = setting(0.1, "Share of samples whose prompt is dropped. Paper: 0.1.", is_share=True)
+    timesteps: str = setting("paper", "Timestep recipe (refalign_ext.timesteps).", choices=TIMESTEPS)
+    drop_text: float = setting(0.1, "Share of samples whose prompt is dropped. Paper: 0.1.", share=True)
     drop_references: float = setting(
-        0.1, "Share of samples whose references become zero latents. Paper: 0.1.", is_share=True
+        0.1, "Share of samples whose references become zero latents. Paper: 0.1.", share=True
     )
-    drop_both: float = setting(0.1, "Share of samples that lose both. Paper: 0.1.", is_share=True)
+    drop_both: float = setting(0.1, "Share of samples that lose both. Paper: 0.1.", share=True)
     batch_size: int = setting(1, "Samples in one forward pass of one data-parallel group.", least=1)
     global_batch_size: int = setting(
-        0,
-        "Samples in one optimizer step over all devices; what does not run at once is accumulated. 0: what "
-        "runs at once. Paper: 128.",
-        least=0,
+        0, "Samples of an optimizer step over all devices, by accumulation; 0: one pass. Paper: 128.", least=0
     )
     steps: int = setting(3000, "Optimizer steps. Paper: 3000 (1800 in ablations).", least=1)
     optimizer: str = setting(
         "adamw",
-        "adamw, or muon (Muon on the blocks' matrices, AdamW elsewhere; learns fastest on the tiny model).",
+        "adamw, or muon (on the blocks' matrices, AdamW elsewhere; for r2v-tiny).",
         choices=OPTIMIZERS,
     )
     learning_rate: float = setting(5e-5, "Of AdamW. Paper: 5e-5.", least=0)
@@ -211,72 +167,51 @@ class TrainConfig:
     warmup_steps: int = setting(0, "Linear warm-up of the learning rate.", least=0)
     schedule: str = setting(
         "constant",
-        "After the warm-up: constant; linear decay to zero over the last decay_share of the run; or cosine "
-        "from the warm-up to the end.",
+        "After the warm-up: constant; linear decay to zero over the last decay_share of the run; or cosine to zero.",
         choices=SCHEDULES,
     )
     decay_share: float = setting(0.4, "See schedule.")
     clip_norm: float = setting(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", least=0)
-    ema_decay: float = setting(
-        0.0, "Decay of an exponential moving average of the DiT, kept in float32; 0: none."
-    )
+    ema_decay: float = setting(0.0, "Decay of the DiT's exponential moving average, in float32; 0: none.")
     precision: str = setting("bf16", "bf16 (autocast over float32 weights) or fp32.", choices=PRECISIONS)
     activation_checkpointing: str = setting(
         "none",
-        "What the backward pass computes again instead of keeping it: none, full (every block) or selective "
-        "(all but attention and every second matmul of a block).",
+        "What the backward pass computes again: none, full (every block) or selective (all but attention and every "
+        "second matmul of a block).",
         choices=ACTIVATION_CHECKPOINTING,
     )
     compile: bool = setting(False, "torch.compile every block.")
     ulysses_size: int = setting(
-        0,
-        "Ranks among which a sample's attention heads are divided; 0: chosen from the ranks and their "
-        "memory.",
-        least=0,
+        0, "Ranks that share a sample's attention heads; 0: chosen from the ranks and their memory.", least=0
     )
     ring_size: int = setting(
-        0,
-        "Ranks among which a sample's keys and values are gathered (for heads that Ulysses cannot divide "
-        "further); 0: chosen.",
-        least=0,
+        0, "Ranks that gather a sample's keys and values (beyond what Ulysses divides); 0: chosen.", least=0
     )
     cpu_offload: bool = setting(
         False, "Keep sharded weights, gradients and optimizer state in host memory (several ranks only)."
     )
     t5_cpu: bool = setting(False, "Keep the text encoder on the CPU.")
-    lora_rank: int = setting(
-        0, "Train low-rank adapters of this rank instead of all weights; 0: all weights.", least=0
-    )
-    lora_alpha: float = setting(
-        0.0, "Adapters are scaled by this over the rank; 0: the rank itself.", least=0
-    )
+    lora_rank: int = setting(0, "Train LoRA adapters of this rank; 0: all weights.", least=0)
+    lora_alpha: float = setting(0.0, "Adapters are scaled by this over the rank; 0: the rank.", least=0)
     lora_targets: str = setting(
-        "",
-        "Which layers get adapters, as in refalign_ext.lora; empty: attention and feed-forward of every "
-        "block.",
+        "", "Layers that get adapters (refalign_ext.lora); empty: attention and feed-forward of every block."
     )
     seed: int = setting(
         0,
-        "All randomness of step n depends on this and n alone, so a resumed run equals an uninterrupted one.",
+        "All randomness of a step depends on this and its number alone, so a resumed run is exact.",
         least=0,
     )
     save_every: int = setting(500, "Optimizer steps between checkpoints.", least=1)
     keep_last: int = setting(2, "Checkpoints kept.", least=1)
     max_skipped_steps: int = setting(
         5,
-        "A step whose loss or gradient is not finite is skipped and written down; this many in a row end "
-        "the run.",
+        "Steps whose loss or gradient is not finite are skipped and written down; so many in a row end the run.",
         least=1,
     )
     spike_factor: float = setting(
-        6.0,
-        "Log the samples of a step whose loss lies this many deviations above the mean of late ones; 0: "
-        "never.",
-        least=0,
+        6.0, "Log the samples of a loss so many deviations above the recent mean; 0: never.", least=0
     )
-    validate_every: int = setting(
-        500, "Optimizer steps between validation losses, where there are clips for it; 0: none.", least=0
-    )
+    validate_every: int = setting(500, "Optimizer steps between validation losses; 0: none.", least=0)
     validation_clips: int = setting(
         32, "Clips of a validation loss: always the same, with the same noise and timesteps.", least=1
     )
@@ -284,85 +219,76 @@ class TrainConfig:
     timeout_minutes: float = setting(30.0, "A rank that the others wait for longer than this ends the run.")
     preview_every: int = setting(
         500,
-        "Optimizer steps between previews (sprite world: a judged picture; else videos of validation "
-        "clips); 0: none.",
+        "Optimizer steps between previews (sprite world: a judged picture; else videos of validation clips); "
+        "0: none.",
         least=0,
     )
     preview_clips: int = setting(
         48,
-        "Sprite world: clips that a preview generates and judges with one subject, and half as many with "
-        "two. Else: at most this many videos.",
+        "Sprite world: clips that a preview generates and judges with one subject, and half as many with two. "
+        "Else: at most this many videos.",
         least=1,
     )
-    preview_steps: int = setting(
-        0, "Sampling steps of a preview in the sprite world; 0: the task's.", least=0
-    )
+    preview_steps: int = setting(0, "Sprite world: sampling steps of a preview; 0: the task's.", least=0)
     log_every: int = setting(10, "Optimizer steps between log entries.", least=1)
-    cache_clips: int = setting(
-        6000, "Sprite world: clips rendered and encoded once, before training.", least=1
-    )
-    cache_views: int = setting(
-        24, "Sprite world: reference views of each subject, rendered and encoded once.", least=1
-    )
+    cache_clips: int = setting(6000, "Sprite world: clips rendered and encoded before training.", least=1)
+    cache_views: int = setting(24, "Sprite world: the same for reference views of each subject.", least=1)
     cache_free_clips: int = setting(
         6000,
-        "Sprite world: the same for clips in free colours, each with two views of its own subjects.",
+        "Sprite world: the same for clips in free colours, each with two views of its subjects.",
         least=1,
     )
     free_colors: float = setting(
         0.6,
-        "Sprite world: share of samples whose subjects have free colours; palette colours alone are learned "
-        "as a few classes and not copied.",
-        is_share=True,
+        "Sprite world: share of samples whose subjects have free colours; palette colours alone are learned as a "
+        "few classes and not copied.",
+        share=True,
     )
     subject_counts: tuple[float, float, float] = setting(
         (0.5, 0.45, 0.05), "Sprite world: shares of steps with one, two and three subjects."
     )
     regular_pairs: float = setting(
         0.0,
-        "Sprite world: share of clips whose references are cut out of them, so that both show the subject "
-        "tilted alike; the rest are cross pairs.",
-        is_share=True,
+        "Sprite world: share of clips whose references are cut out of them, so that both show the subject tilted "
+        "alike; the rest are cross pairs.",
+        share=True,
     )
 
     def __post_init__(self) -> None:
         for name, field in setting_fields().items():
             group, _, attribute = name.rpartition(".")
             _check_value(name, getattr(getattr(self, group) if group else self, attribute), field.metadata)
+        counts = self.subject_counts
+        half_open = "a number from 0 to below 1"
+        # Setting, whether its value is possible, what to give.
+        for name, possible, remedy in (
+            (
+                "betas",
+                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                "0.9,0.999 or alike",
+            ),
+            ("subject_counts", len(counts) == 3 and min(counts) >= 0 and sum(counts) > 0, "three shares"),
+            ("ema_decay", 0 <= self.ema_decay < 1, half_open),
+            ("validation_share", 0 <= self.validation_share < 1, half_open),
+            ("decay_share", 0 < self.decay_share <= 1, "a number above 0, at most 1"),
+            ("timeout_minutes", self.timeout_minutes > 0, "a number above 0"),
+            ("seed", self.seed < 2**63, "a number below 2**63"),
+        ):
+            if not possible:
+                raise ValueError(f"{name} is {getattr(self, name)}: give {remedy}")
+        for one, other, clash in (
+            ("from_scratch", "dit_ckpt", self.from_scratch and self.dit_ckpt is not None),
+            ("lora_rank", "ema_decay", self.lora_rank and self.ema_decay),
+            ("sampling.fps", "sampling.stride", self.sampling.fps and self.sampling.stride > 1),
+        ):
+            if clash:
+                raise ValueError(f"{one} and {other} exclude each other: leave one out")
         if self.drop_text + self.drop_references + self.drop_both > 1:
-            raise ValueError(
-                "drop_text + drop_references + drop_both exceed 1: they are shares of the samples"
-            )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas is {self.betas}: give two numbers in [0, 1), such as 0.9,0.999")
-        if len(self.subject_counts) != 3 or min(self.subject_counts) < 0 or not sum(self.subject_counts):
-            raise ValueError(
-                f"subject_counts is {self.subject_counts}: give three shares, such as 0.7,0.25,0.05"
-            )
-        if self.from_scratch and self.dit_ckpt is not None:
-            raise ValueError("from_scratch and dit_ckpt exclude each other: leave one out")
-        if self.teacher_input and (self.lora_rank or max(self.ulysses_size, self.ring_size) > 1):
-            raise ValueError(
-                "teacher_input trains all weights in one process: leave lora_rank, ulysses_size and ring_size out"
-            )
+            raise ValueError("drop_text + drop_references + drop_both exceed 1: they are shares of samples")
         if self.alignment.weight and self.alignment.depth < 1:
             raise ValueError(
                 "alignment.depth is below 1: set alignment.weight to 0 to train without alignment"
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}: it must lie in [0, 1)")
-        if not self.timeout_minutes > 0:
-            raise ValueError(f"timeout_minutes is {self.timeout_minutes}: it must be more than 0")
-        if self.lora_rank and self.ema_decay:
-            raise ValueError("lora_rank and ema_decay exclude each other: adapters have no moving average")
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"decay_share is {self.decay_share}: it must lie in (0, 1]")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"validation_share is {self.validation_share}: it is a share, from 0 to below 1")
-        if self.sampling.fps and self.sampling.stride > 1:
-            raise ValueError("sampling.fps and sampling.stride exclude each other: leave one out")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed is {self.seed}: give a number below 2**63")
 
     @property
     def needs_teacher(self) -> bool:
@@ -403,14 +329,7 @@ def setting_fields() -> dict[str, dataclasses.Field]:
 
 
 def _check_value(name: str, value: Any, rules: Mapping[str, Any]) -> None:
-    """Checks one setting.
-
-    Args:
-        rules: as `setting` takes them.
-
-    Raises:
-        ValueError: naming the setting and the values that it may have.
-    """
+    """Raises ValueError for a value that `rules`, as `setting` takes them, do not allow."""
     if rules["choices"] and value not in rules["choices"]:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(rules['choices'])}")
     numbers = value if isinstance(value, tuple) else (value,)
@@ -418,7 +337,7 @@ def _check_value(name: str, value: Any, rules: Mapping[str, Any]) -> None:
         raise ValueError(f"{name} is {value}: give a finite number")
     if rules["least"] is not None and value < rules["least"]:
         raise ValueError(f"{name} is {value}: it must be at least {rules['least']}")
-    if rules["is_share"] and not 0 <= value <= 1:
+    if rules["share"] and not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}: it is a share, between 0 and 1")
 
 
@@ -474,12 +393,7 @@ def tiny() -> TrainConfig:
     )
 
 
-RECIPES = {
-    "paper_stage1": paper_stage1,
-    "paper_stage2": paper_stage2,
-    "release": release,
-    "tiny": tiny,
-}
+RECIPES = {make.__name__: make for make in (paper_stage1, paper_stage2, release, tiny)}
 
 
 def recipe(name: str) -> TrainConfig:
@@ -494,12 +408,12 @@ def recipe(name: str) -> TrainConfig:
 
 
 def configure(recipe_name: str | None, overrides: dict[str, Any]) -> TrainConfig:
-    """A recipe, or the usual one of the task, with fields replaced.
+    """A recipe, or the usual one of the task (`tiny` for the default task), with fields replaced.
 
     Raises:
         ValueError: as `recipe` and `with_overrides`.
     """
-    usual = "tiny" if overrides.get("task", "r2v-tiny") == "r2v-tiny" else "paper_stage1"
+    usual = "tiny" if overrides.get("task", TrainConfig.task) == TrainConfig.task else "paper_stage1"
     return with_overrides(recipe(recipe_name or usual), overrides)
 
 

@@ -18,7 +18,6 @@ from refalign_ext.backbone import (
     WanVAE,
     file_sha256,
     require_files,
-    required_files,
 )
 from refalign_ext.config import TrainConfig
 from refalign_ext.tasks import find_task
@@ -45,10 +44,7 @@ def task_config(config: TrainConfig) -> EasyDict:
 
 
 def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
-    """Where the frozen parts lie.
-
-    Args:
-        dit: whether the DiT is wanted too, where the configuration takes it from there.
+    """Where the frozen parts lie, and the DiT unless `dit` is False or the configuration takes it from elsewhere.
 
     Raises:
         ValueError: if files are missing (all are listed) or no folder is given.
@@ -60,7 +56,7 @@ def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
         )
     folder = Path(folder)
     needs_dit = dit and not config.from_scratch and config.dit_ckpt is None
-    require_files(folder, required_files(folder, task_config(config), dit=needs_dit))
+    require_files(folder, task_config(config), dit=needs_dit)
     return folder
 
 
@@ -68,7 +64,6 @@ class Encoders:
     """The VAE, the text encoder and the teacher of a run, each loaded when it is first used and never twice.
 
     Args:
-        config: names the task, the checkpoint folder and the teacher.
         device: where VAE and teacher compute, and the text encoder unless `t5_cpu` keeps it on the CPU.
         dit: see `checkpoint_folder`.
         cached_prompts: see `text_encoder`.

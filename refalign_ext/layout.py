@@ -78,49 +78,31 @@ class TokenLayout:
             ValueError: if there are no samples or no frames, or counts or sizes do not fit together or do not divide
                 by the patch.
         """
-        if multiple < 1:
-            raise ValueError(f"seq_len cannot be a multiple of {multiple}: give a number of 1 or more")
-        if not latents:
-            raise ValueError("the batch is empty: give at least one sample")
-        if len(latents) != len(references):
+        assert multiple > 0
+        if not latents or len(latents) != len(references):
             raise ValueError(
-                f"{len(latents)} latents but references for {len(references)} samples: give one each"
+                f"the batch is empty or uneven: {len(latents)} latents, references for {len(references)} samples"
             )
         if patch_size[0] != 1:
             raise ValueError(
                 f"patch size {tuple(patch_size)} merges frames: references need a temporal patch of 1"
             )
         samples = []
-        for index, (video, refs) in enumerate(zip(latents, references, strict=True)):
-            if video.ndim != 4 or refs.ndim != 4 or video.shape[0] != refs.shape[0]:
-                raise ValueError(
-                    f"sample {index}: latents {tuple(video.shape)} and references {tuple(refs.shape)} must be "
-                    "[C, F, H, W] and [C, M, H, W]"
-                )
-            if video.shape[2:] != refs.shape[2:]:
-                raise ValueError(
-                    f"sample {index}: references are {tuple(refs.shape[2:])} latent cells, the video is "
-                    f"{tuple(video.shape[2:])}: encode references at the video's size"
-                )
+        for index, (video, refs) in enumerate(zip(latents, references)):
+            shapes = f"sample {index}: latents {tuple(video.shape)} and references {tuple(refs.shape)}"
+            fits = video.ndim == refs.ndim == 4 and video.shape[0] == refs.shape[0]
+            if not fits or video.shape[2:] != refs.shape[2:]:
+                raise ValueError(f"{shapes} must be [C, F, H, W] and [C, M, H, W] of the same C, H and W")
             if not all(video.shape[1:]):
-                raise ValueError(
-                    f"sample {index}: latents {tuple(video.shape)} hold no video: give at least one frame"
-                )
+                raise ValueError(f"{shapes} hold no video: give at least one frame")
             height, width = video.shape[2:]
             if height % patch_size[1] or width % patch_size[2]:
-                raise ValueError(
-                    f"sample {index}: {height}x{width} latent cells do not divide by the patch {tuple(patch_size)}"
-                )
+                raise ValueError(f"{shapes} do not divide by the patch {tuple(patch_size)}")
             samples.append(
                 SampleLayout(video.shape[1], refs.shape[1], height // patch_size[1], width // patch_size[2])
             )
         longest = max(sample.tokens for sample in samples)
         return cls(tuple(samples), -(-longest // multiple) * multiple)
-
-    @property
-    def most_references(self) -> int:
-        """Largest number of references of any sample."""
-        return max(sample.references for sample in self.samples)
 
     @property
     def most_video_tokens(self) -> int:
@@ -144,16 +126,11 @@ class TokenLayout:
         return TokenRange(rank * share, (rank + 1) * share)
 
     def reference_spans(self, held: TokenRange) -> tuple[tuple[int, int], ...]:
-        """Per sample (first, count): which of its reference tokens, flat over references, lie in `held`.
-
-        `first` is 0 where there are none.
-        """
+        """Per sample (first, count): which of its reference tokens, flat over references, lie in `held`; else (0, 0)."""
         spans = []
         for sample in self.samples:
-            start = min(max(held.start, sample.video_tokens), sample.tokens)
-            stop = min(max(held.stop, sample.video_tokens), sample.tokens)
-            count = max(stop - start, 0)
-            spans.append((start - sample.video_tokens if count else 0, count))
+            start, stop = max(held.start, sample.video_tokens), min(held.stop, sample.tokens)
+            spans.append((start - sample.video_tokens, stop - start) if stop > start else (0, 0))
         return tuple(spans)
 
     def cut_references(self, tokens: Tensor, held: TokenRange) -> Tensor:
@@ -165,7 +142,7 @@ class TokenLayout:
         return torch.cat(rows)
 
     def require_one_grid(self) -> None:
-        """Raise ValueError unless the references of all samples have the same grid, as `gather_references` needs."""
+        """Raises ValueError unless the references of all samples have the same grid, as `gather_references` needs."""
         grids = {(sample.height, sample.width) for sample in self.samples}
         if len(grids) > 1:
             raise ValueError(
@@ -173,14 +150,14 @@ class TokenLayout:
             )
 
     def gather_references(self, tokens: Tensor) -> Tensor:
-        """Cut the reference tokens [B, M, N, d] out of [B, seq_len, d]; missing references are zeros.
+        """The reference tokens [B, M, N, d] out of tokens [B, seq_len, d]; missing references are zeros.
 
         Raises:
             ValueError: if samples of different token grids would have to share one tensor.
         """
         self.require_one_grid()
-        most, per_frame = self.most_references, self.samples[0].tokens_per_frame
-        first = self.samples[0]
+        first, most = self.samples[0], max(sample.references for sample in self.samples)
+        per_frame = first.tokens_per_frame
         if all(sample == first for sample in self.samples):
             span = tokens[:, first.video_tokens : first.tokens]  # [B, M*N, d]
             return span.unflatten(1, (most, per_frame))

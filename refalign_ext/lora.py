@@ -17,13 +17,13 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 TARGETS = "q,k,v,o,ffn"
 _NAME = "default"  # peft's name for the only adapter
-_BASE = ".base_layer."
 ADAPTER_KEY = re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.{_NAME})?\.weight$")
 _PATTERN = "re:"
 
@@ -33,9 +33,8 @@ def add_lora(
 ) -> list[str]:
     """Put adapters on linear layers of `model` and freeze everything else; returns the layers' names.
 
-    The model then computes exactly what it did before, as every B starts at zero. Call it before anything shards,
-    compiles or checkpoints the model. On the meta device the adapters have no values either: fill them with
-    `initial_adapter`.
+    The model then computes exactly what it did before, as every B starts at zero; A is uniform within 1 / sqrt(in), as
+    peft and Linear start. Call it before anything shards, compiles or checkpoints the model.
 
     Args:
         model: a WanModel, ours or upstream's, on any device; its weights' dtype does not matter, the adapters are
@@ -67,24 +66,23 @@ def add_lora(
         "peft adapted other layers than it was told"
     )
     with torch.no_grad():
-        for key, value in initial_adapter(model, seed).items():
-            parameters[key].data = parameters[key].data.float()
-            if not parameters[key].is_meta:
-                parameters[key].copy_(value)
+        for key, parameter in parameters.items():
+            parameter.data = parameter.data.float().zero_()
+            if key.endswith(".lora_A.weight"):
+                digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+                generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
+                uniform = torch.rand(parameter.shape, generator=generator, device="cpu")  # [rank, in]
+                parameter.copy_((2 * uniform - 1) / math.sqrt(parameter.shape[1]))
     return names
 
 
 def matching_layers(model: nn.Module, targets: str) -> list[str]:
-    """Names of the plain linear layers that `targets` (see `add_lora`) means, in the model's order.
+    """Names of the plain linear layers that `targets` means; see `select_layers`.
 
     Layers that must compute in float32 whatever the precision (a subclass of Linear) are not offered.
-
-    Raises:
-        ValueError: if an entry matches nothing or is no regular expression.
     """
-    return select_layers(
-        [name for name, module in model.named_modules() if type(module) is nn.Linear], targets
-    )
+    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return select_layers(layers, targets)
 
 
 def select_layers(layers: list[str], targets: str) -> list[str]:
@@ -111,31 +109,13 @@ def select_layers(layers: list[str], targets: str) -> list[str]:
     return [name for name in layers if name in wanted]
 
 
-def initial_adapter(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """The values that the adapters of `model` start with, whole and on the CPU, also for a meta or sharded model.
-
-    A is uniform within 1 / sqrt(in), as peft and Linear start; B is zero.
-    """
-    start: dict[str, Tensor] = {}
-    for key, parameter in adapter_parameters(model).items():
-        if key.endswith(".lora_B.weight"):
-            start[key] = torch.zeros(parameter.shape, device="cpu")
-        else:
-            digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-            uniform = torch.rand(parameter.shape, generator=generator, device="cpu")  # [rank, in]
-            start[key] = (2 * uniform - 1) / math.sqrt(parameter.shape[1])
-    return start
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by plain key; empty without adapters."""
+    return {base_key(name): value for name, value in model.named_parameters() if is_adapter_key(name)}
 
 
 def adapter_scale(model: nn.Module) -> tuple[int, float]:
-    """(rank, alpha) of the model's adapters.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    if not adapter_parameters(model):
-        raise ValueError("this model has no LoRA adapters: call add_lora first")
+    """(rank, alpha) of the adapters of a model that has some."""
     config = model.peft_config[_NAME]
     return config.r, config.lora_alpha
 
@@ -150,7 +130,7 @@ def base_key(name: str) -> str:
     match = ADAPTER_KEY.match(name)
     if match:
         return f"{match['module']}.lora_{match['factor']}.weight"
-    return name.replace(_BASE, ".")
+    return name.replace(".base_layer.", ".")
 
 
 def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -177,64 +157,44 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def merge_tensors(
-    base: Mapping[str, Tensor],
-    adapter: Mapping[str, Tensor],
-    *,
-    rank: int,
-    alpha: float,
-    partial: bool = False,
+    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, rank: int, alpha: float
 ) -> dict[str, Tensor]:
     """A DiT with its adapter worked into the weights, under upstream's keys and in the base's order and dtypes.
-
-    Args:
-        base: the DiT's tensors under upstream's keys; those without an adapter are handed on as they are.
-        adapter: its tensors under their plain keys.
-        rank: the adapter's rank.
-        alpha: the adapter's alpha.
-        partial: `base` is one shard of several, so that an adapter's layer may lie elsewhere.
 
     Raises:
         ValueError: if the adapter was made for another model.
     """
     merged = dict(base)
-    for layer in adapted_layers(shapes_of(base), shapes_of(adapter), rank, partial=partial):
+    for layer in adapted_layers(shapes_of(base), shapes_of(adapter), rank):
         a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
         merged[f"{layer}.weight"] = merged_weight(base[f"{layer}.weight"], a, b, alpha / rank)
     return merged
 
 
-def adapted_layers(
-    base: Mapping[str, torch.Size], adapter: Mapping[str, torch.Size], rank: int, *, partial: bool = False
-) -> list[str]:
-    """Names of those layers of a model that an adapter changes, from the shapes of both; see `merge_tensors`.
+def adapted_layers(base: Mapping[str, torch.Size], adapter: Mapping[str, torch.Size], rank: int) -> list[str]:
+    """Names of the layers of a model that an adapter changes, from the shapes of both.
 
     Raises:
         ValueError: if the adapter was made for another model.
     """
     layers = sorted(check_adapter(adapter, rank))
     left = [layer for layer in layers if f"{layer}.weight" not in base]
-    if left and not partial:
+    if left:
         raise ValueError(
             f"the model lacks {len(left)} layers of the adapter, such as {left[0]}: use the model that it was trained on"
         )
-    held = [layer for layer in layers if f"{layer}.weight" in base]
-    for layer in held:
+    for layer in layers:
         (rows, _), (_, columns) = (adapter[f"{layer}.lora_{factor}.weight"] for factor in "BA")
         if tuple(base[f"{layer}.weight"]) != (rows, columns):
             raise ValueError(
                 f"the adapter of {layer} is for a layer of {[rows, columns]} and this one has "
                 f"{list(base[f'{layer}.weight'])}: use the model that the adapter was trained on"
             )
-    return held
+    return layers
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by plain key; empty without adapters."""
-    return {base_key(name): value for name, value in model.named_parameters() if is_adapter_key(name)}
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """Shapes by name."""
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Shapes of tensors, or of what stands for them, by name."""
     return {key: tensor.shape for key, tensor in tensors.items()}
 
 

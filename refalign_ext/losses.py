@@ -31,13 +31,9 @@ class RALoss(NamedTuple):
     negative: Tensor
 
 
-def _row_norm(tokens: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tokens, dim=-1)
-
-
 def _inverse_row_norm(tokens: Tensor) -> Tensor:
     """1 / norm of every row, and 0 for rows of zeros, whose cosine with anything then is 0 and has no gradient."""
-    norm = _row_norm(tokens)
+    norm = torch.linalg.vector_norm(tokens, dim=-1)
     return torch.where(norm > torch.finfo(norm.dtype).tiny ** 0.5, norm.reciprocal(), torch.zeros_like(norm))
 
 
@@ -141,16 +137,8 @@ def alignment_sums(
     Returns:
         positive sum and negative sum, scalars in the teacher's dtype. The similarity matrix is never materialised.
     """
-    if student.ndim != 2 or unit_teacher.ndim != 3 or student.shape[1] != unit_teacher.shape[2]:
-        raise ValueError(
-            f"student {tuple(student.shape)} and teacher {tuple(unit_teacher.shape)} do not fit: "
-            "expected [S, D] and [M, N, D] with the same D"
-        )
-    if start < 0 or start + student.shape[0] > unit_teacher.shape[0] * unit_teacher.shape[1]:
-        raise ValueError(
-            f"student tokens {start}..{start + student.shape[0]} lie outside the "
-            f"{unit_teacher.shape[0]} x {unit_teacher.shape[1]} teacher tokens"
-        )
+    assert student.shape[1] == unit_teacher.shape[2]
+    assert 0 <= start <= start + student.shape[0] <= unit_teacher.shape[0] * unit_teacher.shape[1]
     with torch.autocast(student.device.type, enabled=False):
         return _AlignmentSums.apply(student, unit_teacher.detach(), start, float(margin))
 
@@ -171,11 +159,7 @@ def real_references(teacher: Tensor, mask: Tensor | None = None) -> Tensor:
 
     A dropped reference has all-zero teacher features in the release and then has no alignment loss.
     """
-    present = (
-        _row_norm(teacher.detach()).amax(-1) != 0  # features that are not finite count, and show
-        if teacher.shape[2]
-        else teacher.new_zeros(teacher.shape[:2]).bool()
-    )
+    present = (teacher.detach() != 0).any(-1).any(-1)  # features that are not finite count, and show
     return present if mask is None else present & mask.to(present.device)
 
 
@@ -207,16 +191,13 @@ def alignment_by_block(
     Raises:
         ValueError: shapes that do not fit, a mask that is not boolean, or no student at all.
     """
-    _check(students, teacher, mask, sample_weight, spans)
+    _check_shapes(students, teacher, mask, sample_weight, spans)
     batch, references, tokens, _ = teacher.shape
     dtype = _compute_dtype(students[0])
     device = students[0].device
     real = real_references(teacher, mask).tolist()
-    weights = (
-        torch.ones(batch, dtype=dtype, device=device)
-        if sample_weight is None
-        else sample_weight.to(device, dtype)
-    )
+    weights = torch.ones(batch) if sample_weight is None else sample_weight
+    weights = weights.to(device, dtype)
     if spans is None:
         spans = [(0, references * tokens)] * batch
         students = [student.flatten(0, 2) for student in students]  # each [B*M*N, D]
@@ -233,9 +214,8 @@ def alignment_by_block(
         scale = weights[sample] / batch
         for block, student in enumerate(students):
             held = student[offset : offset + count]
-            held = (
-                torch.cat([held[a:b] for a, b in rows]) if len(rows) != 1 else held[rows[0][0] : rows[0][1]]
-            )
+            parts = [held[begin:end] for begin, end in rows]
+            held = torch.cat(parts) if len(parts) > 1 else parts[0]
             positive_sum, negative_sum = alignment_sums(held, features, start=start, margin=margin)
             positive[block] = positive[block] + scale * positive_sum / max(positive_count, 1)
             negative[block] = negative[block] + scale * negative_sum / max(negative_count, 1)
@@ -294,7 +274,7 @@ def reference_alignment_loss(
     return RALoss((positive + negative_weight * negative)[0], positive[0], negative[0])
 
 
-def _check(
+def _check_shapes(
     students: Sequence[Tensor],
     teacher: Tensor,
     mask: Tensor | None,
@@ -302,25 +282,17 @@ def _check(
     spans: Sequence[tuple[int, int]] | None,
 ) -> None:
     if not students:
-        raise ValueError(
-            "reference alignment needs the features of at least one block; set the depth K to 1 or more"
-        )
-    if spans is not None and (
-        len(spans) != len(teacher)
-        or any(
-            student.ndim != 2 or student.shape != (sum(count for _, count in spans), teacher.shape[-1])
-            for student in students
-        )
-    ):
-        raise ValueError(
-            f"students {[tuple(student.shape) for student in students]} do not hold what the spans {list(spans)} say: "
-            "expected [S, D] with S the sum of the counts"
-        )
-    for student in students if spans is None else ():
-        if student.ndim != 4 or student.shape != teacher.shape:
+        raise ValueError("reference alignment needs at least one block: set the depth K to 1 or more")
+    expected = tuple(teacher.shape)
+    if spans is not None:
+        expected = (sum(count for _, count in spans), teacher.shape[-1])
+        if len(spans) != len(teacher):
+            raise ValueError(f"{len(spans)} spans for {len(teacher)} samples: give one for each")
+    for student in students:
+        if student.shape != expected or teacher.ndim != 4:
             raise ValueError(
-                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be [B, M, N, D]; "
-                "resize the teacher to the token grid and project the student to the teacher's width"
+                f"student {tuple(student.shape)} must be {expected} for the teacher {tuple(teacher.shape)} [B, M, N, D]: "
+                "project it to the teacher's width, and resize the teacher to the token grid"
             )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != teacher.shape[:2]):
         raise ValueError(
@@ -334,18 +306,12 @@ def _check(
 
 def flow_matching_target(latents: Sequence[Tensor], noise: Sequence[Tensor]) -> list[Tensor]:
     """Velocity eps - z_0 that the model predicts (eq. 4), per sample, in float32 at least."""
-    return [
-        noise_sample.to(_compute_dtype(sample)) - sample.to(_compute_dtype(sample))
-        for sample, noise_sample in zip(latents, noise, strict=True)
-    ]
+    pairs = zip(latents, noise, strict=True)
+    return [eps.to(_compute_dtype(sample)) - sample.to(_compute_dtype(sample)) for sample, eps in pairs]
 
 
 def flow_matching_errors(predictions: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
     """Mean squared error of each sample over its own elements, [B]; the samples may have different sizes."""
-    if not predictions or len(predictions) != len(targets):
-        raise ValueError(
-            f"flow matching needs as many predictions as targets, got {len(predictions)} and {len(targets)}"
-        )
     errors = []
     for prediction, target in zip(predictions, targets, strict=True):
         if prediction.shape != target.shape:
@@ -357,10 +323,8 @@ def flow_matching_errors(predictions: Sequence[Tensor], targets: Sequence[Tensor
     return torch.stack(errors)
 
 
-def average_errors(errors: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+def average_errors(errors: Tensor, sample_weight: Tensor) -> Tensor:
     """The rectified-flow loss (eq. 4) of a batch: errors [B], times the recipe's timestep weights [B], averaged."""
-    if sample_weight is None:
-        return errors.mean()
     if sample_weight.shape != errors.shape:
         raise ValueError(f"sample_weight must have shape [{len(errors)}], got {tuple(sample_weight.shape)}")
     return (errors * sample_weight.to(errors)).mean()

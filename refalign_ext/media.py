@@ -23,14 +23,12 @@ def video_to_frames(video: torch.Tensor, *, magnify: int = 1) -> np.ndarray:
     Values outside the range are clamped. Enlarging repeats pixels, so that small videos stay sharp.
 
     Raises:
-        ValueError: when the shape or `magnify` is wrong, or a value is not a number.
+        ValueError: when the shape is wrong, or a value is not a number.
     """
     import torch
 
     if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
         raise ValueError(f"a video has shape [3, frames, height, width], got {list(video.shape)}")
-    if magnify < 1:
-        raise ValueError(f"magnify is {magnify}: give a whole number of 1 or more")
     values = video.detach().to(device="cpu", dtype=torch.float32)
     if not torch.isfinite(values).all():
         raise ValueError("the video holds values that are not numbers: sample again with --dtype fp32")
@@ -41,26 +39,17 @@ def video_to_frames(video: torch.Tensor, *, magnify: int = 1) -> np.ndarray:
     return frames.contiguous().numpy()
 
 
-def save_video(
-    video: torch.Tensor, path: str | os.PathLike[str], fps: float, *, magnify: int = 1, quality: int = 16
-) -> Path:
-    """Writes an H.264 mp4 file whole or not at all, see `encode_video`; its folder is created.
-
-    Returns:
-        The path written.
-
-    Raises:
-        ValueError: when the video, the frame rate or the path is unusable.
-    """
+def save_video(video: torch.Tensor, path: str | os.PathLike[str], fps: float) -> Path:
+    """Writes an H.264 mp4 file whole or not at all, see `encode_video`; its folder is created. Returns its path."""
     target = Path(path)
     if target.suffix.lower() != ".mp4":
         raise ValueError(f"cannot write {target}: a video file ends in .mp4")
     with atomic_path(target) as unfinished:
-        encode_video(video, unfinished, fps, magnify=magnify, quality=quality)
+        encode_video(video, unfinished, fps)
     return target
 
 
-def encode_video(video: torch.Tensor, path: Path, fps: float, *, magnify: int = 1, quality: int = 16) -> None:
+def encode_video(video: torch.Tensor, path: Path, fps: float, *, magnify: int = 1) -> None:
     """Writes an H.264 mp4 (yuv420p, BT.709, index at the front) that browsers and phones play.
 
     Odd sizes, which yuv420p cannot hold, get their last column or row repeated.
@@ -70,7 +59,6 @@ def encode_video(video: torch.Tensor, path: Path, fps: float, *, magnify: int = 
         path: the file to write, of any name.
         fps: frames per second, above 0.
         magnify: enlarges every frame this many times by repeating pixels.
-        quality: x264's constant rate factor, 0 (lossless) to 51; lower is better.
 
     Raises:
         ValueError: when the video or the frame rate is unusable.
@@ -88,7 +76,7 @@ def encode_video(video: torch.Tensor, path: Path, fps: float, *, magnify: int = 
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(quality), "preset": "medium"}
+        stream.options = {"crf": "16", "preset": "medium"}
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = ColorRange.MPEG

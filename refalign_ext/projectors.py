@@ -6,13 +6,10 @@ key names `blocks.{i}.input_mlp.proj.{0,2}.weight`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-
-_KEY = re.compile(r"blocks\.(\d+)\.input_mlp\.proj\.([02])\.weight")
 
 
 class _Projection(nn.Module):
@@ -66,41 +63,6 @@ class ReferenceProjectors(nn.Module):
         return [block.input_mlp(tokens) for block, tokens in zip(self.blocks, reference_tokens, strict=True)]
 
 
-def _describe(projectors: Mapping[str, Tensor], source: str) -> tuple[int, int, int]:
-    """(student_dim, teacher_dim, depth) of a release's projector tensors, all shapes checked."""
-    found = {key: _KEY.fullmatch(key) for key in projectors}
-    foreign = [key for key, match in found.items() if match is None]
-    if foreign:
-        raise ValueError(
-            f"{source}: {foreign[0]} is not a projector tensor (blocks.<i>.input_mlp.proj.<0|2>.weight)"
-        )
-    if not found:
-        raise ValueError(
-            f"{source}: no projector tensors (blocks.<i>.input_mlp.*); train new projectors instead"
-        )
-    depth = 1 + max(int(match[1]) for match in found.values())
-    missing = [
-        key
-        for index in range(depth)
-        for key in (f"blocks.{index}.input_mlp.proj.0.weight", f"blocks.{index}.input_mlp.proj.2.weight")
-        if key not in projectors
-    ]
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} projector tensors are missing, first {missing[0]}")
-    first, second = (
-        projectors["blocks.0.input_mlp.proj.0.weight"],
-        projectors["blocks.0.input_mlp.proj.2.weight"],
-    )
-    student_dim, teacher_dim = first.shape[-1], second.shape[0]
-    expected = {"0": (student_dim // 2, student_dim), "2": (teacher_dim, student_dim // 2)}
-    for key, match in found.items():
-        if tuple(projectors[key].shape) != expected[match[2]]:
-            raise ValueError(
-                f"{source}: {key} has shape {tuple(projectors[key].shape)}, expected {expected[match[2]]}"
-            )
-    return student_dim, teacher_dim, depth
-
-
 def projectors_from_tensors(
     projectors: Mapping[str, Tensor],
     *,
@@ -119,23 +81,33 @@ def projectors_from_tensors(
     Raises:
         ValueError: foreign, missing or misshapen tensors, or sizes other than those asked for.
     """
-    sizes = _describe(projectors, source)
-    wanted = (student_dim, teacher_dim, depth)
-    remedies = (
-        "choose the task these weights belong to",
-        "choose the teacher they were trained with",
-        "set the depth",
-    )
-    names = ("student_dim", "teacher_dim", "depth")
-    for name, has, wants, remedy in zip(names, sizes, wanted, remedies, strict=True):
+    first, second = (projectors.get(f"blocks.0.input_mlp.proj.{layer}.weight") for layer in (0, 2))
+    if first is None or second is None:
+        raise ValueError(
+            f"{source}: no projector tensors (blocks.0.input_mlp.*); train new projectors instead"
+        )
+    sizes = (first.shape[-1], second.shape[0], len({key.split(".")[1] for key in projectors}))
+    with torch.device("meta"):
+        module = ReferenceProjectors(*sizes)
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in projectors.items()}
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise ValueError(
+                f"{source}: {key} is {found.get(key, 'missing')}, expected {expected.get(key, 'no such projector tensor')}"
+            )
+    remedies = {
+        "student_dim": "choose the task these weights belong to",
+        "teacher_dim": "choose the teacher they were trained with",
+        "depth": "set the depth",
+    }
+    for (name, remedy), has, wants in zip(
+        remedies.items(), sizes, (student_dim, teacher_dim, depth), strict=True
+    ):
         if wants is not None and wants != has:
             raise ValueError(
                 f"{source}: projectors have {name} {has}, this run needs {wants}; {remedy} or set --alignment.new_projectors"
             )
-    with torch.device("meta"):
-        module = ReferenceProjectors(*sizes)
     # Copies: training must not change the tensors of the caller's checkpoint.
-    module.load_state_dict(
-        {key: value.clone() for key, value in projectors.items()}, strict=True, assign=True
-    )
+    module.load_state_dict({key: value.clone() for key, value in projectors.items()}, assign=True)
     return module.requires_grad_(True)

@@ -7,8 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -45,55 +44,39 @@ def load_image(path: str | os.PathLike[str] | PictureBytes) -> Image.Image:
     Raises:
         ValueError: naming the file, when it is missing, unreadable, empty, not a picture, broken or too large.
     """
-    source, file = _opened(path)
-    too_large = (
-        f"has more than {MAX_PIXELS // 1_000_000} megapixels, the limit for references: shrink it first"
-    )
+    is_path = isinstance(path, (str, os.PathLike))
+    name = f"reference image {path if is_path else path.name}"
+    try:
+        with open(path, "rb") if is_path else io.BytesIO(path.data) as file:
+            return _decode(file, name)
+    except OSError as error:
+        raise ValueError(
+            f"{name} cannot be read ({error.strerror}): check the path and permissions"
+        ) from None
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    limit = f"{MAX_PIXELS // 1_000_000} megapixels, the limit for references: shrink it first"
+    if not file.read(1):
+        raise ValueError(f"{name} is empty (0 bytes): save or download it again")
+    file.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             Image.init()
             image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     except Image.DecompressionBombError:
-        raise ValueError(f"reference image {source} {too_large}") from None
+        raise ValueError(f"{name} has more than {limit}") from None
     except _BROKEN_IMAGE_ERRORS:
         raise ValueError(
-            f"reference image {source} is not a picture that can be read: use PNG, JPEG, WebP, BMP, GIF or TIFF"
+            f"{name} is not a picture that can be read: use PNG, JPEG, WebP, BMP, GIF or TIFF"
         ) from None
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"reference image {source} ({image.width}x{image.height}) {too_large}")
-        try:
-            image.load()
-            return to_rgb(image)
-        except _BROKEN_IMAGE_ERRORS as error:
-            raise ValueError(
-                f"reference image {source} is damaged ({error}): save or download it again"
-            ) from None
-
-
-def _opened(path: str | os.PathLike[str] | PictureBytes) -> tuple[Path | str, Path | io.BytesIO]:
-    """What errors call a picture file and what Pillow opens, once it is clear that there is something to read."""
-    if not isinstance(path, (str, os.PathLike)):
-        if not path.data:
-            raise ValueError(f"reference image {path.name} is empty (0 bytes): save or download it again")
-        return path.name, io.BytesIO(path.data)
-    source = Path(path)
-    if not source.exists():
-        raise ValueError(f"reference image {source} does not exist: check the path given to --ref")
-    if source.is_dir():
-        raise ValueError(f"reference image {source} is a folder: give a picture file")
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{name} ({image.width}x{image.height}) has more than {limit}")
     try:
-        empty = source.stat().st_size == 0
-        with source.open("rb"):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"reference image {source} cannot be read ({error.strerror}): check its permissions"
-        ) from None
-    if empty:
-        raise ValueError(f"reference image {source} is empty (0 bytes): save or download it again")
-    return source, source
+        return to_rgb(image)
+    except _BROKEN_IMAGE_ERRORS as error:
+        raise ValueError(f"{name} is damaged ({error}): save or download it again") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -142,18 +125,16 @@ def prepare_reference(
             keeps the picture. A background reference is never cut out.
 
     Raises:
-        ValueError: for an unknown role or matte, an unusable size, a picture that `load_image` refuses, or
-            `matte="auto"` without the package.
+        ValueError: for an unknown role or matte, a picture that `load_image` refuses, or `matte="auto"` without the
+            package.
     """
     role = parse_role(role)
     if matte not in MATTE_MODES:
         raise ValueError(f"unknown matte {matte!r}: choose one of {', '.join(MATTE_MODES)}")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"the reference size is {size}: give (width, height) in pixels, both above 0")
     image = to_rgb(path_or_image) if isinstance(path_or_image, Image.Image) else load_image(path_or_image)
     if matte == "auto" and role is not Role.BACKGROUND:
         image = remove_background(image)
-    return letterbox(image, (int(size[0]), int(size[1])))
+    return letterbox(image, size)
 
 
 def reference_to_tensor(image: Image.Image) -> torch.Tensor:
@@ -164,16 +145,6 @@ def reference_to_tensor(image: Image.Image) -> torch.Tensor:
     return pixels.permute(2, 0, 1).to(torch.float32).div(127.5).sub(1.0)
 
 
-def check_matte_available() -> None:
-    """Raises ValueError with the remedy when background removal is not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("rembg") is None:
-        raise ValueError(
-            '--matte auto needs the package rembg: run pip install "rembg[cpu]", or use --matte off'
-        )
-
-
 def remove_background(image: Image.Image) -> Image.Image:
     """Replaces what lies behind the subject by white, with rembg's default network (no remote code).
 
@@ -182,9 +153,12 @@ def remove_background(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: when rembg is not installed or its weights cannot be had.
     """
-    check_matte_available()
-    import rembg
-
+    try:
+        import rembg
+    except ImportError:
+        raise ValueError(
+            '--matte auto needs the package rembg: run pip install "rembg[cpu]", or use --matte off'
+        ) from None
     try:
         cut_out = rembg.remove(image)
     except (OSError, RuntimeError, ValueError) as error:

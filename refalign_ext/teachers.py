@@ -30,9 +30,7 @@ def _single(size: int | Sequence[int]) -> int:
     """A patch or image size that a configuration may give as one number or as a pair of equal ones."""
     values = {size} if isinstance(size, int) else set(size)
     if len(values) != 1:
-        raise ValueError(
-            f"teacher configuration has the size {tuple(size)}; only square patches and images are supported"
-        )
+        raise ValueError(f"teacher size {tuple(size)}: only square patches and images are supported")
     return values.pop()
 
 
@@ -67,7 +65,7 @@ class Teacher:
         raise NotImplementedError
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Patch features of normalised pixels: [K, 3, H, W] -> [K, h, w, D] on the teacher's own grid."""
+        """Features of normalised pixels [K, 3, H, W] on the teacher's own grid, [K, h, w, D]."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -92,8 +90,9 @@ class Teacher:
         pixels = images.to(parameter.device, torch.float32)
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
-        mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.std, device=pixels.device)[:, None, None]
+        mean, std = (
+            torch.tensor(given, device=pixels.device)[:, None, None] for given in (self.mean, self.std)
+        )
         pixels = ((pixels + 1.0) / 2.0 - mean) / std
         # The teacher computes in its own dtype whatever the training step around it does.
         with torch.autocast(pixels.device.type, enabled=False):
@@ -210,15 +209,10 @@ class TeacherEntry:
     """A teacher's row in `TEACHERS`: how it is loaded, and what the memory plan has to know of it."""
 
     teacher: type[Teacher]
-    """Class that wraps the model."""
-    repository: str | None
-    """Model page on the Hugging Face hub; None when the weights only exist as a local folder, of any width."""
-    dim: int
-    """Feature width, which published weights must have."""
-    parameters: int
-    """Parameters of the vision tower."""
-    gated: bool = False
-    """Whether a licence must be accepted on the model page."""
+    repository: str | None  # on the Hugging Face hub; None: a local folder with features of any width
+    dim: int  # feature width, which published weights must have
+    parameters: int  # of the vision tower
+    gated: bool = False  # whether a licence must be accepted on the model page
 
 
 _DINOV3, _PRETRAINED = "facebook/dinov3-", "-pretrain-lvd1689m"
@@ -236,11 +230,7 @@ TEACHERS: dict[str, TeacherEntry] = {
 
 
 def teacher_entry(name: str) -> TeacherEntry:
-    """The row of `TEACHERS`.
-
-    Raises:
-        ValueError: for an unknown name; lists the known ones.
-    """
+    """The row of `TEACHERS`; ValueError that lists the known names otherwise."""
     if name not in TEACHERS:
         raise ValueError(f"unknown teacher {name!r}; choose one of {', '.join(TEACHERS)}")
     return TEACHERS[name]
@@ -286,15 +276,10 @@ def teacher_files(name: str, path: str | Path | None = None) -> tuple[Path, list
 
 
 def _local_files(name: str, folder: Path) -> tuple[Path, list[Path]]:
-    if not folder.is_dir():
-        raise ValueError(
-            f"{folder}: no such folder for teacher {name}; give one with config.json and model.safetensors"
-        )
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
-        missing = "config.json" if files else "*.safetensors"
         raise ValueError(
-            f"{folder}: no {missing} for teacher {name}; give a folder in the transformers layout"
+            f"{folder}: no teacher {name} there; give a folder with config.json and *.safetensors of transformers"
         )
     return folder, files
 
@@ -307,39 +292,44 @@ def _hub_files(name: str, entry: TeacherEntry) -> tuple[Path, list[Path]]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
+    def fetch(file: str) -> Path:
+        return Path(hf_hub_download(entry.repository, file))
+
     logger.info("looking for teacher %s in the hub's cache, then at %s", name, entry.repository)
-    # The hub's client reports every retry; what matters is said once, below.
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    hub_log.setLevel(logging.ERROR)
     try:
-        folder = Path(hf_hub_download(entry.repository, "config.json")).parent
-        try:
-            index = hf_hub_download(entry.repository, "model.safetensors.index.json")
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            return folder, [Path(hf_hub_download(entry.repository, "model.safetensors"))]
-        shards = json.loads(Path(index).read_text())["weight_map"]
-        needed = {
-            shard
-            for key, shard in shards.items()
-            if not entry.teacher.prefixes or key.startswith(entry.teacher.prefixes)
-        }
-        return folder, [Path(hf_hub_download(entry.repository, shard)) for shard in sorted(needed)]
+        with _quiet("huggingface_hub"):  # its client reports every retry
+            folder = fetch("config.json").parent
+            try:
+                index = fetch("model.safetensors.index.json")
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                return folder, [fetch("model.safetensors")]
+            shards = json.loads(index.read_text())["weight_map"]
+            # Every name starts with the empty prefix of a bare tower.
+            needed = {file for key, file in shards.items() if key.startswith(entry.teacher.prefixes or ("",))}
+            return folder, [fetch(file) for file in sorted(needed)]
     # Offline mode, no network, no permission and a file that is not there all end in one of these.
     except (OSError, HfHubHTTPError, EntryNotFoundError) as error:
         page = f"https://huggingface.co/{entry.repository}"
-        steps = (
-            f"accept the licence on {page} and run `hf auth login`"
-            if entry.gated
-            else f"go online to fetch {page}"
-        )
+        steps = f"go online to fetch {page}"
+        if entry.gated:
+            steps = f"accept the licence on {page} and run `hf auth login`"
         raise ValueError(
             f"teacher {name} is not available: {steps}, or pass --alignment.teacher_path FOLDER"
         ) from error
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Only a library's errors are logged: what is wrong is said once, in one line."""
+    log = logging.getLogger(library)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        hub_log.setLevel(level)
+        log.setLevel(level)
 
 
 def _read_tower(files: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -365,28 +355,15 @@ def _read_tower(files: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, T
     return found or bare
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No load report and no progress bar: what is wrong with the weights becomes a one-line error."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _load_model(
     teacher: type[Teacher], folder: Path, files: Sequence[Path], dtype: torch.dtype
 ) -> torch.nn.Module:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
     model_class = teacher.model_class()
     tensors = _read_tower(files, teacher.prefixes)
-    with _quiet_transformers():
+    with _quiet("transformers"):
         try:
             config = model_class.config_class.from_pretrained(folder)
             # transformers 4 wraps some towers in a class that has the prefix in its own names.
@@ -402,12 +379,10 @@ def _load_model(
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"{folder}: cannot be loaded as {model_class.__name__} ({reason})") from error
-    wrong = {
-        kind: sorted(str(key) for key in report[f"{kind}_keys"])
-        for kind in ("missing", "unexpected", "mismatched")
-        if report[f"{kind}_keys"]
+    kinds = {
+        kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")
     }
-    if wrong:
-        listed = "; ".join(f"{len(keys)} {kind}, first {keys[0]}" for kind, keys in wrong.items())
+    if any(kinds.values()):
+        listed = "; ".join(f"{len(keys)} {kind}, first {keys[0]}" for kind, keys in kinds.items() if keys)
         raise ValueError(f"{folder}: weights do not fit {model_class.__name__}: {listed}")
     return model

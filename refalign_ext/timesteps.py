@@ -65,8 +65,6 @@ def _cubic_gate(timestep: Tensor) -> Tensor:
 class TimestepRecipe:
     """How timesteps are sampled and how they weight the flow-matching and the reference-alignment loss."""
 
-    name: str
-    """Name in `TIMESTEP_RECIPES`."""
     sample_sigma: Callable[[int, torch.Generator], Tensor]
     """(count, generator) -> unshifted sigma in (0, 1], [count] float64."""
     shift: float
@@ -77,27 +75,21 @@ class TimestepRecipe:
     """Timesteps [B] -> weights of the reference-alignment loss [B]."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Sample timesteps in (0, 1000], [count] float32, on the CPU: a seed gives the same ones on any device.
-
-        Args:
-            generator: on the CPU.
-        """
+        """Sample timesteps in (0, 1000], [count] float32, on the CPU: a seed gives the same ones on any device."""
         assert generator.device.type == "cpu"
         return (NUM_TRAIN_TIMESTEPS * shift_sigma(self.sample_sigma(count, generator), self.shift)).float()
 
 
 TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {
     # The paper says no more than "rectified flow", so: uniform sigma, no shift, every timestep weighs the same.
-    "paper": TimestepRecipe("paper", _uniform_sigma, 1.0, _one, _one),
+    "paper": TimestepRecipe(_uniform_sigma, 1.0, _one, _one),
     # As in the official release: the shifted grid with its bell-shaped flow weight and alignment gated towards high noise.
-    "release": TimestepRecipe("release", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _cubic_gate),
-    "release_ungated": TimestepRecipe(
-        "release_ungated", _release_sigma, _RELEASE_SHIFT, _release_flow_weight, _one
-    ),
+    "release": TimestepRecipe(_release_sigma, _RELEASE_SHIFT, _release_flow_weight, _cubic_gate),
+    "release_ungated": TimestepRecipe(_release_sigma, _RELEASE_SHIFT, _release_flow_weight, _one),
     # Most steps at middle noise, where the tiny model learns fastest; weights as in the paper recipe.
-    "logit_normal": TimestepRecipe("logit_normal", _logit_normal_sigma, 1.0, _one, _one),
+    "logit_normal": TimestepRecipe(_logit_normal_sigma, 1.0, _one, _one),
     # The same leaning towards high noise, where a clip's layout and its subjects' colours are decided.
-    "logit_normal_shift4": TimestepRecipe("logit_normal_shift4", _logit_normal_sigma, 4.0, _one, _one),
+    "logit_normal_shift4": TimestepRecipe(_logit_normal_sigma, 4.0, _one, _one),
 }
 
 

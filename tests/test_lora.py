@@ -13,7 +13,6 @@ from refalign_ext.lora import (
     adapter_scale,
     add_lora,
     base_key,
-    initial_adapter,
     is_adapter_key,
     matching_layers,
     merge_tensors,
@@ -22,13 +21,8 @@ from refalign_ext.lora import (
 )
 
 SIZES = {
-    "dim": 32,
-    "ffn_dim": 48,
-    "freq_dim": 16,
-    "text_dim": 12,
-    "text_len": 6,
-    "num_heads": 2,
-    "num_layers": 2,
+    **{"dim": 32, "ffn_dim": 48, "freq_dim": 16, "text_dim": 12, "text_len": 6},
+    **{"num_heads": 2, "num_layers": 2},
 }
 ATTENTION = [f"{kind}.{leaf}" for kind in ("self_attn", "cross_attn") for leaf in "qkvo"]
 DEFAULT = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in [*ATTENTION, "ffn.0", "ffn.2"]]
@@ -155,9 +149,6 @@ def test_merging_plain_tensors(trained: WanModel) -> None:
     key = "blocks.1.ffn.2.weight"
     a, b = adapter["blocks.1.ffn.2.lora_A.weight"], adapter["blocks.1.ffn.2.lora_B.weight"]
     torch.testing.assert_close(whole[key], base[key] + 1.5 * b @ a)
-    shards = [dict(list(base.items())[::2]), dict(list(base.items())[1::2])]
-    parts = [merge_tensors(shard, adapter, rank=4, alpha=6.0, partial=True) for shard in shards]
-    assert_bitwise({name: (parts[0] | parts[1])[name] for name in base}, whole)
     half = merge_tensors({name: t.bfloat16() for name, t in base.items()}, adapter, rank=4, alpha=6.0)
     assert torch.equal(half[key], (base[key].bfloat16().float() + (b @ a) * 1.5).bfloat16())
 
@@ -191,16 +182,6 @@ def test_the_start_depends_on_the_seed_and_the_layer_alone() -> None:
     a, b = start["blocks.1.ffn.2.lora_A.weight"], start["blocks.1.ffn.2.lora_B.weight"]
     assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5 and a.shape == (4, 48)
     assert abs(a.mean()) < 0.03 and not b.any() and b.shape == (32, 4)
-
-
-def test_a_model_without_values_starts_as_one_with_values() -> None:
-    with torch.device("meta"):
-        model = WanModel(**SIZES)
-        assert add_lora(model, 4, 8.0, seed=3) == DEFAULT
-    assert all(parameter.is_meta for parameter in model.parameters())
-    real = make_model()
-    add_lora(real, 4, 8.0, seed=3)
-    assert_bitwise(initial_adapter(model, 3), adapter_of(real))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -281,8 +262,6 @@ def test_mistakes() -> None:
         with pytest.raises(ValueError, match="do not make an adapter"):
             add_lora(model, rank, alpha)
     assert list(model.state_dict()) == list(make_model().state_dict())
-    with pytest.raises(ValueError, match="has no LoRA adapters"):
-        adapter_scale(model)
     add_lora(model, 2, 2.0)
     with pytest.raises(ValueError, match="already has LoRA adapters"):
         add_lora(model, 2, 2.0, "base_layer")

@@ -1,7 +1,6 @@
 """Losses against loops over the paper's formulas, their gradients, masks, batches and memory."""
 
 import itertools
-import random
 
 import pytest
 import torch
@@ -9,10 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from refalign_ext import losses
 from refalign_ext.losses import (
-    _rows_of,
     alignment_by_block,
-    alignment_counts,
-    alignment_sums,
     average_errors,
     flow_matching_errors,
     flow_matching_target,
@@ -155,27 +151,12 @@ def test_no_references_give_zero_and_zero_gradients(references):
     assert (student.grad == 0).all()
 
 
-def test_no_references_still_reach_the_projector():
-    """A rank or batch without references runs its projectors, which must get zero and not missing gradients."""
-    projector = torch.nn.Linear(4, 4)
-    total = reference_alignment_loss(projector(torch.zeros(1, 0, 3, 4)), torch.zeros(1, 0, 3, 4)).total
-    total.backward()
-    assert (projector.weight.grad == 0).all()
-
-
 def test_one_reference_has_no_negative():
     student, teacher = make((2, 1, 3, 4))
     result = reference_alignment_loss(student, teacher, margin=5.0)
     assert result.negative == 0
     assert result.total == result.positive > 0
     assert (gradient(result.negative, student) == 0).all()
-
-
-def test_perfect_student():
-    teacher = torch.eye(6, dtype=torch.float64).reshape(1, 2, 3, 6)
-    result = reference_alignment_loss(teacher * 3, teacher, margin=1.0)
-    assert result.positive.abs() < 1e-12
-    assert result.negative == 0  # orthogonal references are exactly at the margin
 
 
 def test_other_samples_are_no_negatives():
@@ -209,13 +190,6 @@ def test_a_batch_is_the_mean_of_its_samples():
     torch.testing.assert_close(gradient(together.total, student), accumulated, atol=1e-12, rtol=1e-12)
 
 
-def test_a_sample_without_references_counts():
-    student, teacher = make((2, 2, 3, 4))
-    mask = torch.tensor([[True, True], [False, False]])
-    half = reference_alignment_loss(student, teacher, mask=mask)
-    torch.testing.assert_close(half.total, reference_alignment_loss(student[:1], teacher[:1]).total / 2)
-
-
 def test_sample_weight_gates_each_sample():
     student, teacher = make((2, 2, 3, 4))
     weights = torch.tensor([0.0, 0.5], dtype=torch.float64)
@@ -223,32 +197,6 @@ def test_sample_weight_gates_each_sample():
     torch.testing.assert_close(gated.total, 0.25 * reference_alignment_loss(student[1:], teacher[1:]).total)
     torch.testing.assert_close(gated.total, gated.positive + gated.negative)
     assert (gradient(gated.total, student)[0] == 0).all()
-
-
-def test_blocks_are_independent():
-    student, teacher = make((1, 2, 3, 4))
-    other, _ = make((1, 2, 3, 4), seed=5)
-    positive, negative = alignment_by_block([student, other], teacher, margin=1.1)
-    for block, value in enumerate((student, other)):
-        alone = reference_alignment_loss(value, teacher, margin=1.1)
-        torch.testing.assert_close((positive[block], negative[block]), (alone.positive, alone.negative))
-        total = positive[block] + negative[block]
-        torch.testing.assert_close(gradient(total, value), gradient(alone.total, value))
-
-
-@pytest.mark.parametrize("cuts", [(0, 5, 12), (0, 4, 8, 12), (0, 0, 7, 12), (0, 1, 11, 12)])
-def test_parts_of_the_tokens_add_up(cuts):
-    """What sequence parallelism does: any contiguous parts of the reference tokens, some of them empty."""
-    student, teacher = make((1, 3, 4, 5))
-    unit = unit_features(teacher[0], torch.float64)
-    flat = student[0].flatten(0, 1)
-    sums = [alignment_sums(flat[a:b], unit, start=a, margin=0.9) for a, b in itertools.pairwise(cuts)]
-    positive_count, negative_count = alignment_counts(3, 4)
-    positive = sum(pair[0] for pair in sums) / positive_count
-    negative = sum(pair[1] for pair in sums) / negative_count
-    whole = reference_alignment_loss(student, teacher, margin=0.9)
-    torch.testing.assert_close((positive, negative), (whole.positive, whole.negative))
-    torch.testing.assert_close(gradient(positive + negative, student), gradient(whole.total, student))
 
 
 def cut_points(total, cuts):
@@ -347,46 +295,12 @@ def test_a_share_of_masked_tokens_alone_is_zero_whatever_they_hold():
     assert (gradient((positive + negative).sum(), student) == 0).all()
 
 
-def test_spans_of_everything_are_the_whole_loss():
-    student, teacher = make((2, 3, 4, 5))
-    spans = [(0, 12), (0, 12)]
-    positive, negative = alignment_by_block(share_of([student], spans), teacher, margin=1.1, spans=spans)
-    whole = reference_alignment_loss(student, teacher, margin=1.1)
-    torch.testing.assert_close((positive[0], negative[0]), (whole.positive, whole.negative))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_rows_of_equals_a_loop(seed):
-    draw = random.Random(seed)
-    references, tokens = draw.randint(1, 5), draw.randint(1, 4)
-    kept = [index for index in range(references) if draw.random() < 0.6]
-    for first in range(references * tokens + 1):
-        for count in range(references * tokens - first + 1):
-            rows, start = _rows_of(kept, tokens, first, count)
-            expected = [i for i in range(count) if (first + i) // tokens in kept]
-            assert [i for a, b in rows for i in range(a, b)] == expected
-            assert rows and all(0 <= a <= b <= count for a, b in rows)
-            if expected:
-                reference, place = divmod(first + expected[0], tokens)
-                assert start == kept.index(reference) * tokens + place
-                assert all(a < b for a, b in rows)
-                assert all(b < a for (_, b), (a, _) in itertools.pairwise(rows)), "neighbours are one range"
-            else:
-                assert (rows, start) == ([(0, 0)], 0)
-
-
 def test_features_that_are_not_finite_are_not_taken_for_missing_ones():
     student, teacher = make((1, 2, 3, 4))
     for value in (float("nan"), float("inf")):
         teacher[0, 1, 2, 0] = value
         assert real_references(teacher).all()
         assert not torch.isfinite(reference_alignment_loss(student, teacher).total)
-
-
-def test_counts():
-    assert alignment_counts(4, 1560) == (6240, 12 * 1560 * 1560)
-    assert alignment_counts(1, 10) == (10, 0)
-    assert alignment_counts(0, 10) == (0, 0)
 
 
 def test_zero_student_tokens_have_no_gradient():
@@ -496,26 +410,22 @@ def test_bad_input(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_bad_parts():
-    unit = torch.ones(2, 3, 4)
-    with pytest.raises(ValueError, match="outside"):
-        alignment_sums(torch.ones(4, 4), unit, start=3)
-    with pytest.raises(ValueError, match="same D"):
-        alignment_sums(torch.ones(4, 5), unit)
-    with pytest.raises(ValueError, match="at least one block"):
-        alignment_by_block([], torch.ones(1, 2, 3, 4))
-    for student, spans in (
-        (torch.ones(3, 4), [(0, 2)]),  # three tokens held, two said
-        (torch.ones(2, 4), [(0, 1), (0, 1)]),  # one sample too many
-        (torch.ones(2, 5), [(0, 2)]),  # another width
-        (torch.ones(1, 2, 3, 4), [(0, 6)]),  # not flat
-    ):
-        with pytest.raises(ValueError, match="do not hold what the spans") as error:
-            alignment_by_block([student], torch.ones(1, 2, 3, 4), spans=spans)
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("students", "spans", "message"),
+    [
+        ([], None, "at least one block"),
+        ([torch.ones(3, 4)], [(0, 2)], "must be"),  # three tokens held, two said
+        ([torch.ones(2, 4)], [(0, 1), (0, 1)], "2 spans for 1 samples"),
+        ([torch.ones(2, 5)], [(0, 2)], "width"),
+        ([torch.ones(1, 2, 3, 4)], [(0, 6)], "must be"),  # not flat
+    ],
+)
+def test_bad_parts(students, spans, message):
+    with pytest.raises(ValueError, match=message):
+        alignment_by_block(students, torch.ones(1, 2, 3, 4), spans=spans)
 
 
-def flow_matching_loss(predictions, targets, sample_weight=None):
+def flow_matching_loss(predictions, targets, sample_weight):
     return average_errors(flow_matching_errors(predictions, targets), sample_weight)
 
 
@@ -529,7 +439,6 @@ def test_flow_matching_averages_each_sample_alone():
     predictions = [torch.zeros(2, 3), torch.zeros(5, 7, 2)]
     targets = [torch.full((2, 3), 2.0), torch.full((5, 7, 2), 3.0)]
     torch.testing.assert_close(flow_matching_errors(predictions, targets), torch.tensor([4.0, 9.0]))
-    torch.testing.assert_close(flow_matching_loss(predictions, targets), torch.tensor(6.5))
     weights = torch.tensor([0.5, 2.0], dtype=torch.float64)
     torch.testing.assert_close(
         flow_matching_loss(predictions, targets, sample_weight=weights), torch.tensor(10.0)
@@ -555,8 +464,6 @@ def test_flow_matching_gradient_of_a_batch_is_the_mean():
 
 def test_flow_matching_bad_input():
     with pytest.raises(ValueError, match="differ in shape"):
-        flow_matching_loss([torch.zeros(2, 3)], [torch.zeros(3, 2)])
-    with pytest.raises(ValueError, match="1 and 2"):
-        flow_matching_loss([torch.zeros(2)], [torch.zeros(2)] * 2)
+        flow_matching_loss([torch.zeros(2, 3)], [torch.zeros(3, 2)], torch.ones(1))
     with pytest.raises(ValueError, match="sample_weight"):
         flow_matching_loss([torch.zeros(2)], [torch.zeros(2)], sample_weight=torch.ones(3))

@@ -16,15 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from refalign_ext.atomic_io import atomic_open, atomic_path
 from refalign_ext.backbone import file_sha256
+from refalign_ext.checkpoint.weights import Weight, write_safetensors
 from refalign_ext.lora import ADAPTER_KEY, check_adapter, shapes_of
 from refalign_ext.tasks import TASKS
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_PEFT_PREFIX = "base_model.model."
 _TO_DIFFUSERS = (
     (r"\.self_attn\.", ".attn1."),
     (r"\.cross_attn\.", ".attn2."),
@@ -39,22 +35,22 @@ _TO_DIFFUSERS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter without its model: float tensors `<module>.lora_A.weight` and `.lora_B.weight`, and its scale.
-
-    Attributes:
-        base: the model that it was trained on, as the run's settings name it.
-        base_sha256: of that model's files, see `files_sha256`; None where they are not at hand.
-    """
+    """An adapter without its model: float tensors `<module>.lora_A.weight` and `.lora_B.weight`, and its scale."""
 
     tensors: dict[str, Tensor]
     rank: int
     alpha: float
-    base: str | None = None
-    base_sha256: str | None = None
+    base: str | None = None  # the model that it was trained on, as the run's settings name it
+    base_sha256: str | None = (
+        None  # of that model's files, see `files_sha256`; None where they are not at hand
+    )
 
 
 def adapter_scale_of(settings: Mapping[str, Any], source: Path) -> tuple[int, float]:
-    """(rank, alpha) that a run's settings name; `source` is what the error names.
+    """(rank, alpha) that a run's settings name.
+
+    Args:
+        source: what the error names.
 
     Raises:
         ValueError: if they name none.
@@ -82,22 +78,20 @@ def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> 
     Raises:
         ValueError: if it is not there, with the command that helps.
     """
-    remedy = f"python -m refalign_ext export {path} --base MODEL --out FOLDER"
-    if base is not None and not base.exists():
-        raise ValueError(f"--base {base} does not exist: name the model that {path} was trained on")
     found = base or base_named_by(settings)
-    if found is None:
-        raise ValueError(
-            f"{path} is an adapter of random weights: name the model it belongs to with {remedy}"
-        )
-    if not found.exists():
-        raise ValueError(
-            f"{path} is an adapter of {found}, which is not here (relative paths start where the training ran): merge it "
-            f"with {remedy}"
-        )
-    if found.resolve() == path.resolve():
-        raise ValueError(f"{path} is an adapter and cannot be its own base: name another with {remedy}")
-    return found
+    if base is not None and not base.exists():
+        problem = f"--base {base} does not exist"
+    elif found is None:
+        problem = f"{path} is an adapter of random weights"
+    elif not found.exists():
+        problem = f"{path} is an adapter of {found}, which is not here (relative paths start where the training ran)"
+    elif found.resolve() == path.resolve():
+        problem = f"{path} is an adapter and cannot be its own base"
+    else:
+        return found
+    raise ValueError(
+        f"{problem}: name the model with python -m refalign_ext export {path} --base MODEL --out FOLDER"
+    )
 
 
 def files_sha256(files: Sequence[Path]) -> str:
@@ -108,8 +102,6 @@ def files_sha256(files: Sequence[Path]) -> str:
 
 def write_peft_adapter(folder: Path, adapter: Adapter) -> Path:
     """Write an adapter as `PeftModel.from_pretrained(wan_model, folder)` takes it; returns the file with the tensors.
-
-    The configuration is written last: a folder that has it is complete.
 
     Raises:
         ValueError: if the tensors are no adapter of this rank.
@@ -126,12 +118,10 @@ def write_peft_adapter(folder: Path, adapter: Adapter) -> Path:
         inference_mode=True,
     ).to_dict()
     listed = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    (folder / ADAPTER_CONFIG_FILE).unlink(missing_ok=True)
-    tensors = {_PEFT_PREFIX + key: tensor for key, tensor in adapter.tensors.items()}
-    _write_safetensors(folder / ADAPTER_FILE, tensors, adapter)
-    with atomic_open(folder / ADAPTER_CONFIG_FILE) as file:
-        file.write((json.dumps(listed, indent=2, sort_keys=True) + "\n").encode("utf-8"))
-    return folder / ADAPTER_FILE
+    text = json.dumps(listed, indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    tensors = {f"base_model.model.{key}": tensor for key, tensor in adapter.tensors.items()}
+    return _write(folder / "adapter_model.safetensors", tensors, adapter)
 
 
 def write_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
@@ -155,7 +145,7 @@ def write_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
             )
         value = tensor * (adapter.alpha / adapter.rank) if match["factor"] == "B" else tensor
         tensors[f"transformer.{layer}.lora_{match['factor']}.weight"] = value
-    return _write_safetensors(folder / DIFFUSERS_FILE, tensors, adapter)
+    return _write(folder / "pytorch_lora_weights.safetensors", tensors, adapter)
 
 
 def base_note(base: str | None, sha256: str | None) -> dict[str, str]:
@@ -164,18 +154,7 @@ def base_note(base: str | None, sha256: str | None) -> dict[str, str]:
     return {name: value for name, value in note.items() if value is not None}
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor], adapter: Adapter) -> Path:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    note = {"format": "pt", **base_note(adapter.base, adapter.base_sha256)}
-    try:
-        with atomic_path(path) as unfinished:
-            save_file(
-                {key: tensor.detach().contiguous().cpu() for key, tensor in tensors.items()}, unfinished, note
-            )
-            # The library keeps files from everyone else.
-            unfinished.chmod(path.parent.stat().st_mode & 0o666)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written ({error}): free some space") from error
+def _write(path: Path, tensors: Mapping[str, Tensor], adapter: Adapter) -> Path:
+    weights = {key: Weight.of(tensor) for key, tensor in tensors.items()}
+    write_safetensors(path, weights, base_note(adapter.base, adapter.base_sha256))
     return path

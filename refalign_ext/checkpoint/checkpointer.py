@@ -45,10 +45,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def abandon_checkpoints_after(folder: Path, step: int) -> list[Path]:
-    """Rename checkpoints beyond `step` to `abandoned-step-*`: the run goes on from there, and they are not its own.
+    """Rename checkpoints beyond `step`, from which the run goes on, to `abandoned-step-*`; returns the new names.
 
-    Otherwise `--resume auto` would later jump to them, and they would count as the newest to keep. For one rank only;
-    returns the new names.
+    Otherwise `--resume auto` would later jump to them, and they would count as the newest to keep. For one rank only.
     """
     found = checkpoints_in(folder)
     kept = [path for path in found if _step_of(path) <= step]
@@ -82,11 +81,7 @@ def resolve_resume(folder: Path, resume: str) -> Path | None:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `trainer.json` says: `step`, `samples_seen` and the run's `settings`.
-
-    Raises:
-        ValueError: if it is missing or damaged.
-    """
+    """What `trainer.json` says: `step`, `samples_seen` and the run's `settings`; ValueError if it is damaged."""
     meta = _read_json(path, STATE_FILE)
     for name, kind in (("step", int), ("samples_seen", int), ("settings", dict)):
         if not isinstance(meta.get(name), kind):
@@ -95,11 +90,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """The DiT's constructor arguments and `_class_name`.
-
-    Raises:
-        ValueError: if they are missing or damaged.
-    """
+    """The DiT's constructor arguments and `_class_name`; ValueError if they are damaged."""
     return _read_json(path, CONFIG_FILE)
 
 
@@ -115,7 +106,6 @@ class Checkpointer:
 
     Args:
         folder: where the checkpoints of the run go; created.
-        parallel: the ranks.
         keep_last: how many checkpoints remain.
         timeout_seconds: how long ranks wait for each other's writing.
     """
@@ -140,7 +130,6 @@ class Checkpointer:
         """Begin to write the checkpoint of `step`; when this returns, the tensors may change.
 
         Args:
-            step: optimizer steps done.
             state: what `state.build_state` returns.
             meta: `samples_seen` and `settings`, written to trainer.json beside the step.
             model_config: the DiT's constructor arguments and `_class_name`.
@@ -161,11 +150,7 @@ class Checkpointer:
         self._running = self._thread.submit(self._write, f"step-{step:08d}", staged, texts)
 
     def finish(self) -> Path | None:
-        """Wait for the last save; returns its folder, or None if there was none since the last call.
-
-        Raises:
-            OSError: on all ranks, if it could not be written.
-        """
+        """Wait for the last save; returns its folder (None: none since the last call) or raises its OSError."""
         running, self._running = self._running, None
         return None if running is None else running.result()
 
@@ -174,25 +159,16 @@ class Checkpointer:
         unfinished = final.with_name(f"{name}.part")
         try:
             self._on_main_rank(lambda: self._prepare(unfinished))
-            metadata = dcp.save(
-                staged, storage_writer=dcp.FileSystemWriter(unfinished), process_group=self._group
-            )
+            writer = dcp.FileSystemWriter(unfinished)
+            metadata = dcp.save(staged, storage_writer=writer, process_group=self._group)
             self._on_main_rank(lambda: self._complete(unfinished, final, metadata, texts))
         except CheckpointException as error:
             rank, (reason, _) = next(iter(error.failures.items()))
             where = "" if self._group is None else f"rank {rank}: "
-            raise self._failure(final, where + one_line(reason)) from error
+            raise _failed_to_write(final, where + one_line(reason)) from error
         except (OSError, RuntimeError) as error:
-            raise self._failure(final, one_line(error)) from error
+            raise _failed_to_write(final, one_line(error)) from error
         return final
-
-    def _failure(self, final: Path, reason: str) -> OSError:
-        nearest = next(folder for folder in final.absolute().parents if folder.is_dir())
-        free = shutil.disk_usage(nearest).free / 2**30
-        return OSError(
-            f"checkpoint {final} could not be written ({reason}): {free:.1f} GiB are free there, make room or choose "
-            "another --out"
-        )
 
     def _on_main_rank(self, work: Callable[[], None]) -> None:
         """Do something on rank 0; its OSError is raised on all ranks."""
@@ -229,6 +205,15 @@ class Checkpointer:
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
             if old != final:
                 _remove_whole(old)
+
+
+def _failed_to_write(final: Path, reason: str) -> OSError:
+    nearest = next(folder for folder in final.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(nearest).free / 2**30
+    return OSError(
+        f"checkpoint {final} could not be written ({reason}): {free:.1f} GiB are free there, make room or choose "
+        "another --out"
+    )
 
 
 def _lacking(path: Path) -> list[str]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from refalign_ext.atomic_io import atomic_folder
@@ -23,11 +22,11 @@ from refalign_ext.checkpoint.adapters import (
     write_peft_adapter,
 )
 from refalign_ext.checkpoint.checkpointer import is_checkpoint
-from refalign_ext.checkpoint.reading import Weight, open_dit, read_trained_adapter
+from refalign_ext.checkpoint.reading import open_dit, read_trained_adapter
+from refalign_ext.checkpoint.weights import Weight, write_safetensors
 
 Layout = Literal["upstream", "diffusers"]
 _STEM = "diffusion_pytorch_model"
-_SAFETENSORS_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def export_checkpoint(
@@ -40,10 +39,10 @@ def export_checkpoint(
     base: Path | None = None,
     shard_gigabytes: float = 5.0,
 ) -> list[Path]:
-    """Write a checkpoint's weights as safetensors with their config.json.
+    """Write a checkpoint's weights as safetensors with their config.json; returns the files with the tensors.
 
-    An adapter is merged into its base, whose path and SHA-256 (see `adapters.files_sha256`) the files'
-    metadata then names. The folder appears under its name only when it is complete.
+    An adapter is merged into its base, whose path and SHA-256 (see `adapters.files_sha256`) the files' metadata then
+    names. The folder appears under its name only when it is complete.
 
     Args:
         checkpoint: a step-* folder of train_refalign.py.
@@ -53,9 +52,6 @@ def export_checkpoint(
         raw: the trained weights, where the checkpoint also has their moving average.
         base: the model that the checkpoint's adapter belongs to; None: the one that its settings name.
         shard_gigabytes: largest size of a file in units of 10^9 bytes; more is split over several files with an index.
-
-    Returns:
-        The files with the tensors.
 
     Raises:
         ValueError: if the checkpoint is damaged or has no such parts, the base is not there, or the folder is in use.
@@ -90,16 +86,13 @@ def export_checkpoint(
 def export_adapter(
     checkpoint: Path, out: Path, *, layout: Layout = "upstream", raw: bool = False, base: Path | None = None
 ) -> list[Path]:
-    """Write the adapter of a LoRA run's checkpoint alone. The folder appears under its name only when it is complete.
+    """Write the adapter of a LoRA run's checkpoint alone; returns the file with the tensors.
 
     Args:
         checkpoint, out, raw: as in `export_checkpoint`.
         layout: `upstream` (peft's folder, for a WanModel) or `diffusers` (for WanTransformer3DModel.load_lora_adapter).
         base: what the files name as the adapter's base; None: what the settings name. It is recorded with its SHA-256
             where it is at hand.
-
-    Returns:
-        The file with the tensors.
 
     Raises:
         ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
@@ -125,51 +118,24 @@ def _write_shards(
 ) -> list[str]:
     """Write `weights` as one file or, beyond `limit` bytes, as several."""
     shards: list[dict[str, Weight]] = [{}]
-    size = 0
+    total = size = 0
     for name, weight in weights.items():
         if shards[-1] and size + weight.size_in_bytes > limit:
             shards.append({})
             size = 0
         shards[-1][name] = weight
         size += weight.size_in_bytes
-    total = sum(weight.size_in_bytes for weight in weights.values())
+        total += weight.size_in_bytes
     count = len(shards)
     files = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
         files = [f"{_STEM}.safetensors"]
     with tqdm(total=total, desc="exporting", unit="B", unit_scale=True) as bar:
         for file, shard in zip(files, shards, strict=True):
-            _write_file(folder / file, shard, note, bar)
+            write_safetensors(folder / file, shard, note, bar.update)
     if count > 1:
         placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         text = json.dumps(index, indent=2) + "\n"
         (folder / f"{_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
     return files
-
-
-def _write_file(path: Path, weights: Mapping[str, Weight], note: Mapping[str, str], bar: Any) -> None:
-    """A safetensors file, tensor by tensor: eight bytes with the header's length, a JSON header, then the data.
-
-    The library's own writer takes all tensors of a file at once. Format: the safetensors README, "Format".
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **note}}
-    end = 0
-    for name, weight in weights.items():
-        begin, end = end, end + weight.size_in_bytes
-        kind = str(weight.dtype).removeprefix("torch.")
-        if kind not in _SAFETENSORS_TYPES:
-            raise ValueError(f"{name} is {kind}: weights that can be exported are floating-point numbers")
-        header[name] = {
-            "dtype": _SAFETENSORS_TYPES[kind],
-            "shape": list(weight.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights.values():
-            content = weight.read().reshape(-1).view(torch.uint8)
-            file.write(content.numpy().data)
-            bar.update(content.numel())

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from refalign_ext.backbone import DiTCheckpoint, checkpoint_files, read_dit_checkpoint
@@ -24,42 +23,20 @@ from refalign_ext.checkpoint.adapters import (
 from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.lora import adapted_layers, base_key, is_adapter_key, merged_weight
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A tensor in a file: what is known without reading it, and how to read it (whole, on the CPU)."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def size_in_bytes(self) -> int:
-        """Bytes of the tensor in memory."""
-        return self.shape.numel() * self.dtype.itemsize
+from refalign_ext.checkpoint.weights import Weight, read_weights
+from refalign_ext.lora import adapted_layers, base_key, is_adapter_key, merged_weight, shapes_of
 
 
 @dataclass(frozen=True)
 class StoredDiT:
-    """A DiT in files.
+    """A DiT in files."""
 
-    Attributes:
-        path: what was named.
-        weights: by upstream's names; with an adapter, merged when they are read.
-        files: those that hold them.
-        config: `WanModel` arguments stated beside the weights; None without such a file.
-        projectors: `blocks.{i}.input_mlp.proj.{0,2}.weight`; empty without projectors.
-        base: the model that an adapter was merged into, or None.
-    """
-
-    path: Path
-    weights: dict[str, Weight]
-    files: list[Path]
-    config: dict[str, Any] | None
-    projectors: dict[str, Weight] = field(default_factory=dict)
-    base: StoredDiT | None = None
+    path: Path  # what was named
+    weights: dict[str, Weight]  # by upstream's names; with an adapter, merged when they are read
+    files: list[Path]  # those that hold them
+    config: dict[str, Any] | None  # `WanModel` arguments stated beside the weights
+    projectors: dict[str, Weight] = field(default_factory=dict)  # blocks.{i}.input_mlp.proj.{0,2}.weight
+    base: StoredDiT | None = None  # the model that an adapter was merged into
 
 
 def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
@@ -75,9 +52,9 @@ def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
     return DiTCheckpoint(read_weights(found.weights), read_weights(found.projectors), found.config, files)
 
 
-def read_weights(weights: Mapping[str, Weight]) -> dict[str, Tensor]:
-    """All of them at once."""
-    return {name: weight.read() for name, weight in weights.items()}
+def dit_files(path: Path) -> list[Path]:
+    """The files that hold a DiT's tensors; empty where nothing readable is."""
+    return sorted(path.glob("*.distcp")) if is_checkpoint(path) else checkpoint_files(path)
 
 
 def open_dit(
@@ -104,9 +81,7 @@ def open_dit(
             f"{path} was trained with --{name} and is another model without it: only `sprites judge` and "
             f"train_refalign.py --{name} true use such a checkpoint"
         )
-    weights = {name: _weight(stored, key) for name, key in _dit_keys(stored, raw=raw).items()}
-    projectors = _under(stored, f"{MODEL}.{PROJECTORS}")
-    under = None
+    weights, under = _stored_dit(stored, raw=raw), None
     if any(map(is_adapter_key, weights)):
         settings = read_meta(path)["settings"]
         scale = adapter_scale_of(settings, path)
@@ -115,33 +90,31 @@ def open_dit(
         weights = _merged_weights(under.weights, adapter, *scale)
     elif base is not None:
         raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
-    return StoredDiT(path, weights, _tensor_files(path), read_model_config(path), projectors, under)
+    projectors = stored.weights(f"{MODEL}.{PROJECTORS}")
+    return StoredDiT(path, weights, dit_files(path), read_model_config(path), projectors, under)
 
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
     """The adapter that a LoRA run trained, on the CPU; its base need not be there.
 
     Args:
-        path: the checkpoint's folder.
-        raw: what was trained, even if there is an average.
+        path, raw: as in `open_dit`.
         base: what the adapter belongs to, if it is not where the settings say.
 
     Raises:
         ValueError: if the checkpoint is damaged or holds no adapter, or `base` does not exist.
     """
-    stored = StoredTensors(path)
-    keys = {base_key(name): key for name, key in _dit_keys(stored, raw=raw).items() if is_adapter_key(name)}
-    if not keys:
+    weights = _stored_dit(StoredTensors(path), raw=raw)
+    tensors = {base_key(name): weight.read() for name, weight in weights.items() if is_adapter_key(name)}
+    if not tensors:
         raise ValueError(f"{path} holds a whole DiT, no adapter: export it without --adapter")
     settings = read_meta(path)["settings"]
     rank, alpha = adapter_scale_of(settings, path)
     under = base_named_by(settings) if base is None else require_base(path, settings, base)
-    sha256 = None
-    if under is not None and under.exists():
-        files = _tensor_files(under) if is_checkpoint(under) else checkpoint_files(under)
-        sha256 = files_sha256(files) if files else None
-    tensors = {name: stored.read(key) for name, key in keys.items()}
-    return Adapter(tensors, rank, alpha, None if under is None else str(under), sha256)
+    if under is None:
+        return Adapter(tensors, rank, alpha)
+    files = dit_files(under)
+    return Adapter(tensors, rank, alpha, str(under), files_sha256(files) if files else None)
 
 
 def read_extra_module(path: Path, name: str) -> dict[str, Tensor]:
@@ -155,19 +128,15 @@ def read_extra_module(path: Path, name: str) -> dict[str, Tensor]:
     if not is_checkpoint(path):
         return {}
     stored = StoredTensors(path)
-    average = _under(stored, f"{AVERAGE}.{name}.")
-    return read_weights(average or _under(stored, f"{MODEL}.{name}."))
+    return read_weights(stored.weights(f"{AVERAGE}.{name}.") or stored.weights(f"{MODEL}.{name}."))
 
 
-def _dit_keys(stored: StoredTensors, *, raw: bool) -> dict[str, str]:
-    """The DiT's own names of its tensors -> their names in the checkpoint; see `open_dit`."""
-    average = {key.removeprefix(f"{AVERAGE}.").removeprefix(DIT): key for key in stored.names(f"{AVERAGE}.")}
+def _stored_dit(stored: StoredTensors, *, raw: bool) -> dict[str, Weight]:
+    """The DiT's tensors by its own names; see `open_dit`."""
     # Of extra modules the average has the names that they have in the model.
-    average = {name: key for name, key in average.items() if f"{MODEL}.{name}" not in stored.tensors}
-    if average and not raw:
-        return average
-    prefix = f"{MODEL}.{DIT}"
-    found = {key.removeprefix(prefix): key for key in stored.names(prefix)}
+    average = {} if raw else stored.weights(f"{AVERAGE}.")
+    average = {name: weight for name, weight in average.items() if f"{MODEL}.{name}" not in stored.tensors}
+    found = average or stored.weights(f"{MODEL}.{DIT}")
     if not found:
         raise ValueError(f"checkpoint {stored.path} holds no DiT: name a step-* folder of train_refalign.py")
     return found
@@ -177,10 +146,7 @@ def _open_any_dit(path: Path) -> StoredDiT:
     if is_checkpoint(path):
         return open_dit(path)
     found = read_dit_checkpoint(path)  # memory-mapped
-    weights = {
-        name: Weight(tensor.shape, tensor.dtype, lambda tensor=tensor: tensor)
-        for name, tensor in found.state_dict.items()
-    }
+    weights = {name: Weight.of(tensor) for name, tensor in found.state_dict.items()}
     return StoredDiT(path, weights, found.files, found.config)
 
 
@@ -199,17 +165,5 @@ def _merged_weights(
         read = lambda: merged_weight(weight.read(), a.read(), b.read(), alpha / rank)  # noqa: E731
         return Weight(weight.shape, weight.dtype, read)
 
-    shapes = ({key: weight.shape for key, weight in weights.items()} for weights in (base, adapter))
-    return {**base, **{f"{layer}.weight": merged(layer) for layer in adapted_layers(*shapes, rank)}}
-
-
-def _under(stored: StoredTensors, prefix: str) -> dict[str, Weight]:
-    return {key.removeprefix(prefix): _weight(stored, key) for key in stored.names(prefix)}
-
-
-def _weight(stored: StoredTensors, key: str) -> Weight:
-    return Weight(stored.shape(key), stored.dtype(key), lambda: stored.read(key))
-
-
-def _tensor_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.distcp"))
+    layers = adapted_layers(shapes_of(base), shapes_of(adapter), rank)
+    return {**base, **{f"{layer}.weight": merged(layer) for layer in layers}}

@@ -6,9 +6,7 @@ Names start with the part: `model.dit.*`, `model.projectors.*` and `model.<extra
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,27 +36,24 @@ def build_state(
 
     Args:
         trained: the container of `dit`, `projectors` and extra modules.
-        optimizers: over its parameters; their class names become part of the names.
+        optimizers: over its parameters, of different classes, whose names become part of the names.
         average: moving average of the DiT by the DiT's own names (and of extra modules), or None.
         trainable_only: leave out what does not require gradients (the base model of an adapter).
 
     Returns:
         {"model": ..., "optimizers": ..., "average": ...}, names to tensors; parts that are empty are left out.
     """
-    parameters = _named_tensors(trained)
-    states = {
-        f"{kind}.{_COUNT}": torch.tensor(count) for kind, count in _parameter_counts(optimizers).items()
-    }
-    for optimizer, _, key, parameter in _owned_parameters(optimizers, parameters):
-        for entry, value in optimizer.state.get(parameter, {}).items():
-            assert isinstance(value, Tensor), f"{key} has {entry}, which is no tensor"
-            states[f"{key}.{entry}"] = value
-    model = {
-        name: tensor.detach()
-        for name, tensor in parameters.items()
-        if tensor.requires_grad or not trainable_only
-    }
-    parts = {MODEL: model, OPTIMIZERS: states, AVERAGE: _averaged(average, model)}
+    tensors = _named_tensors(trained)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    states: dict[str, Tensor] = {}
+    for optimizer in optimizers:
+        kind, parameters = type(optimizer).__name__, _parameters(optimizer)
+        states[f"{kind}.{_COUNT}"] = torch.tensor(len(parameters))
+        for parameter in parameters:
+            for entry, value in optimizer.state.get(parameter, {}).items():
+                states[f"{kind}.{names[id(parameter)]}.{entry}"] = value
+    model = {name: t.detach() for name, t in tensors.items() if t.requires_grad or not trainable_only}
+    parts = {MODEL: model, OPTIMIZERS: states, AVERAGE: dict(average or {})}
     return {part: tensors for part, tensors in parts.items() if tensors}
 
 
@@ -82,58 +77,27 @@ def restore_state(
     Raises:
         ValueError: on all ranks, if it is damaged, or if its names and shapes are not exactly this run's.
     """
-    plan, reason = None, None
+    model, reason = _named_tensors(trained), None
     try:
-        plan = _plan(path, _named_tensors(trained), optimizers, average)
+        stored = StoredTensors(path)
+        targets = _model_targets(stored, model)
+        if average and stored.names(f"{AVERAGE}."):
+            targets |= {f"{AVERAGE}.{name}": value for name, value in average.items()}
+        states = [_new_states(stored, optimizer, model, targets) for optimizer in optimizers]
+        _require_same_tensors(stored, targets, with_average=bool(average))
     except ValueError as error:
         reason = str(error)
     reason = failure_on_any_rank(reason)
     if reason is not None:
         raise ValueError(reason)
-    assert plan is not None
-    plan.stored.load({name: value.detach() for name, value in plan.targets.items()})
-    with torch.no_grad():
-        for target, source in plan.copies:
-            target.copy_(source)
-    for optimizer, states in zip(optimizers, plan.states, strict=True):
+    stored.load({name: value.detach() for name, value in targets.items()})
+    if average and not stored.names(f"{AVERAGE}."):
+        with torch.no_grad():
+            for name, value in average.items():
+                value.copy_(model[DIT + name] if DIT + name in model else model[name])
+    for optimizer, state in zip(optimizers, states, strict=True):
         # With this run's own groups (only states are loaded), and the optimizer places its states itself.
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-@dataclass(frozen=True)
-class _LoadPlan:
-    """What is read from a checkpoint, and into which tensors."""
-
-    stored: StoredTensors
-    targets: dict[
-        str, Tensor
-    ]  # name in the checkpoint -> tensor of this run, or memory for an optimizer's state
-    states: list[
-        dict[int, dict[str, Tensor]]
-    ]  # of each optimizer: parameter's position -> entry -> that memory
-    copies: list[tuple[Tensor, Tensor]]  # (average, trained weight that it starts from)
-
-
-def _plan(
-    path: Path, parameters: dict[str, Tensor], optimizers: list[Optimizer], average: dict[str, Tensor] | None
-) -> _LoadPlan:
-    stored = StoredTensors(path)
-    wanted = _wanted(stored, parameters)
-    averaged = _averaged(average, wanted)
-    copies = []
-    targets = {f"{MODEL}.{name}": value for name, value in wanted.items()}
-    if stored.names(f"{AVERAGE}."):
-        targets |= {f"{AVERAGE}.{name}": value for name, value in averaged.items()}
-    else:
-        copies = [(value, wanted.get(DIT + name, wanted.get(name))) for name, value in averaged.items()]
-    states = _optimizer_states(stored, optimizers, parameters, targets)
-    given = {
-        name
-        for name in stored.tensors
-        if not name.endswith(f".{_COUNT}") and (averaged or not name.startswith(f"{AVERAGE}."))
-    }
-    _require_same(targets, stored, given)
-    return _LoadPlan(stored, targets, states, copies)
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _named_tensors(trained: nn.Module) -> dict[str, Tensor]:
@@ -141,77 +105,64 @@ def _named_tensors(trained: nn.Module) -> dict[str, Tensor]:
     return trained.state_dict(keep_vars=True)
 
 
-def _averaged(average: Mapping[str, Tensor] | None, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The moving average of those weights that the checkpoint holds."""
-    return {name: value for name, value in (average or {}).items() if name in model or DIT + name in model}
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _parameter_counts(optimizers: list[Optimizer]) -> Counter[str]:
-    """Number of parameters by the optimizer's class."""
-    return Counter(
-        type(optimizer).__name__
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for _ in group["params"]
-    )
-
-
-def _owned_parameters(
-    optimizers: list[Optimizer], parameters: Mapping[str, Tensor]
-) -> Iterator[tuple[Optimizer, int, str, Tensor]]:
-    """(optimizer, position of a parameter in it, name of the parameter's state, parameter)."""
-    names = {id(tensor): name for name, tensor in parameters.items()}
-    for optimizer in optimizers:
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for position, parameter in enumerate(held):
-            yield optimizer, position, f"{type(optimizer).__name__}.{names[id(parameter)]}", parameter
-
-
-def _wanted(stored: StoredTensors, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _model_targets(stored: StoredTensors, model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of the model to load: all of it, unless the checkpoint holds nothing of what is frozen here."""
-    frozen = {name for name, value in parameters.items() if not value.requires_grad}
-    held = {name.removeprefix(f"{MODEL}.") for name in stored.names(f"{MODEL}.")}
-    if frozen and held and held.isdisjoint(frozen):
-        return {name: value for name, value in parameters.items() if name not in frozen}
-    return dict(parameters)
+    targets = {f"{MODEL}.{name}": tensor for name, tensor in model.items()}
+    frozen = {name for name, tensor in targets.items() if not tensor.requires_grad}
+    held = stored.names(f"{MODEL}.")
+    if held and frozen.isdisjoint(held):
+        targets = {name: tensor for name, tensor in targets.items() if name not in frozen}
+    return targets
 
 
-def _optimizer_states(
-    stored: StoredTensors,
-    optimizers: list[Optimizer],
-    parameters: Mapping[str, Tensor],
-    targets: dict[str, Tensor],
-) -> list[dict[int, dict[str, Tensor]]]:
-    """Memory for the optimizer states that the checkpoint holds, sharded as the parameters are; added to `targets`."""
-    for kind, count in _parameter_counts(optimizers).items():
-        key = f"{OPTIMIZERS}.{kind}.{_COUNT}"
-        if key not in stored.tensors:
-            raise _misfit(stored.path, f"it has no state of {kind}")
-        if (saved := int(stored.read(key))) != count:
-            raise _misfit(stored.path, f"its {kind} has {saved} parameters, this run's {count}")
-    entries_of: dict[str, list[str]] = {}
-    for key in stored.names(f"{OPTIMIZERS}."):
+def _new_states(
+    stored: StoredTensors, optimizer: Optimizer, model: Mapping[str, Tensor], targets: dict[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Memory for the states that the checkpoint holds of an optimizer, sharded as the parameters are.
+
+    It is added to `targets`, and returned by the parameter's position and the state's name.
+
+    Raises:
+        ValueError: if the checkpoint's optimizer has other parameters.
+    """
+    kind, parameters = type(optimizer).__name__, _parameters(optimizer)
+    count = f"{OPTIMIZERS}.{kind}.{_COUNT}"
+    if count not in stored.tensors:
+        raise _misfit(stored.path, f"it has no state of {kind}")
+    if (saved := int(stored.read(count))) != len(parameters):
+        raise _misfit(stored.path, f"its {kind} has {saved} parameters, this run's {len(parameters)}")
+    names = {id(tensor): f"{OPTIMIZERS}.{kind}.{name}" for name, tensor in model.items()}
+    positions = {names[id(parameter)]: position for position, parameter in enumerate(parameters)}
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, weight in stored.weights("").items():
         owner, _, entry = key.rpartition(".")
-        entries_of.setdefault(owner, []).append(entry)
-    states: dict[Optimizer, dict[int, dict[str, Tensor]]] = {optimizer: {} for optimizer in optimizers}
-    for optimizer, position, name, parameter in _owned_parameters(optimizers, parameters):
-        owner = f"{OPTIMIZERS}.{name}"
-        for entry in entries_of.get(owner, []):
-            key = f"{owner}.{entry}"
-            dtype, is_scalar = stored.dtype(key), not stored.shape(key)
-            value = torch.empty((), dtype=dtype) if is_scalar else torch.empty_like(parameter, dtype=dtype)
-            targets[key] = value.detach()
-            states[optimizer].setdefault(position, {})[entry] = targets[key]
-    return list(states.values())
+        if owner not in positions:
+            continue
+        like = parameters[positions[owner]].detach() if weight.shape else torch.empty(())
+        targets[key] = torch.empty_like(like, dtype=weight.dtype)
+        states.setdefault(positions[owner], {})[entry] = targets[key]
+    return states
 
 
-def _require_same(wanted: Mapping[str, Tensor], stored: StoredTensors, given: set[str]) -> None:
-    missing = [name for name in wanted if name not in given]
-    unexpected = sorted(given - wanted.keys())
+def _require_same_tensors(
+    stored: StoredTensors, targets: Mapping[str, Tensor], *, with_average: bool
+) -> None:
+    """Raises ValueError unless the checkpoint has exactly these tensors (and perhaps an average that is not wanted)."""
+    sizes = {
+        name: weight.shape
+        for name, weight in stored.weights("").items()
+        if not name.endswith(f".{_COUNT}") and (with_average or not name.startswith(f"{AVERAGE}."))
+    }
+    missing = [name for name in targets if name not in sizes]
+    unexpected = sorted(sizes.keys() - targets.keys())
     misshapen = [
-        f"{name} is {list(stored.shape(name))} instead of {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in given and stored.shape(name) != value.shape
+        f"{name} is {list(sizes[name])} instead of {list(value.shape)}"
+        for name, value in targets.items()
+        if name in sizes and sizes[name] != value.shape
     ]
     kinds = ((missing, "missing"), (unexpected, "unexpected"), (misshapen, "of another shape"))
     faults = [f"{len(found)} {kind}, first {found[0]}" for found, kind in kinds if found]

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from refalign_ext.checkpoint.weights import Weight
+
 METADATA_FILE = ".metadata"
 _METADATA_CLASSES = (
     *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "ChunkStorageMetadata"),
@@ -54,13 +56,13 @@ def one_line(error: BaseException) -> str:
 
 
 class StoredTensors:
-    """The tensors of a distributed checkpoint, whatever number of ranks wrote them.
+    """The tensors of one checkpoint, by name.
 
     Args:
-        path: the checkpoint's folder.
+        path: the checkpoint's folder; only `.metadata` is read.
 
     Raises:
-        ValueError: the folder has no readable `.metadata`, or it describes anything but whole tensors in this folder.
+        ValueError: if `.metadata` is missing, damaged or not of our making.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,13 +78,14 @@ class StoredTensors:
         """Names of all tensors that start with `prefix`, in the order of writing."""
         return [name for name in self.tensors if name.startswith(prefix)]
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of the whole tensor."""
-        return self.tensors[name].size
+    def weight(self, name: str) -> Weight:
+        """What is known of a tensor without reading it, and how to read it."""
+        stored = self.tensors[name]
+        return Weight(stored.size, stored.properties.dtype, lambda: self.read(name))
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of the tensor's elements."""
-        return self.tensors[name].properties.dtype
+    def weights(self, prefix: str) -> dict[str, Weight]:
+        """Those that start with `prefix`, by the rest of their names."""
+        return {name.removeprefix(prefix): self.weight(name) for name in self.names(prefix)}
 
     def read(self, name: str) -> Tensor:
         """The whole tensor on the CPU; this process alone reads it.
@@ -90,7 +93,8 @@ class StoredTensors:
         Raises:
             ValueError: a piece is missing or cannot be read.
         """
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        stored = self.tensors[name]
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
         reader, planner = _Reader(self.path, self._metadata), dcp.DefaultLoadPlanner()
         try:
             reader.set_up_storage_reader(self._metadata, is_coordinator=True)

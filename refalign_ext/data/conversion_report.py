@@ -15,6 +15,14 @@ EXAMPLES = 5  # names kept for each reason: the counts say how many there are
 LONGEST_NAME = 200
 
 
+class Unusable(ValueError):
+    """Why a row or one of its references cannot be used: the reason to count under, and what is wrong."""
+
+    def __init__(self, reason: str, detail: object = "") -> None:
+        super().__init__(str(detail))
+        self.reason = reason
+
+
 class ConversionReport:
     """Counts for clips and for references apart; memory grows with the number of reasons, not of rows.
 
@@ -26,7 +34,7 @@ class ConversionReport:
     """
 
     def __init__(self) -> None:
-        self.kept: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
+        self.kept: Counter[str] = Counter()
         self.dropped: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         self.examples: dict[str, dict[str, list[str]]] = {kind: {} for kind in KINDS}
         self.incomplete: dict[str, str] = {}
@@ -40,14 +48,14 @@ class ConversionReport:
         """Counts what is not in the manifest, under a short reason such as "too_short"; `name` is what to look for."""
         if not count:
             return
-        self.dropped[kind][reason] += count
         # Names of files need not be UTF-8, and JSON can name half of a surrogate pair: the report holds text.
         name = name.encode("utf-8", "backslashreplace").decode("utf-8")
-        self._add_examples(
-            kind, reason, [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."]
+        self._add(
+            kind, reason, count, [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."]
         )
 
-    def _add_examples(self, kind: str, reason: str, names: list[str]) -> None:
+    def _add(self, kind: str, reason: str, count: int, names: list[str]) -> None:
+        self.dropped[kind][reason] += count
         known = self.examples[kind].setdefault(reason, [])
         known += names[: EXAMPLES - len(known)]
 
@@ -59,18 +67,17 @@ class ConversionReport:
         """Adds another report; examples of this one come first."""
         self.kept.update(other.kept)
         for kind in KINDS:
-            self.dropped[kind].update(other.dropped[kind])
-            for reason, names in other.examples[kind].items():
-                self._add_examples(kind, reason, names)
+            for reason, count in other.dropped[kind].items():
+                self._add(kind, reason, count, other.examples[kind][reason])
         self.incomplete |= other.incomplete
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `{"clips": {"kept", "dropped": {reason: {"count", "examples"}}}, "references": ..., "incomplete"}`."""
         entry: dict[str, Any] = {}
         for kind in KINDS:
+            reasons = sorted(self.dropped[kind].items())
             dropped = {
-                reason: {"count": count, "examples": self.examples[kind][reason]}
-                for reason, count in sorted(self.dropped[kind].items())
+                name: {"count": count, "examples": self.examples[kind][name]} for name, count in reasons
             }
             entry[kind] = {"kept": self.kept[kind], "dropped": dropped}
         return entry | {"incomplete": dict(sorted(self.incomplete.items()))}
@@ -80,10 +87,9 @@ class ConversionReport:
         """The report that `to_dict` described."""
         report = cls()
         for kind in KINDS:
-            report.kept[kind] = entry[kind]["kept"]
+            report.keep(kind, entry[kind]["kept"])
             for reason, item in entry[kind]["dropped"].items():
-                report.dropped[kind][reason] = item["count"]
-                report.examples[kind][reason] = list(item["examples"])
+                report._add(kind, reason, item["count"], item["examples"])
         report.incomplete = dict(entry["incomplete"])
         return report
 
@@ -116,5 +122,4 @@ def no_clips_message(source: object, report: ConversionReport) -> str:
     if not report.dropped["clips"]:
         return f"{source}: it has no rows"
     ((reason, count),) = report.dropped["clips"].most_common(1)
-    example = report.examples["clips"][reason][0]
-    return f"{source}: no clip can be used: {count} x {reason}, such as {example}"
+    return f"{source}: no clip can be used: {count} x {reason}, such as {report.examples['clips'][reason][0]}"

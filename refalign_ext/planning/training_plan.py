@@ -62,13 +62,9 @@ def make_training_plan(
         device_memory: bytes of one device, see `memory_to_plan_with`.
 
     Raises:
-        ValueError: if --ulysses_size, --ring_size, --teacher_input or the global batch are not possible with these
-            ranks. A plan that does not fit is returned all the same, to be shown: `Plan.require_fit` refuses it.
+        ValueError: if --ulysses_size, --ring_size or the global batch are not possible with these ranks. A plan that
+            does not fit is returned all the same, to be shown: `Plan.require_fit` refuses it.
     """
-    if config.teacher_input and world_size > 1:
-        raise ValueError(
-            f"--teacher_input trains in one process, not in {world_size}: start it without torchrun"
-        )
     memory, notes = memory_to_plan_with(config.task, device_memory)
     sizes = _choose_sizes(config, task, world_size, references, memory)
     accumulation = config.accumulation(sizes.data)

@@ -17,7 +17,7 @@ from refalign_ext.encoders import Encoders
 from refalign_ext.lora import TARGETS, add_lora
 from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
 from refalign_ext.training.data_source import DataSource
-from refalign_ext.training.extra_module import ExtraModule
+from refalign_ext.training.extra_module import ExtraModule, wanted_modules
 from refalign_ext.training.trainer import Trainer, TrainerHooks
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def build_trainer(
 
     Args:
         config: every setting; those that the data decides are filled in.
-        source: the kind of data.
         encoders: of the same configuration.
         extra_modules: those that exist; the configuration says which of them are used.
         stop_requested: see `TrainerHooks`.
@@ -53,7 +52,7 @@ def build_trainer(
         raise ValueError("--lora_rank adapts weights that exist: leave --from_scratch out")
     config = source.complete(config)
     data = source.open(config, encoders, parallel)
-    wanted = [extra for extra in extra_modules if getattr(config, extra.name)]
+    wanted = wanted_modules(config, extra_modules, parallel.sizes.world)
     teacher_dim = encoders.teacher.dim if encoders.teacher is not None and config.alignment.weight else None
     model, projectors = build_trained_modules(
         config, encoders.task, encoders.folder, teacher_dim, parallel, extra=[extra.name for extra in wanted]
@@ -65,7 +64,6 @@ def build_trainer(
     trained = parallelize(backbone, projectors, parallel, config)
     hooks = TrainerHooks(stop_requested)
     for extra in wanted:
-        assert parallel.is_alone, "the plan refuses several ranks"
         attached = extra.attach(config, model, encoders)
         trained.add_module(extra.name, attached.module)
         hooks = TrainerHooks(stop_requested, attached.around_forward)

@@ -37,13 +37,19 @@ class ClipData:
         return config.data is not None
 
     def complete(self, config: TrainConfig) -> TrainConfig:
+        """With the numbers of variants that the cache has, where the configuration leaves them open."""
         require_clip_sets(config)
-        return with_cached_variants(config)
+        folders, sampling = cache_folders(config), config.sampling
+        if folders:
+            stored = read_header(folders[0]).fingerprint.get("settings", {})
+            for name in ("clip_variants", "reference_variants"):
+                sampling = replace(sampling, **{name: getattr(sampling, name) or stored.get(name, 0)})
+        return replace(config, sampling=sampling)
 
     def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
         sampling = sampling_of(config, encoders.task)
         caches = open_caches(config, sampling, encoders, parallel)
-        training, validation = clip_sources(config, sampling, encoders, caches, parallel)
+        training, validation = _clip_sources(config, sampling, encoders, caches, parallel)
         # With a cache, the text encoder is loaded only if a prompt is not in it.
         cached = CachedText(caches, encoders.device, lambda: encoders.encode_text) if caches else None
         return TrainingData(training, validation, cached or encoders.encode_text)
@@ -63,30 +69,10 @@ def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
     """
     settings = dict(vars(config.sampling))
     frames, ratios = settings.pop("bucket_frames"), settings.pop("bucket_ratios")
-    buckets = make_buckets(
-        task.size, frames or (task.frame_num,), (task.vae_stride[0], *token_stride(task)), ratios
-    )
-    if settings["stride"] > 1:
-        settings["fps"] = None
-    else:
-        settings["fps"] = settings["fps"] or float(task.sample_fps)
+    stride = (task.vae_stride[0], *token_stride(task))
+    buckets = make_buckets(task.size, frames or (task.frame_num,), stride, ratios)
+    settings["fps"] = None if settings["stride"] > 1 else settings["fps"] or float(task.sample_fps)
     return Sampling(buckets=buckets, seed=config.seed, **settings)
-
-
-def with_cached_variants(config: TrainConfig) -> TrainConfig:
-    """The configuration with the numbers of variants that its cache has, where it leaves them open.
-
-    Raises:
-        ValueError: for a cache that cannot be read.
-    """
-    for folder in cache_folders(config)[:1]:
-        stored = read_header(folder).fingerprint.get("settings", {})
-        found = {
-            name: getattr(config.sampling, name) or stored.get(name, 0)
-            for name in ("clip_variants", "reference_variants")
-        }
-        config = replace(config, sampling=replace(config.sampling, **found))
-    return config
 
 
 def cache_folders(config: TrainConfig) -> list[Path]:
@@ -146,38 +132,25 @@ def open_caches(
         caches = [LatentCache(folder, expected) for folder in folders]
         for cache, path in zip(caches, config.data.split(","), strict=True):
             cache.check_rows(open_clip_set(path))
-            logger.info(
-                "using the cache %s: %d clips, %d variants of each, %s, %d failures",
-                cache.folder,
-                len(cache),
-                sampling.clip_variants,
-                f"{sampling.reference_variants} augmented pictures of each reference"
-                if sampling.reference_variants
-                else "augmented references computed as needed",
-                cache.failures,
-            )
+            logger.info("using the cache %s: %d clips, %d failures", cache.folder, len(cache), cache.failures)
         return caches
 
     # Digests of all weights, the headers of all files and a look at every row take a while: one rank does it.
     return parallel.broadcast_from_rank0(open_all)
 
 
-def clip_sources(
+def _clip_sources(
     config: TrainConfig,
     sampling: Sampling,
     encoders: Encoders,
     caches: list[LatentCache],
     parallel: Parallel,
 ) -> tuple[Source, Source | None]:
-    """Samples of `data`, and of `validation_data` or the share of `data` that is kept for validation.
-
-    Raises:
-        ValueError: for sets that cannot be opened or do not fit the mix.
-    """
+    """Samples of `data`, and of `validation_data` or the share of `data` that is kept for validation."""
     assert config.data is not None
-    sizes = parallel.sizes
+    size, share = parallel.sizes.data, config.validation_share
 
-    def source(paths: str, split: Split, **options: Any) -> Source:
+    def source(paths: str, split: Split, workers: int, **options: Any) -> Source:
         return ClipSource(
             [open_clip_set(path) for path in paths.split(",")],
             sampling,
@@ -186,25 +159,26 @@ def clip_sources(
             device=parallel.device,
             split=split,
             data_rank=parallel.data_rank,
-            data_size=sizes.data,
+            data_size=size,
+            workers=workers,
             max_bad_share=config.max_bad_share,
             fallback_dir=Path(config.out) / "clip_indexes",
             **options,
         )
 
-    share, validation = config.validation_share, None
     training = source(
         config.data,
         Split(share, config.seed, "train") if share else Split(),
-        workers=config.data_workers,
+        config.data_workers,
         caches=caches,
         mix=config.data_mix or None,
         schedule=config.data_schedule,
-        total=config.steps * config.batch_size * sizes.data * config.accumulation(sizes.data),
+        total=config.steps * config.batch_size * size * config.accumulation(size),
         batch_size=config.batch_size,
     )
+    # Validation takes a few clips now and then, without workers.
     if config.validate_every and config.validation_data is not None:
-        validation = source(config.validation_data, Split())  # a few clips now and then: without workers
-    elif config.validate_every and share:
-        validation = source(config.data, Split(share, config.seed, "validation"), caches=caches)
-    return training, validation
+        return training, source(config.validation_data, Split(), 0)
+    if config.validate_every and share:
+        return training, source(config.data, Split(share, config.seed, "validation"), 0, caches=caches)
+    return training, None

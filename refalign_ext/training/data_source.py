@@ -21,16 +21,11 @@ Preview = Callable[[int], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The samples of a run.
-
-    Attributes:
-        training, validation: where samples come from; validation None: none is asked for.
-        encode_text: prompts to text features, out of a cache where there is one.
-    """
+    """The samples of a run."""
 
     training: Source
-    validation: Source | None
-    encode_text: EncodeText
+    validation: Source | None  # None: none is asked for
+    encode_text: EncodeText  # out of a cache where there is one
 
 
 class DataSource(Protocol):
@@ -41,11 +36,7 @@ class DataSource(Protocol):
         ...
 
     def complete(self, config: TrainConfig) -> TrainConfig:
-        """The configuration with what the data decides, after a look at whether it is there.
-
-        Raises:
-            ValueError: for data that cannot be opened.
-        """
+        """The configuration with what the data decides; ValueError for data that cannot be opened."""
         ...
 
     def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
@@ -62,11 +53,7 @@ class DataSource(Protocol):
 
 
 def choose_data_source(config: TrainConfig, sources: Sequence[DataSource]) -> DataSource:
-    """The first source that accepts the configuration.
-
-    Raises:
-        ValueError: if none does.
-    """
+    """The first source that accepts the configuration; ValueError if none does."""
     for source in sources:
         if source.accepts(config):
             return source

@@ -22,7 +22,7 @@ class EMA:
         decay: share of the average that a step keeps, in (0, 1); 0: no average.
 
     Attributes:
-        average: the DiT's tensors by its own names and the extra modules' as `<module>.<name>`; None without a decay.
+        average: the DiT's tensors by its own names, extra modules' as `<module>.<name>`; None without a decay.
     """
 
     def __init__(self, trained: TrainedModules, decay: float) -> None:

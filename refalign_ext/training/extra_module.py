@@ -16,15 +16,11 @@ from refalign_ext.encoders import Encoders
 
 @dataclass(frozen=True)
 class AttachedModule:
-    """An extra module in place.
-
-    Attributes:
-        module: its weights are trained, averaged and saved with the DiT's.
-        around_forward: see `trainer.TrainerHooks`.
-    """
+    """An extra module in place: its weights are trained, averaged and saved with the DiT's."""
 
     module: nn.Module
     around_forward: Callable[[Sequence[EncodedSample], Sequence[bool]], AbstractContextManager]
+    """See `trainer.TrainerHooks`."""
 
 
 class ExtraModule(Protocol):
@@ -39,3 +35,19 @@ class ExtraModule(Protocol):
             ValueError: if the checkpoint's does not fit.
         """
         ...
+
+
+def wanted_modules(
+    config: TrainConfig, extra_modules: Sequence[ExtraModule], world_size: int
+) -> list[ExtraModule]:
+    """Those that the configuration asks for.
+
+    Raises:
+        ValueError: if they cannot be trained so: they are never sharded, and belong to a whole model.
+    """
+    wanted = [extra for extra in extra_modules if getattr(config, extra.name)]
+    if wanted and (config.lora_rank or world_size > 1):
+        raise ValueError(
+            f"--{wanted[0].name} trains all weights in one process: leave --lora_rank and torchrun out"
+        )
+    return wanted

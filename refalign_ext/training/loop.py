@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from tqdm import tqdm
@@ -24,25 +25,18 @@ def train_loop(
 
     All ranks call it together; only rank 0 shows and logs.
 
-    Args:
-        trainer: at the step to go on from.
-        log: where values go.
-        preview: makes pictures at a step and returns values to log; called on all ranks.
-        progress: show a bar.
-
     Raises:
         FloatingPointError: if too many steps in a row were not finite.
         OSError: if a checkpoint or log could not be written.
     """
-    config, is_main = trainer.config, trainer.parallel.is_main
-    meter = _Meter(trainer)
-    spikes = LossSpikeDetector(config.spike_factor)
+    config = trainer.config
+    meter, spikes = _Meter(trainer), LossSpikeDetector(config.spike_factor)
     with tqdm(
         total=config.steps,
         initial=trainer.step,
         desc="training",
         unit="step",
-        disable=not (progress and is_main),
+        disable=not (progress and trainer.parallel.is_main),
         mininterval=0.5,
     ) as bar:
         while trainer.step < config.steps:
@@ -52,36 +46,30 @@ def train_loop(
                 trainer.finish_saving()
                 raise
             meter.count(report)
-            step, ends = trainer.step, trainer.step == config.steps or report.stopping
-            bar.set_postfix_str(_summary(report.values), refresh=False)
+            values, step = report.values, trainer.step
+            ends = step == config.steps or report.stopping
+            bar.set_postfix_str(
+                f"loss {values['loss/total']:.3f} RA+ {values['alignment/positive']:.3f} "
+                f"RA- {values['alignment/negative']:.3f}",
+                refresh=False,
+            )
             bar.update()
-            if spikes.is_spike(report.values["loss/total"]):
+            if spikes.is_spike(values["loss/total"]):
                 _warn_of_spike(trainer, report)
             if step % config.log_every == 0 or ends:
-                log.log(step, {**report.values, **meter.values()})
+                log.log(step, {**values, **meter.values()})
             if step % config.save_every == 0 or ends:
                 trainer.save()
             if report.stopping:
                 break
-            if trainer.validation is not None and _is_due(step, config.validate_every, ends):
+            if trainer.validation and config.validate_every and (step % config.validate_every == 0 or ends):
                 with meter.speed.paused():
                     log.log(step, trainer.validate())
-            if preview is not None and _is_due(step, config.preview_every, ends=False):
+            if preview and config.preview_every and step % config.preview_every == 0:
                 with meter.speed.paused():
                     if pictured := preview(step):
                         log.log(step, pictured)
     trainer.finish_saving()
-
-
-def _is_due(step: int, every: int, ends: bool) -> bool:
-    return every > 0 and (step % every == 0 or ends)
-
-
-def _summary(values: dict[str, float]) -> str:
-    return (
-        f"loss {values['loss/total']:.3f} RA+ {values['alignment/positive']:.3f} "
-        f"RA- {values['alignment/negative']:.3f}"
-    )
 
 
 def _warn_of_spike(trainer: Trainer, report: StepReport) -> None:
@@ -89,9 +77,8 @@ def _warn_of_spike(trainer: Trainer, report: StepReport) -> None:
     if trainer.parallel.is_main:
         every = list(dict.fromkeys(name for rank in names for name in rank))
         listed = ", ".join(every[:16]) + (f" and {len(every) - 16} more" if len(every) > 16 else "")
-        logger.warning(
-            "loss spike %.4f in step %d: samples %s", report.values["loss/total"], trainer.step, listed
-        )
+        loss = report.values["loss/total"]
+        logger.warning("loss spike %.4f in step %d: samples %s", loss, trainer.step, listed)
 
 
 class _Meter:
@@ -101,37 +88,35 @@ class _Meter:
         peak, world = peak_flops(trainer.device), trainer.parallel.sizes.world
         self.trainer = trainer
         self.speed = Throughput(trainer.device, peak_flops=None if peak is None else peak * world)
-        self._shape = ModelShape.of(trainer.trained.dit)
-        projectors, alignment = trainer.trained.projectors, trainer.config.alignment
-        self._alignment = None
+        config, projectors = trainer.config, trainer.trained.projectors
+        shape, alignment = ModelShape.of(trainer.trained.dit), None
         if projectors is not None:
-            self._alignment = AlignmentShape(alignment.depth, projectors.teacher_dim)
-        self._costs: dict[SampleLayout, int] = {}
+            alignment = AlignmentShape(config.alignment.depth, projectors.teacher_dim)
+
+        @functools.cache
+        def flops(layout: SampleLayout) -> int:
+            return step_flops(
+                shape,
+                layout.video_tokens,
+                layout.reference_tokens,
+                references=layout.references,
+                alignment=alignment,
+                lora_rank=config.lora_rank,
+                lora_targets=config.lora_targets or TARGETS,
+            ).model
+
+        self._flops = flops
 
     def count(self, report: StepReport) -> None:
         """Count a step; the other data ranks' samples are taken to be like this rank's."""
         data = self.trainer.parallel.sizes.data
         tokens = sum(layout.tokens for layout in report.layouts)
-        flops = sum(self._flops(layout) for layout in report.layouts)
+        flops = sum(map(self._flops, report.layouts))
         self.speed.step(self.trainer.clips_per_step, tokens * data, flops * data, data_wait=report.data_wait)
-
-    def _flops(self, layout: SampleLayout) -> int:
-        if layout not in self._costs:
-            config = self.trainer.config
-            self._costs[layout] = step_flops(
-                self._shape,
-                layout.video_tokens,
-                layout.reference_tokens,
-                references=layout.references,
-                alignment=self._alignment,
-                lora_rank=config.lora_rank,
-                lora_targets=config.lora_targets or TARGETS,
-            ).model
-        return self._costs[layout]
 
     def values(self) -> dict[str, float]:
         """What to log; all ranks call it together."""
         bins = self.trainer.timestep_bins
-        sums = self.trainer.parallel.sum(bins.sums())
-        bins.reset()
+        sums = self.trainer.parallel.sum(bins.sums)
+        bins.sums.zero_()
         return {**self.speed.values(), **TimestepBins.values(sums)}

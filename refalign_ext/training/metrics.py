@@ -19,31 +19,26 @@ from refalign_ext.backbone import PeakMemory
 
 
 class TimestepBins:
-    """Flow loss by timestep: sums of errors in equal bins of [0, 1000], gathered between two log entries.
+    """Flow loss by timestep, summed up in equal bins of [0, 1000] between two log entries.
 
     Args:
         bins: number of equal bins.
         device: where the sums are kept; that of the losses avoids waiting for the device.
+
+    Attributes:
+        sums: [bins, 2], sum of the losses and number of samples; to be added up over ranks.
     """
 
     def __init__(self, bins: int = 10, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(bins, 2, device=device)
+        self.sums = torch.zeros(bins, 2, device=device)
 
     def add(self, timesteps: Tensor, errors: Tensor) -> None:
         """Count samples: timesteps [B] in [0, 1000] and their losses [B]."""
-        bins = len(self._sums)
+        bins = len(self.sums)
         index = (timesteps.detach().float() * (bins / 1000)).long().clamp(0, bins - 1)  # [B]
         errors = errors.detach().float()
         rows = torch.stack([errors, torch.ones_like(errors)], dim=1)  # [B, 2]
-        self._sums.index_add_(0, index.to(self._sums.device), rows.to(self._sums.device))
-
-    def sums(self) -> Tensor:
-        """A copy of [bins, 2]: sum of the losses and number of samples; to be added up over ranks."""
-        return self._sums.clone()
-
-    def reset(self) -> None:
-        """Start the next interval."""
-        self._sums.zero_()
+        self.sums.index_add_(0, index.to(self.sums.device), rows.to(self.sums.device))
 
     @staticmethod
     def values(sums: Tensor) -> dict[str, float]:
@@ -70,7 +65,7 @@ class LossSpikeDetector:
     """
 
     def __init__(self, factor: float, window: int = 200, *, least: int = 50, new_level: int = 10) -> None:
-        self.factor, self.least, self.new_level = factor, min(least, window), new_level
+        self.factor, self.least, self.new_level = factor, least, new_level
         self._values: deque[float] = deque(maxlen=window)
         self._spikes: list[float] = []
 
@@ -78,26 +73,25 @@ class LossSpikeDetector:
         """Whether this loss stands out; counts it. A loss that is not finite is neither (`NonFiniteGuard` sees to those)."""
         if not self.factor or not math.isfinite(loss):
             return False
-        if len(self._values) >= self.least:
-            mean = statistics.fmean(self._values)
-            # Of equal losses the deviation is 0, and rounding would be a spike.
-            deviation = max(statistics.pstdev(self._values, mean), 1e-6 * abs(mean))
-            if loss > mean + self.factor * deviation:
-                self._spikes.append(loss)
-                if len(self._spikes) >= self.new_level:
-                    self._values.clear()
-                    self._values.extend(self._spikes)
-                    self._spikes.clear()
-                return True
-        self._spikes.clear()
-        self._values.append(loss)
-        return False
+        if len(self._values) < self.least or loss <= self._limit():
+            self._spikes.clear()
+            self._values.append(loss)
+            return False
+        self._spikes.append(loss)
+        if len(self._spikes) >= self.new_level:
+            self._values.clear()
+            self._values.extend(self._spikes)
+            self._spikes.clear()
+        return True
+
+    def _limit(self) -> float:
+        mean = statistics.fmean(self._values)
+        # Of equal losses the deviation is 0, and rounding would be a spike.
+        return mean + self.factor * max(statistics.pstdev(self._values, mean), 1e-6 * abs(mean))
 
 
 class Throughput:
-    """Speed between two log entries, and peak memory.
-
-    Counts are whatever the caller gives; for the speed of a whole run these are sums over ranks.
+    """Speed between two log entries, and peak memory. For the speed of a whole run, counts are sums over ranks.
 
     Args:
         device: whose memory to watch.
@@ -116,18 +110,16 @@ class Throughput:
         self._start()
 
     def _start(self) -> None:
-        self._began, self._waited, self._paused = self._clock(), 0.0, 0.0
-        self._steps, self._clips, self._tokens = 0, 0, 0
+        self._began, self._waited = self._clock(), 0.0
+        self._steps = self._clips = self._tokens = 0
         self._flops = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside the block (a validation, a preview) does not count."""
         began = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - began
+        yield
+        self._began += self._clock() - began
 
     def step(self, clips: int, tokens: int, flops: float, *, data_wait: float = 0.0) -> None:
         """Count one optimizer step.
@@ -150,7 +142,7 @@ class Throughput:
         `speed/data_wait` is a share of the time; `speed/mfu` a share of `peak_flops`; `memory/peak_gib` what was
         allocated on a CUDA device, elsewhere the resident set of the process.
         """
-        seconds = max(self._clock() - self._began - self._paused, 1e-9)
+        seconds = max(self._clock() - self._began, 1e-9)
         values: dict[str, float] = {}
         if self._steps:
             values |= {

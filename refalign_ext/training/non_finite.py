@@ -1,61 +1,56 @@
-"""Steps whose loss or gradient is not finite: what is written down of them, and when there are too many."""
+"""Numbers that are not finite: how files show them, and steps that are skipped for them."""
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.training.log_files import json_values, write_whole
+from refalign_ext.atomic_io import write_json
 
-SKIPPED_FOLDER = "skipped"
+logger = logging.getLogger(__name__)
+
+
+def json_values(value: Any) -> Any:
+    """`value` as every reader of JSON takes it: numbers that are not finite as the strings `nan`, `inf` and `-inf`."""
+    if isinstance(value, Mapping):
+        return {name: json_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class NonFiniteGuard:
-    """Stops a run whose steps are skipped, for losses or gradients that are not finite, too often in a row.
+    """Writes down steps that were skipped, and ends a run whose steps are skipped too often in a row.
 
     Args:
-        limit: skipped steps in a row that end the run; 0 counts as 1.
-        out: the run's folder, for the message.
+        limit: skipped steps in a row that end the run.
+        out: the run's folder.
     """
 
     def __init__(self, limit: int, out: Path) -> None:
-        self.limit, self.folder, self.count = max(1, limit), Path(out) / SKIPPED_FOLDER, 0
+        self.limit, self.folder, self.count = limit, out / "skipped", 0
 
-    def skipped(self) -> None:
-        """Count a skipped step.
+    def skipped(self, step: int, report: Mapping[str, Any], *, writes: bool) -> None:
+        """Count a skipped step; one rank writes what is known of it to `out/skipped/step-00000012.json`.
 
         Raises:
             FloatingPointError: if it is one too many.
         """
+        if writes:
+            path = self.folder / f"step-{step:08d}.json"
+            write_json(path, {"step": step, **json_values(report)}, indent=2)
+            logger.warning("step %d skipped, it is not finite: %s tells its samples and losses", step, path)
         self.count += 1
         if self.count >= self.limit:
             raise FloatingPointError(
-                f"{self.count} step{'s' if self.count > 1 else ''} in a row gave a loss or gradient that is not "
-                f"finite: see the samples in {self.folder}, lower --learning_rate or leave them out; the last "
-                "checkpoint is untouched"
+                f"{self.count} step{'s' if self.count > 1 else ''} in a row gave a loss or gradient that is not finite: "
+                f"see the samples in {self.folder}, lower --learning_rate or leave them out; the last checkpoint is "
+                "untouched"
             )
 
     def reset(self) -> None:
         """Note that a step went through."""
         self.count = 0
-
-
-def write_skipped(out: Path, step: int, report: Mapping[str, Any]) -> Path:
-    """Write what is known about a skipped step to `out/skipped/step-00000012.json`; returns the file.
-
-    Args:
-        out: the run's folder.
-        step: the step that was skipped, as in the logs.
-        report: what `json_values` takes.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    path = Path(out) / SKIPPED_FOLDER / f"step-{step:08d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(
-        path, json.dumps({"step": step, **json_values(dict(report))}, indent=2, allow_nan=False) + "\n"
-    )
-    return path

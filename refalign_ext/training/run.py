@@ -31,9 +31,10 @@ from refalign_ext.encoders import Encoders, task_config
 from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import plan_table
 from refalign_ext.planning.training_plan import make_training_plan
+from refalign_ext.tasks import TASKS
 from refalign_ext.training.build import build_trainer
 from refalign_ext.training.data_source import DataSource, choose_data_source
-from refalign_ext.training.extra_module import ExtraModule
+from refalign_ext.training.extra_module import ExtraModule, wanted_modules
 from refalign_ext.training.loop import train_loop
 from refalign_ext.training.run_log import RunLog
 from refalign_ext.training.trainer import Trainer
@@ -73,33 +74,26 @@ def run_training(
     if threads is not None:
         torch.set_num_threads(threads)
     config = configure(recipe_name, overrides)
+    world = (world_size if dry_run else None) or environment_world_size()
+    wanted_modules(config, extra_modules, world)
     place = None if dry_run else resolve_device(rank_device(device))
-    plan = _plan(config, place, world_size if dry_run else environment_world_size())
-    if is_main and (dry_run or not plan.fits or plan.sizes.world > 1 or config.task != "r2v-tiny"):
+    memory = None
+    if place is not None and place.type == "cuda":
+        memory = torch.cuda.get_device_properties(place).total_memory
+    plan = make_training_plan(config, task_config(config), world, device_memory=memory)
+    is_small = plan.fits and world == 1 and TASKS[config.task].bundled is not None
+    if is_main and (dry_run or not is_small):
         print(plan_table(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
     plan.require_fit()
-    if dry_run:
+    if place is None:
         return None
-    assert place is not None
-    with _ranks(plan, place, config) as parallel:
+    with _started_ranks(plan, place, config) as parallel:
         return _train(config, parallel, resume, sources, extra_modules)
 
 
-def _plan(config: TrainConfig, device: torch.device | None, world_size: int | None) -> Plan:
-    memory = None
-    if device is not None and device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    size = world_size or environment_world_size()
-    return make_training_plan(config, task_config(config), size, device_memory=memory)
-
-
 @contextmanager
-def _ranks(plan: Plan, device: torch.device, config: TrainConfig) -> Iterator[Parallel]:
-    """This rank's place in the plan, as long as the block lasts.
-
-    Raises:
-        ConnectionError: if another rank is gone or does not answer.
-    """
+def _started_ranks(plan: Plan, device: torch.device, config: TrainConfig) -> Iterator[Parallel]:
+    """This rank's place in the plan, as long as the block lasts; ConnectionError if another rank is gone."""
     if plan.sizes.world == 1:
         yield Parallel.single(device)
         return
@@ -126,36 +120,26 @@ def _train(
     out = Path(config.out)
     # Rank 0 decides, so that all go on from the same place even if one looks a moment later.
     checkpoint = parallel.broadcast_from_rank0(lambda: resolve_resume(out / "checkpoints", resume))
-    parallel.broadcast_from_rank0(lambda: _check_writable(out))
+    parallel.broadcast_from_rank0(lambda: _require_writable(out))
     encoders = Encoders(config, parallel.device)
     source = choose_data_source(config, sources)
     received: list[int] = []  # signals
     trainer = build_trainer(
-        config,
-        parallel,
-        source,
-        encoders,
-        extra_modules=extra_modules,
-        stop_requested=lambda: bool(received),
+        config, parallel, source, encoders, extra_modules=extra_modules, stop_requested=lambda: bool(received)
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
         logger.info("resuming from %s", checkpoint)
-    log = RunLog(
-        out,
-        first_step=trainer.step,
-        wandb_project=config.wandb,
-        settings=trainer.config.to_dict(),
-        is_main=parallel.is_main,
-    )
+    settings, is_main = trainer.config.to_dict(), parallel.is_main
+    log = RunLog(out, first_step=trainer.step, wandb_project=config.wandb, settings=settings, is_main=is_main)
     _prepare_data(trainer)
-    if parallel.is_main:
+    if is_main:
         out.mkdir(parents=True, exist_ok=True)
         for moved in abandon_checkpoints_after(out / "checkpoints", trainer.step):
             logger.warning("a run beyond step %d was here: its checkpoint is now %s", trainer.step, moved)
-        (out / "settings.json").write_text(json.dumps(trainer.config.to_dict(), indent=2) + "\n")
+        (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     parallel.barrier()
-    with log, _stop_on_signal(received, parallel.is_main):
+    with log, _stop_on_signal(received, is_main):
         preview = source.make_preview(trainer, encoders, log) if config.preview_every else None
         train_loop(trainer, log, preview=preview)
     if trainer.step < config.steps:
@@ -166,21 +150,18 @@ def _train(
 
 def _prepare_data(trainer: Trainer) -> None:
     """Fill caches on rank 0, which may take long; the others then find them."""
-    sources = [source for source in (trainer.source, trainer.validation) if source is not None]
     for turn in (True, False):
-        if trainer.parallel.is_main == turn:
-            for source in sources:
+        for source in (trainer.source, trainer.validation):
+            if source is not None and trainer.parallel.is_main == turn:
                 source.prepare()
         trainer.parallel.wait_for_main()
 
 
-def _check_writable(out: Path) -> None:
+def _require_writable(out: Path) -> None:
     """Try the folder, or the nearest one above it that exists, without leaving anything there."""
-    folder = out.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(
@@ -189,31 +170,29 @@ def _check_writable(out: Path) -> None:
 
 
 @contextmanager
-def _stop_on_signal(received: list[int], says_so: bool) -> Iterator[None]:
+def _stop_on_signal(received: list[int], is_main: bool) -> Iterator[None]:
     """Adds signals to `received`: the first Ctrl-C or SIGTERM lets the running step finish and be saved.
 
     A second Ctrl-C stops at once.
     """
 
     def handle(number: int, frame: Any) -> None:
-        received.append(int(number))
+        received.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
-        if (
-            says_so and len(received) == 1
-        ):  # a scheduler may repeat itself, and torchrun passes on what it got
+        # A scheduler may repeat itself, and torchrun passes on what it got.
+        if is_main and len(received) == 1:
             again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
             print(f"\nstopping after this step{again}", file=sys.stderr)
 
-    # Handlers belong to the main thread, and a job in the background ignores the terminal's Ctrl-C.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, handle)
+    # A job in the background ignores the terminal's Ctrl-C, and handlers belong to the main thread.
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
     try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

@@ -5,28 +5,32 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
+from refalign_ext.atomic_io import write_text
 from refalign_ext.data.pixels import to_uint8
 from refalign_ext.media import save_video
-from refalign_ext.training.log_files import METRICS_FILE, json_values, named_disk_errors, write_whole
+from refalign_ext.training.non_finite import json_values
 from refalign_ext.training.wandb_log import WandbRun
 
+METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLES_FOLDER = "samples"
 _GIF_SIDE = 320  # TensorBoard keeps whole pictures in its log: the moving ones are made small
 
 
 class RunLog:
-    """The log of one run: TensorBoard and `metrics.jsonl` always, Weights & Biases on request.
+    """The log of one run: TensorBoard and `metrics.jsonl` always, Weights & Biases on request. A context manager.
 
-    A context manager. A resumed run first forgets what was logged beyond the step that it goes on from, in TensorBoard
-    and in `metrics.jsonl`; a W&B run cannot forget, so steps done twice appear twice there, over the same `step` axis.
+    A resumed run first forgets what was logged beyond the step that it goes on from; a W&B run cannot forget, so steps
+    done twice appear twice there, over the same `step` axis.
 
     Args:
         out: the run's folder; made when missing.
@@ -37,7 +41,8 @@ class RunLog:
         is_main: whether this rank writes; on the others every method does nothing.
 
     Raises:
-        ValueError: if W&B is asked for and not installed, on every rank.
+        ValueError: on every rank if W&B is not installed; when opened, if it wants a login.
+        OSError: when opened or written to, if the disk is full or the folder is gone.
     """
 
     def __init__(
@@ -51,18 +56,12 @@ class RunLog:
     ) -> None:
         if wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise ValueError("Weights & Biases is not installed: pip install wandb or leave --wandb out")
-        self.out, self.first_step, self.is_main = Path(out), first_step, is_main
+        self.out, self.first_step, self.is_main = out, first_step, is_main
         self._settings, self._project = settings, wandb_project
         self._writer: Any = None
         self._wandb: WandbRun | None = None
 
     def __enter__(self) -> RunLog:
-        """Open the logs.
-
-        Raises:
-            ValueError: if W&B wants a login.
-            OSError: if the folder cannot be written.
-        """
         if not self.is_main:
             return self
         from torch.utils.tensorboard import SummaryWriter
@@ -78,25 +77,20 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None)
-            self._wandb = None
+        self._writer = self._wandb = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log numbers at a step.
-
-        Raises:
-            OSError: if the disk is full or the folder is gone.
-        """
+        """Log numbers at a step."""
         if self._writer is None:
             return
-        with named_disk_errors(self.out / TENSORBOARD_FOLDER):
+        with _named_disk_errors(self.out / TENSORBOARD_FOLDER):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
         path = self.out / METRICS_FILE
-        with named_disk_errors(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **json_values(dict(values))}, allow_nan=False) + "\n")
+        with _named_disk_errors(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **json_values(values)}, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log(step, lambda _: dict(values))
 
@@ -126,31 +120,38 @@ class RunLog:
 
 def _gif_summary(name: str, frames: np.ndarray, fps: float) -> Any:
     """TensorBoard's own record of a moving picture, [T, H, W, 3] uint8."""
-    from PIL import Image
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     pictures = [Image.fromarray(frame) for frame in frames]
     for picture in pictures:
         picture.thumbnail((_GIF_SIDE, _GIF_SIDE))
-    buffer = io.BytesIO()
-    pictures[0].save(
-        buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0
-    )
+    buffer, duration = io.BytesIO(), round(1000 / fps)
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
     width, height = pictures[0].size
     image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
     return Summary(value=[Summary.Value(tag=name, image=image)])
 
 
 def forget_metrics_after(path: Path, step: int) -> None:
-    """Drop lines beyond `step`, and lines cut short, from a `metrics.jsonl`; does nothing where there is none."""
+    """Drop lines beyond `step`, and lines that a crash cut short, from a `metrics.jsonl`, if there is one."""
     if not path.is_file():
         return
-
-    def is_kept(line: str) -> bool:
+    kept = ""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):  # two runs wrote at once, or a crash cut a line short
-            return False
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept += line
+        except (ValueError, KeyError, TypeError):  # two runs wrote at once
+            pass
+    with _named_disk_errors(path):
+        write_text(path, kept)
 
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    write_whole(path, "".join(line for line in lines if is_kept(line)))
+
+@contextmanager
+def _named_disk_errors(path: Path) -> Iterator[None]:
+    """A full disk names no file of its own accord."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"{path} cannot be written ({reason}): free some space or check the folder") from error

@@ -8,6 +8,7 @@ no state of a random generator to save.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -38,19 +39,11 @@ from refalign_ext.losses import (
 from refalign_ext.timesteps import add_noise, timestep_recipe
 from refalign_ext.training.ema import EMA
 from refalign_ext.training.metrics import TimestepBins
-from refalign_ext.training.non_finite import NonFiniteGuard, write_skipped
+from refalign_ext.training.non_finite import NonFiniteGuard
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 
 logger = logging.getLogger(__name__)
-
-
-def _never() -> bool:
-    return False
-
-
-def _nothing_around(samples: Sequence[EncodedSample], keep_references: Sequence[bool]) -> nullcontext:
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -63,29 +56,23 @@ class TrainerHooks:
             as extra modules need.
     """
 
-    stop_requested: Callable[[], bool] = _never
+    stop_requested: Callable[[], bool] = lambda: False
     around_forward: Callable[[Sequence[EncodedSample], Sequence[bool]], AbstractContextManager] = (
-        _nothing_around
+        lambda samples, keep_references: nullcontext()
     )
 
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """Losses of one batch on one rank.
+    """Losses of one batch on one rank."""
 
-    Attributes:
-        total: eq. 11, with the gradient. Averaged over all ranks it is the loss of all their samples.
-        flow: flow matching, weighted, averaged over the samples.
-        positive, negative: [K], alignment terms of each block, averaged over the samples; of this rank's reference tokens
-            times the number of ranks that share them.
-        errors: [B], unweighted flow-matching error of each sample.
-    """
-
-    total: Tensor
-    flow: Tensor
+    total: Tensor  # eq. 11, with the gradient; averaged over all ranks it is the loss of all their samples
+    flow: Tensor  # flow matching, weighted, averaged over the samples
+    # [K], alignment of each block, averaged over the samples: of this rank's reference tokens, times the ranks that share
+    # them.
     positive: Tensor
     negative: Tensor
-    errors: Tensor
+    errors: Tensor  # [B], unweighted flow-matching error of each sample
 
 
 @dataclass(frozen=True)
@@ -101,37 +88,23 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did.
+    """What one optimizer step did."""
 
-    Attributes:
-        values: averages over all ranks, by the name that logs give them.
-        skipped: True if something was not finite and the weights are as they were.
-        stopping: True if a rank asked to stop.
-        samples: what this rank's samples are called.
-        layouts: where their tokens lie.
-        data_wait: seconds that this rank waited for samples.
-    """
-
-    values: dict[str, float]
-    skipped: bool
-    stopping: bool
-    samples: list[str]
-    layouts: list[SampleLayout]
-    data_wait: float = field(default=0.0, compare=False)
+    values: dict[str, float]  # averages over all ranks, by the name that logs give them
+    skipped: bool  # something was not finite, and the weights are as they were
+    stopping: bool  # a rank asked to stop
+    samples: list[str]  # names of this rank's samples
+    layouts: list[SampleLayout]  # where their tokens lie
+    data_wait: float = field(default=0.0, compare=False)  # seconds that this rank waited for samples
 
 
 class Trainer:
     """Trains a backbone and its projectors, alone or as one of many ranks.
 
     Args:
-        config: every setting.
         backbone: the DiT with references attached, on the training device.
         trained: the DiT, the projectors (None: training without alignment) and extra modules, parallelized.
-        source: where samples come from.
-        encode_text: prompts to text features.
-        parallel: this rank's place.
         validation: clips that training does not see.
-        hooks: what others hang into it.
     """
 
     def __init__(
@@ -182,7 +155,6 @@ class Trainer:
         skipped = not (math.isfinite(values["loss/total"]) and math.isfinite(norm))
         if skipped:
             self._record_skipped(batches, values)
-            self._guard.skipped()
         else:
             self._guard.reset()
             for optimizer in self.optimizers:
@@ -211,10 +183,8 @@ class Trainer:
         began = time.monotonic()
         samples = self.source.samples(self.step, indices)
         data_wait = time.monotonic() - began
-        randomness = [
-            sample_randomness(sample, index, self.config)
-            for sample, index in zip(samples, indices, strict=True)
-        ]
+        pairs = zip(samples, indices, strict=True)
+        randomness = [sample_randomness(sample, index, self.config) for sample, index in pairs]
         losses = self.losses(samples, randomness)
         (losses.total / self.accumulation).backward()
         return MicroBatch(
@@ -232,16 +202,9 @@ class Trainer:
         keep_references = [chosen.keep_references for chosen in randomness]
         latents = [sample.latents.to(self.device) for sample in samples]
         noise = [chosen.noise.to(self.device) for chosen in randomness]
-        references = [
-            sample.references.to(self.device) * keep
-            for sample, keep in zip(samples, keep_references, strict=True)
-        ]
-        texts = self.encode_text(
-            [
-                sample.prompt if chosen.keep_text else ""
-                for sample, chosen in zip(samples, randomness, strict=True)
-            ]
-        )
+        pairs = list(zip(samples, randomness, strict=True))
+        references = [sample.references.to(self.device) * chosen.keep_references for sample, chosen in pairs]
+        texts = self.encode_text([sample.prompt if chosen.keep_text else "" for sample, chosen in pairs])
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
         with autocast, self.hooks.around_forward(samples, keep_references):
             output = self.backbone(
@@ -317,21 +280,14 @@ class Trainer:
             for batch in batches
             for name, chosen, error in zip(batch.samples, batch.randomness, batch.losses.errors, strict=True)
         ]
-        by_rank = self.parallel.gather_objects(mine)
-        if self.parallel.is_main:
-            report = {"values": values, "samples_by_rank": by_rank}
-            path = write_skipped(Path(self.config.out), self.step, report)
-            logger.warning(
-                "step %d skipped, it is not finite: %s tells its samples and losses", self.step, path
-            )
+        report = {"values": values, "samples_by_rank": self.parallel.gather_objects(mine)}
+        self._guard.skipped(self.step, report, writes=self.parallel.is_main)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses of the validation clips, the same clips with the same noise and timesteps at every step."""
         assert self.validation is not None
-        names = (
-            ("loss", "flow") if self.trained.projectors is None else ("loss", "flow", "positive", "negative")
-        )
+        names = ("loss", "flow", "positive", "negative") if self.trained.projectors else ("loss", "flow")
         data, count = self.parallel.sizes.data, self.config.validation_clips
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         # One clip at a time, so that any number of ranks sees the same ones. All ranks pass through the model equally
@@ -339,9 +295,8 @@ class Trainer:
         for first in range(0, count, data):
             place = first + self.parallel.data_rank
             samples = self.validation.samples(place, range(place, place + 1))
-            losses = self.losses(
-                samples, [sample_randomness(samples[0], place, self.config, purpose="validation/")]
-            )
+            randomness = sample_randomness(samples[0], place, self.config, purpose="validation/")
+            losses = self.losses(samples, [randomness])
             if place < count:
                 terms = [losses.total, losses.flow, losses.positive.mean(), losses.negative.mean()]
                 sums += torch.stack(terms[: len(names)]).double()
@@ -350,11 +305,7 @@ class Trainer:
         return {f"validation/{name}": value for name, value in zip(names, mean, strict=True)}
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the present step; it is whole when `finish_saving` returns.
-
-        Raises:
-            OSError: if the one before could not be written.
-        """
+        """Begin to write a checkpoint, whole when `finish_saving` returns; OSError if the one before failed."""
         if self._checkpointer is None:
             folder = Path(self.config.out) / "checkpoints"
             timeout = 60 * self.config.timeout_minutes
@@ -368,11 +319,7 @@ class Trainer:
         )
 
     def finish_saving(self) -> Path | None:
-        """Wait for the last checkpoint and return its folder (None: none since the last call).
-
-        Raises:
-            OSError: if it could not be written.
-        """
+        """Wait for the last checkpoint; returns its folder (None: none since the last call) or raises its OSError."""
         return None if self._checkpointer is None else self._checkpointer.finish()
 
     def load(self, path: Path) -> None:
@@ -382,10 +329,13 @@ class Trainer:
             ValueError: if it does not fit this model or its optimizers.
         """
         meta = read_meta(path)
-        then, now = _flatten(meta["settings"]), _flatten(self.config.to_dict())
         if self.parallel.is_main:
-            for name in sorted(name for name in now if name in then and str(then[name]) != str(now[name])):
-                logger.warning("resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name])
+            now, then = _flat(json.loads(json.dumps(self.config.to_dict()))), _flat(meta["settings"])
+            for name in sorted(now.keys() & then.keys()):
+                if now[name] != then[name]:
+                    logger.warning(
+                        "resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name]
+                    )
         restore_state(path, self.trained, self.optimizers, self.ema.average)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
 
@@ -396,11 +346,9 @@ def dit_settings(model: nn.Module) -> dict[str, Any]:
     return {"_class_name": "WanModel", **config}
 
 
-def _flatten(settings: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names of the command line."""
+    flat = {name: value for name, value in settings.items() if not isinstance(value, dict)}
+    for group in settings.keys() - flat.keys():
+        flat |= {f"{group}.{name}": value for name, value in settings[group].items()}
     return flat

@@ -9,53 +9,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.training.log_files import METRICS_FILE, write_whole
+from refalign_ext.atomic_io import write_text
 
 logger = logging.getLogger(__name__)
 
-WANDB_ID_FILE = "wandb_id.txt"
-_WANDB_SECONDS = 60
+_SECONDS = "60"
 _NETWORK_PACKAGES = {"wandb", "requests", "urllib3", "httpx"}
 
 
 class WandbRun:
-    """A W&B run that may fail without the training noticing more than one warning."""
+    """A W&B run that may fail without the training noticing more than one warning.
+
+    Raises:
+        ValueError: if W&B wants a login.
+    """
 
     def __init__(self, out: Path, project: str, settings: dict[str, Any]) -> None:
         import wandb
 
         self._module, self._run = wandb, None
         # The other ranks wait for the start, and a finished job holds its machines: neither may take the network's time.
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", str(_WANDB_SECONDS))
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(_WANDB_SECONDS))
-        id_file = out / WANDB_ID_FILE
-        run_id = id_file.read_text(encoding="utf-8").strip() if id_file.is_file() else ""
-        if not run_id:
-            run_id = secrets.token_hex(4)
-            write_whole(id_file, run_id + "\n")
-        name = out.absolute().name
-        options = {"project": project, "id": run_id, "name": name, "dir": str(out), "config": settings}
-        self._try(lambda: self._open(options), "did not start")
+        for name in ("WANDB_INIT_TIMEOUT", "WANDB_FINISH_TIMEOUT"):
+            os.environ.setdefault(name, _SECONDS)
+        id_file = out / "wandb_id.txt"
+        if not id_file.is_file():
+            write_text(id_file, secrets.token_hex(4) + "\n")
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        options = {"project": project, "id": run_id, "name": out.absolute().name, "dir": str(out)}
+        self._try(lambda: self._open({**options, "config": settings}), "did not start")
 
     def _open(self, options: dict[str, Any]) -> None:
-        usage_error = self._module.errors.UsageError
+        wandb = self._module
         try:
-            self._run = self._module.init(**options, resume="allow")
-        except usage_error as error:
+            self._run = wandb.init(**options, resume="allow")
+        except wandb.errors.UsageError as error:
             raise ValueError(
-                f"Weights & Biases does not start ({' '.join(str(error).split())[:200]}): run `wandb login`, set "
-                "WANDB_MODE=offline or leave --wandb out"
+                f"Weights & Biases does not start ({_one_line(error)}): run `wandb login`, set WANDB_MODE=offline or leave "
+                "--wandb out"
             ) from error
         except Exception as error:
             if not _is_network_failure(error):
                 raise
-            logger.warning(
-                "W&B cannot be reached (%s): logging to %s/wandb, upload it later with `wandb sync`",
-                _one_line(error),
-                options["dir"],
-            )
-            self._module.teardown()  # the attempt above still holds the run's id
-            self._run = self._module.init(**options, mode="offline")
+            text = "W&B cannot be reached (%s): logging to %s/wandb, upload it later with `wandb sync`"
+            logger.warning(text, _one_line(error), options["dir"])
+            wandb.teardown()  # the attempt above still holds the run's id
+            self._run = wandb.init(**options, mode="offline")
         # Values carry their step: W&B's own counter never goes back, and a resumed run must.
         self._run.define_metric("*", step_metric="step")
 
@@ -66,10 +64,8 @@ class WandbRun:
 
     def finish(self, *, failed: bool) -> None:
         """Upload what is left, for a minute at most."""
-        run = self._run
-        if run is not None:
-            self._try(lambda: run.finish(exit_code=int(failed)), "did not finish")
-        self._run = None
+        if self._run is not None:
+            self._try(lambda: self._run.finish(exit_code=int(failed)), "did not finish")
 
     def _try(self, action: Callable[[], None], what: str) -> None:
         try:
@@ -78,12 +74,8 @@ class WandbRun:
             if not _is_network_failure(error):
                 raise
             self._run = None
-            logger.warning(
-                "W&B %s (%s): the training goes on, TensorBoard and %s have everything",
-                what,
-                _one_line(error),
-                METRICS_FILE,
-            )
+            text = "W&B %s (%s): the training goes on, TensorBoard and metrics.jsonl have everything"
+            logger.warning(text, what, _one_line(error))
 
 
 def _is_network_failure(error: Exception) -> bool:

@@ -557,7 +557,7 @@ def test_other_starts_and_no_alignment(
         (["--resume", "none"], "--resume none: no complete checkpoint there"),
         (["--alignment.tap", "ffn"], "alignment.tap is 'ffn': choose one of block, self_attn"),
         (["--alignment.teacher", "clip"], "unknown teacher 'clip'"),
-        (["--alignment.teacher_path", "none"], "none: no such folder for teacher dinov3-tiny"),
+        (["--alignment.teacher_path", "none"], "none: no teacher dinov3-tiny"),
         (["--alignment.depth", "7"], "--alignment.depth 7: r2v-tiny has 6 blocks"),
         (["--dit_ckpt", "none"], "none"),
         (["--dit_ckpt", "here/other.safetensors"], "other.safetensors: not the weights of a Wan transformer"),

@@ -686,10 +686,14 @@ def replace(batch: Batch, **changes: Any) -> Batch:
 
 ONE = [(2, 1, 6, 6)]
 BAD_CALLS = {
-    "sizes": (lambda: replace(Batch(ONE), references=[torch.zeros(16, 1, 6, 8)]), {}, "encode references at"),
+    "sizes": (
+        lambda: replace(Batch(ONE), references=[torch.zeros(16, 1, 6, 8)]),
+        {},
+        "of the same C, H and W",
+    ),
     "channels": (lambda: replace(Batch(ONE), references=[torch.zeros(8, 1, 6, 6)]), {}, r"\[C, M, H, W\]"),
     "dimensions": (lambda: replace(Batch(ONE), references=[torch.zeros(16, 6, 6)]), {}, r"\[C, M, H, W\]"),
-    "counts": (lambda: replace(Batch(ONE), references=[]), {}, "1 latents but references for 0 samples"),
+    "counts": (lambda: replace(Batch(ONE), references=[]), {}, "1 latents, references for 0 samples"),
     "no samples": (lambda: Batch([]), {}, "batch is empty"),
     "no frames": (lambda: Batch([(0, 1, 6, 6)]), {}, "hold no video"),
     "patch": (lambda: Batch([(2, 1, 6, 7)]), {}, "do not divide by the patch"),

@@ -324,11 +324,11 @@ def train_a_part(rank: int, world_size: int, folder: Path) -> dict[str, str]:
     if world_size == 2:
         train(trained, optimizers, average, seed=1)
         checkpointer = Checkpointer(folder, parallel, keep_last=1)
-        checkpointer.save(1, build_state(trained, optimizers, average, trainable_only=True), META, CONFIG)
+        checkpointer.save(1, build_state(trained, optimizers, None, trainable_only=True), META, CONFIG)
         checkpointer.finish()
     else:
-        restore_state(folder / "step-00000001", trained, optimizers, average)
-    return digests(trained, optimizers, average)
+        restore_state(folder / "step-00000001", trained, optimizers, None)
+    return digests(trained, optimizers, None)
 
 
 def test_only_what_is_trained_can_be_saved(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_only_what_is_trained_can_be_saved(tmp_path: Path) -> None:
     held = sorted(StoredTensors(tmp_path / "step-00000001").tensors)
     name = "dit.head.head.weight"
     states = [f"optimizers.AdamW.{name}.{entry}" for entry in ("exp_avg", "exp_avg_sq", "step")]
-    assert held == ["average.head.head.weight", f"model.{name}", *states, "optimizers.AdamW.parameter_count"]
+    assert held == [f"model.{name}", *states, "optimizers.AdamW.parameter_count"]
     with pytest.raises(ValueError, match=r"does not fit this run \(its AdamW has 1 parameters"):
         restore_state(tmp_path / "step-00000001", *make(Parallel.single(CPU)))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from refalign_ext.checkpoint.reading import open_dit, read_weights
+from refalign_ext.checkpoint.reading import open_dit
+from refalign_ext.checkpoint.weights import read_weights
 
 
 def read_dit(path: Path, *, raw: bool = False) -> dict[str, Tensor]:

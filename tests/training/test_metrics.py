@@ -14,19 +14,17 @@ def test_loss_by_timestep() -> None:
     bins = TimestepBins()
     bins.add(torch.tensor([0.0, 99.9, 100.0]), torch.tensor([1.0, 3.0, 5.0], requires_grad=True))
     bins.add(torch.tensor([1000.0, 950.0]), torch.tensor([7.0, 8.0], dtype=torch.bfloat16))
-    sums = bins.sums()
-    assert sums.shape == (10, 2) and not sums.requires_grad
-    assert TimestepBins.values(sums) == {
+    assert bins.sums.shape == (10, 2) and not bins.sums.requires_grad
+    expected = {
         "loss_by_timestep/0-100": 2.0,
         "loss_by_timestep/100-200": 5.0,
         "loss_by_timestep/900-1000": 7.5,
     }
-    assert TimestepBins.values(sums + sums) == TimestepBins.values(sums)  # two equal ranks
-    bins.reset()
-    assert TimestepBins.values(bins.sums()) == {} and sums.sum() > 0
+    assert TimestepBins.values(bins.sums) == expected
+    assert TimestepBins.values(2 * bins.sums) == expected  # two equal ranks
     quarters = TimestepBins(4)
     quarters.add(torch.tensor([250.0]), torch.tensor([1.0]))
-    assert TimestepBins.values(quarters.sums()) == {"loss_by_timestep/250-500": 1.0}
+    assert TimestepBins.values(quarters.sums) == {"loss_by_timestep/250-500": 1.0}
 
 
 def around_one(count: int) -> list[float]:
@@ -34,8 +32,8 @@ def around_one(count: int) -> list[float]:
 
 
 def test_a_spike_stands_out_and_does_not_hide_the_next() -> None:
-    watch = LossSpikeDetector(5)
-    assert not any(watch.is_spike(loss) for loss in [*around_one(48), 50.0])  # too early to tell
+    early = LossSpikeDetector(5)
+    assert not any(early.is_spike(loss) for loss in [*around_one(48), 50.0])  # too early to tell
     watch = LossSpikeDetector(5)
     assert not any(watch.is_spike(loss) for loss in around_one(50))
     assert not watch.is_spike(1.45) and watch.is_spike(1.7)
@@ -56,7 +54,7 @@ def test_many_spikes_are_a_new_level_and_old_losses_are_forgotten() -> None:
     assert sliding.is_spike(2.0)
 
 
-def test_spike_watch_of_equal_losses_and_turned_off() -> None:
+def test_spikes_among_equal_losses_and_turned_off() -> None:
     watch = LossSpikeDetector(5)
     assert not any(watch.is_spike(0.1 + 1e-9 * (index % 2)) for index in range(100))
     assert watch.is_spike(0.2)
@@ -64,25 +62,16 @@ def test_spike_watch_of_equal_losses_and_turned_off() -> None:
     assert not any(off.is_spike(loss) for loss in [*around_one(100), 1e9])
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_throughput() -> None:
-    clock = Clock()
-    speed = Throughput(torch.device("cpu"), peak_flops=1000.0, clock=clock)
+    now = [100.0]
+    speed = Throughput(torch.device("cpu"), peak_flops=1000.0, clock=lambda: now[0])
     for _ in range(2):
-        clock.now += 4
+        now[0] += 4
         speed.step(clips=4, tokens=100, flops=1200.0, data_wait=1.0)
     with speed.paused():
-        clock.now += 50
+        now[0] += 50
     values = speed.values()
-    peak = values.pop("memory/peak_gib")
-    assert 0.01 < peak < 1000
+    assert 0.01 < values.pop("memory/peak_gib") < 1000
     assert values == pytest.approx(
         {
             "speed/seconds_per_step": 4.0,
@@ -92,21 +81,9 @@ def test_throughput() -> None:
             "speed/mfu": 0.3,
         }
     )
-    clock.now += 2
+    now[0] += 2
     speed.step(clips=1, tokens=10, flops=0.0)
     second = speed.values()
     assert second["speed/seconds_per_step"] == pytest.approx(2) and second["speed/data_wait"] == 0
-    assert second["speed/mfu"] == 0
     assert set(speed.values()) == {"memory/peak_gib"}
-
-
-def test_time_that_is_paused_counts_when_the_block_fails() -> None:
-    clock = Clock()
-    speed = Throughput(torch.device("cpu"), clock=clock)
-    with pytest.raises(KeyError), speed.paused():
-        clock.now += 5
-        raise KeyError
-    clock.now += 1
-    speed.step(1, 1, 1.0)
-    values = speed.values()
-    assert values["speed/seconds_per_step"] == pytest.approx(1) and "speed/mfu" not in values
+    assert "speed/mfu" not in Throughput(torch.device("cpu")).values()

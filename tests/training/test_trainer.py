@@ -432,7 +432,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(optimizer: str, tm
     trainer, untouched = build(config, Broken(5)), build(config)
     for one in (trainer, untouched):
         assert not one.train_step().skipped
-    weights, sums = copies(trainer), trainer.timestep_bins.sums()
+    weights, sums = copies(trainer), trainer.timestep_bins.sums.clone()
     states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
     states = [{key: {k: v.clone() for k, v in state.items()} for key, state in s.items()} for s in states]
     average = {key: value.clone() for key, value in trainer.ema.average.items()}
@@ -444,7 +444,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(optimizer: str, tm
     assert_same(copies(trainer), weights)
     assert_same([optimizer.state_dict()["state"] for optimizer in trainer.optimizers], states)
     assert_same(trainer.ema.average, average)
-    assert_same(trainer.timestep_bins.sums(), sums)
+    assert_same(trainer.timestep_bins.sums, sums)
     assert all(parameter.grad is None for parameter in named_weights(trainer).values())
 
     # It goes on with the next samples, exactly as from a checkpoint that says so.
@@ -622,7 +622,7 @@ def test_the_loss_by_timestep_counts_every_sample_once() -> None:
     trainer.losses = spy
     for _ in range(3):
         trainer.train_step()
-    torch.testing.assert_close(trainer.timestep_bins.sums().double(), sums, rtol=1e-6, atol=0)
+    torch.testing.assert_close(trainer.timestep_bins.sums.double(), sums, rtol=1e-6, atol=0)
     assert sums[:, 1].sum() == 18
 
 
@@ -676,7 +676,7 @@ def test_validation_and_training_do_not_touch_each_other() -> None:
         assert watched.train_step() == plain.train_step()
     assert len(set(values)) == 3
     assert_same(copies(watched), copies(plain))
-    assert_same(watched.timestep_bins.sums(), plain.timestep_bins.sums())
+    assert_same(watched.timestep_bins.sums, plain.timestep_bins.sums)
     assert watched.backbone.model.training
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -11,13 +11,14 @@ import numpy as np
 
 from refalign_ext.atomic_io import locked
 from refalign_ext.data.clip_index import USABLE, open_clip_index, probe_media
-from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
-from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, DraftOptions, clips_in_folder
-from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, clips_in_table
-from refalign_ext.data.convert.paths import folder_inside, manifest_root
+from refalign_ext.data.conversion_report import ConversionReport, Unusable, no_clips_message, report_path
+from refalign_ext.data.convert.folder_clip import ClipMaker
+from refalign_ext.data.convert.folder_files import VIDEO_SUFFIXES, rows_in_folder
+from refalign_ext.data.convert.folder_table import TABLE_SUFFIXES, rows_in_table
+from refalign_ext.data.convert.rows import clip_lines, folder_inside, manifest_root, write_lines
 from refalign_ext.data.convert.selection import FOLDER_SELECTION, Selection
 from refalign_ext.data.length import Length
-from refalign_ext.data.manifest_file import ManifestReader, index_path, write_manifest
+from refalign_ext.data.manifest_file import ManifestReader, index_path
 from refalign_ext.data.schema import Clip, Subject, VideoSpan
 from refalign_ext.data.spans import steady_frame
 
@@ -41,46 +42,48 @@ def convert_folder(
     rows tell their size, rate and frames. What was found out is kept in `.<out>.draft.clip_index`.
 
     Args:
-        source: the folder, or a .csv, .tsv or .jsonl file.
-        out: the manifest. Paths in it are relative to its folder, so all media have to lie there or below.
-        prompt_suffix: of the files that hold prompts; folders only.
+        source: the folder, or a .csv, .tsv or .jsonl file; all media have to lie in the folder of `out` or below.
         columns: names of a table's columns by what they hold, where they are not found by themselves.
         media_root: the folder that file names in a table are relative to; None: that of the table.
         group: "folder": clips of one folder are never split between training and validation; "none": any may be.
         pair: "cross" for pictures that were not cut out of the clip, "regular" if they were.
         length: how long a clip must be; None: training leaves out what is too short for it.
-        selection: `max_references` (the first ones of a clip), `max_cross` (of a subject) and `min_frames` (of the file)
-            apply.
-        workers: processes that probe videos; 0: this one.
+        selection: `max_references` (the first ones), `max_cross` (of a subject) and `min_frames` (of the file) apply.
 
     Raises:
-        ValueError: if there is no such source, an option cannot be, `out` lies elsewhere than the clips, or no clip can
-            be used: with the reason and what to do.
+        ValueError: if an option cannot be or no clip can be used: with the reason and what to do.
         FileLocked: (a ValueError) if another process writes the same manifest.
     """
     from tqdm import tqdm
 
     root = _checked_root(source, out, media_root, columns, prompt_suffix)
     base = source if source.is_dir() else media_root or source.parent
-    options = DraftOptions(
-        root, base.resolve(), pair, group == "folder", prompt_suffix.lower(), columns or {}
-    )
-    report = options.report
-    found = clips_in_folder(options) if source.is_dir() else clips_in_table(source, options)
+    report = ConversionReport()
+    maker = ClipMaker(root, base.resolve(), pair, group == "folder", report)
+    if source.is_dir():
+        found = rows_in_folder(maker.base, prompt_suffix.lower(), report)
+    else:
+        found = rows_in_table(source, columns or {}, report)
     shown = tqdm(found, desc="looking for clips", unit="clip", dynamic_ncols=True, disable=None)
     # Millions of clips do not fit into memory while their videos are probed. Hidden, so that no walk finds it.
     draft = out.with_name(f".{out.name}.draft")
     with locked(draft):
         try:
-            if not write_manifest(draft, shown):
-                raise ValueError(_nothing_fits(source, options))
+            if not write_lines(draft, clip_lines(shown, maker.clip, report)):
+                raise ValueError(_nothing_fits(source, root, prompt_suffix, report))
+            report.kept.clear()  # until their videos are known
             rows = ManifestReader(draft)
             records = open_clip_index(rows, workers=workers, logs_bad_clips=False)
-            clips = _finished(rows, records, length, selection, report)
-            first = next(clips, None)
+
+            def probed(row: int) -> Clip:
+                return _probed_clip(rows, row, records[row], length, selection, report)
+
+            numbered = ((rows[row].id, row) for row in range(len(rows)))
+            lines = clip_lines(numbered, probed, report)
+            first = next(lines, None)
             if first is None:
-                raise ValueError(_nothing_fits(source, options))
-            write_manifest(out, chain([first], clips))
+                raise ValueError(_nothing_fits(source, root, prompt_suffix, report))
+            write_lines(out, chain([first], lines))
         finally:
             for path in (draft, index_path(draft)):
                 path.unlink(missing_ok=True)
@@ -91,6 +94,7 @@ def convert_folder(
 def _checked_root(
     source: Path, out: Path, media_root: Path | None, columns: Mapping[str, str] | None, prompt_suffix: str
 ) -> Path:
+    """The manifest's folder, once the options are known to fit together."""
     if not source.exists():
         raise ValueError(f"{source}: no such folder or table")
     if not prompt_suffix.startswith(".") or len(prompt_suffix) < 2:
@@ -98,8 +102,7 @@ def _checked_root(
     root = manifest_root(out)
     if source.is_dir():
         if media_root or columns:
-            flag = "--column" if columns else "--media_root"
-            raise ValueError(f"{flag} is for tables, and {source} is a folder")
+            raise ValueError(f"--column and --media_root are for tables, and {source} is a folder")
         folder_inside(source, root, "SOURCE")
     elif source.suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
@@ -110,41 +113,35 @@ def _checked_root(
     return root
 
 
-def _finished(
+def _probed_clip(
     rows: ManifestReader,
-    records: np.ndarray,
+    row: int,
+    record: np.void,
     length: Length | None,
     selection: Selection,
     report: ConversionReport,
-) -> Iterator[Clip]:
-    """The clips of a draft whose videos can be used, with what its index says of them."""
-    for row, record in enumerate(records):
-        clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
-        if record["state"] != USABLE or not fps > 0:
-            report.drop("clips", *_why_unusable(rows, row, clip))
-        elif selection.clip_problem(frames, clip.scores) or (length and not length.fits(frames, fps)):
-            report.drop("clips", "too_short", f"{clip.id} ({frames} frames at {fps:.3g} fps)")
-        else:
-            subjects = _selected(clip, selection, report)
-            report.keep("clips")
-            report.keep("references", sum(len(subject.refs) for subject in subjects))
-            yield replace(clip, video=_filled_in(clip.video, record), subjects=subjects)
+) -> Clip:
+    """A clip of the draft with what its index record says of the video, if that can be used."""
+    clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
+    if record["state"] != USABLE or not fps > 0:
+        raise _why_unusable(rows, row, clip)
+    selection.check_clip(frames, clip.scores)
+    if length and not length.fits(frames, fps):
+        raise Unusable("too_short", f"{frames} frames at {fps:.3g} fps")
+    subjects = _selected(clip, selection, report)
+    return replace(clip, video=_filled_in(clip.video, record), subjects=subjects)
 
 
-def _why_unusable(rows: ManifestReader, row: int, clip: Clip) -> tuple[str, str]:
-    """Under which reason a clip is dropped, and its name with the error."""
+def _why_unusable(rows: ManifestReader, row: int, clip: Clip) -> Unusable:
     try:
-        media = rows.media(row, clip.video.path)
-        if probe_media(media).fps > 0:
-            return "span_outside_video", clip.id
-        problem = "it tells no frame rate"
+        if probe_media(rows.media(row, clip.video.path)).fps > 0:
+            return Unusable("span_outside_video")
+        return Unusable("video_unreadable", "it tells no frame rate")
     except ValueError as error:
-        problem = (
-            str(error)
-            .removeprefix(f"{rows.place(row)}: ")
-            .removeprefix(f"{rows.path.parent / clip.video.path}: ")
+        place = f"{rows.path.parent / clip.video.path}: "
+        return Unusable(
+            "video_unreadable", str(error).removeprefix(f"{rows.place(row)}: ").removeprefix(place)
         )
-    return "video_unreadable", f"{clip.id} ({problem})"
 
 
 def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
@@ -162,31 +159,27 @@ def _filled_in(span: VideoSpan, record: np.void) -> VideoSpan:
 
 def _selected(clip: Clip, selection: Selection, report: ConversionReport) -> tuple[Subject, ...]:
     """The first subjects and the first references of each, as many as are wanted."""
+    # A limit for cross pairs is one for a choice of equals, which must not take the last picture away.
+    most = None if selection.max_cross is None else max(1, selection.max_cross)
     kept = clip.subjects[: selection.max_references]
-    left = sum(len(subject.refs) for subject in clip.subjects[len(kept) :])
-    subjects = []
-    for subject in kept:
-        # A limit for cross pairs is one for a choice of equals, which must not take the last picture away.
-        most = len(subject.refs) if selection.max_cross is None else max(1, selection.max_cross)
-        left += len(subject.refs[most:])
-        subjects.append(replace(subject, refs=subject.refs[:most]))
-    report.drop("references", "too_many", clip.id, left)
-    return tuple(subjects)
+    subjects = tuple(replace(subject, refs=subject.refs[:most]) for subject in kept)
+    counts = [sum(len(subject.refs) for subject in group) for group in (clip.subjects, subjects)]
+    report.drop("references", "too_many", clip.id, counts[0] - counts[1])
+    return subjects
 
 
-def _nothing_fits(source: Path, options: DraftOptions) -> str:
+def _nothing_fits(source: Path, root: Path, prompt_suffix: str, report: ConversionReport) -> str:
     """The error of a conversion that kept no clip: the most frequent reason, and what to do about it."""
-    report = options.report
     if source.is_dir() and not report.dropped["clips"]:
         return f"{source}: found no video; known are {', '.join(sorted(VIDEO_SUFFIXES))}"
     lines = [no_clips_message(source, report)]
     remedies = {
-        "no_prompt_file": f"write the prompt of clip.mp4 into clip{options.prompt_suffix} beside it",
-        "no_reference": "call the pictures of clip.mp4 clip.ref1.png, clip.ref2.png",
-        "outside_folder": f"paths in a manifest are relative to its folder, {options.root}: write it above the clips",
+        "outside_folder": f"paths in a manifest are relative to its folder, {root}: write it above the clips"
     }
+    if source.is_dir():
+        remedies["no_prompt"] = f"write the prompt of clip.mp4 into clip{prompt_suffix} beside it"
+        remedies["no_reference"] = "call the pictures of clip.mp4 clip.ref1.png, clip.ref2.png"
     lines += [remedy for reason, remedy in remedies.items() if reason in report.dropped["clips"]]
-    if report.dropped["references"]:
-        name, number = max(report.dropped["references"].items(), key=lambda item: item[1])
-        lines.append(f"references: {number} x {name}, such as {report.examples['references'][name][0]}")
+    for reason, number in report.dropped["references"].most_common(1):
+        lines.append(f"references: {number} x {reason}, such as {report.examples['references'][reason][0]}")
     return "; ".join(lines)

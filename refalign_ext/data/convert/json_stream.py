@@ -13,6 +13,7 @@ MAX_ENTRY_CHARACTERS = 32 << 20  # real ones have about 100,000
 _CHUNK = 1 << 20  # characters read at a time
 _LONGEST_TOKEN = 16  # an error so close to the end of what was read may be a token that goes on behind it
 _SPACES = re.compile(r"[ \t\r\n]*")
+# The standard library's, since the files are Python's dumps: it knows NaN, which other parsers of streams refuse.
 _DECODER = json.JSONDecoder(strict=False)
 
 
@@ -25,8 +26,7 @@ def read_entries(
 ) -> Iterator[tuple[str, Any]]:
     """The (key, value) pairs of a file that holds one object, or (position from 1, item) of one that holds a list.
 
-    The standard library's decoder is used because the files are Python's dumps: it knows NaN and infinities, which
-    other parsers of streams refuse. Bytes that are not UTF-8 arrive as U+FFFD.
+    Bytes that are not UTF-8 arrive as U+FFFD.
 
     Args:
         on_read: is told how many bytes were read.
@@ -35,38 +35,31 @@ def read_entries(
         IncompleteFile: after the last entry that could be read.
     """
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        yield from _EntryReader(file, on_read).entries()
+        reader = _ValueReader(file, on_read)
+        closing = {"{": "}", "[": "]"}[reader.expect("{[")]
+        number, is_last = 0, reader.next_character() == closing
+        if is_last:
+            reader.expect(closing)
+        while not is_last:
+            number += 1
+            key = str(number)
+            if closing == "}":
+                key = reader.value()
+                reader.expect(":")
+            yield key, reader.value()
+            is_last = reader.expect("," + closing) == closing
+        if reader.next_character():
+            raise IncompleteFile("the JSON is damaged (more follows its end)")
 
 
-class _EntryReader:
+class _ValueReader:
     """Decodes from a text that is read on whenever a value does not end in it."""
 
     def __init__(self, file: TextIO, on_read: Callable[[int], object]) -> None:
         self.file, self.on_read = file, on_read
         self.text, self.position = "", 0
 
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        opening = self._next_character()
-        if opening not in ("{", "["):
-            raise IncompleteFile("no JSON object or list" if opening else "the file is empty")
-        self.position += 1
-        closing = "}" if opening == "{" else "]"
-        is_last, number = self._next_character() == closing, 0
-        if is_last:
-            self.position += 1
-        while not is_last:
-            number += 1
-            key = self._value() if opening == "{" else str(number)
-            if opening == "{":
-                if not isinstance(key, str):
-                    raise IncompleteFile("the JSON is damaged (a key is not a text)")
-                self._expect(":")
-            yield key, self._value()
-            is_last = self._expect("," + closing) == closing
-        if self._next_character():
-            raise IncompleteFile("the JSON is damaged (more follows its end)")
-
-    def _next_character(self) -> str:
+    def next_character(self) -> str:
         """The next character that is not a space, which is left where it is; "" at the end of the file."""
         while True:
             self.position = _SPACES.match(self.text, self.position).end()
@@ -75,8 +68,9 @@ class _EntryReader:
             if not self._read_on():
                 return ""
 
-    def _expect(self, characters: str) -> str:
-        character = self._next_character()
+    def expect(self, characters: str) -> str:
+        """The next character, which has to be one of these."""
+        character = self.next_character()
         if not character:
             raise IncompleteFile("the file is cut off")
         if character not in characters:
@@ -84,28 +78,22 @@ class _EntryReader:
         self.position += 1
         return character
 
-    def _value(self) -> Any:
-        self._next_character()
+    def value(self) -> Any:
+        self.next_character()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
-                goes_on = error.pos >= len(self.text) - _LONGEST_TOKEN or "Unterminated" in error.msg
-                if not goes_on:
+                if error.pos < len(self.text) - _LONGEST_TOKEN and "Unterminated" not in error.msg:
                     raise IncompleteFile(f"the JSON is damaged ({error.msg})") from None
                 if not self._read_on():
                     raise IncompleteFile("the file is cut off") from None
-            except (
-                ValueError,
-                RecursionError,
-            ) as error:  # a number of thousands of digits, thousands of lists
+            except (ValueError, RecursionError) as error:  # thousands of digits, or of lists in lists
                 raise IncompleteFile(f"the JSON is damaged ({error})") from None
             else:
-                if end < len(self.text):
-                    self.position = end
-                    return value
-                if not self._read_on():  # else it may be a number that goes on behind what was read
-                    self.position = len(self.text)
+                # What ends with the text may be a number that goes on behind it.
+                if end < len(self.text) or not self._read_on():
+                    self.position = min(end, len(self.text))
                     return value
 
     def _read_on(self) -> bool:

@@ -16,19 +16,18 @@ from functools import partial
 from pathlib import Path
 
 from refalign_ext.atomic_io import FileLocked, locked
-from refalign_ext.data.conversion_report import ConversionReport, report_path
+from refalign_ext.data.conversion_report import ConversionReport, Unusable, report_path
 from refalign_ext.data.convert.json_stream import IncompleteFile, read_entries
-from refalign_ext.data.convert.opens2v_entry import EntryError, pack_record, read_entry
+from refalign_ext.data.convert.opens2v_entry import pack_record, read_entry
 from refalign_ext.data.convert.opens2v_join import ClipJoiner
 from refalign_ext.data.convert.opens2v_pairs import stage_pairs
-from refalign_ext.data.convert.paths import folder_inside, manifest_root
+from refalign_ext.data.convert.rows import clip_lines, folder_inside, manifest_root, write_lines
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.convert.staging import fingerprint, is_staged, open_staged, staged_report, staging
-from refalign_ext.data.manifest_file import write_manifest
+from refalign_ext.data.convert.staging import fingerprint, open_staged, staged_report, staging
 from refalign_ext.data.pieces import Share
 from refalign_ext.data.worker_pool import run_each
 
-_VERSION = 2
+_VERSION = 3
 _TABLES = "CREATE TABLE entry (position INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, record BLOB NOT NULL)"
 _SECOND_PASS_RULES = ("max_references", "max_cross", "min_text_similarity", "min_image_similarity")
 
@@ -41,10 +40,6 @@ class _Part:
     target: Path
     mark: str
     number: int
-
-    @property
-    def is_staged(self) -> bool:
-        return is_staged(self.target, self.mark)
 
 
 def convert_opens2v(
@@ -68,12 +63,10 @@ def convert_opens2v(
 
     Args:
         parts: the part JSONs; a part's name without .json, such as "total_part1", is that of its folders.
-        video_root: has `<part>/<metadata.path>`, or the paths themselves; inside the folder of `out`.
-        cross_pairs: the folder with `cluster_videos.json` and the clusters' pairs; None: regular pairs only.
-        backgrounds: has `<part>/<key>.png`; inside the folder of `out`; None: no backgrounds.
+        video_root: has `<part>/<metadata.path>`; cross_pairs: has `cluster_videos.json` and the clusters' pairs;
+            backgrounds: has `<part>/<key>.png`. Videos and backgrounds lie inside the folder of `out`.
         workers: processes that stage a part each; 0: this process.
         check_videos: drop clips and references whose video file does not exist.
-        keep_staging: keep the staged parts after the manifest is written; they are large.
 
     Returns:
         What was kept and dropped. Its `next_step` says what is missing if no manifest was written.
@@ -89,38 +82,31 @@ def convert_opens2v(
     folder = out.with_name(out.name + ".staging")
     folder.mkdir(exist_ok=True)
     listed = _list_parts(parts, folder, selection)
-    own = [part for part in share.take(listed) if not part.is_staged]
+    own = [part for part in share.take(listed) if staged_report(part.target, part.mark) is None]
     stage = partial(_stage_part, selection=selection, bar_lines=max(workers, 1))
-    for _ in run_each(
-        stage,
-        own,
-        workers=workers,
-        description="parts",
-        weight=lambda part: part.path.stat().st_size,
-        unit="B",
-    ):
+    sizes = {part: part.path.stat().st_size for part in own}
+    for _ in run_each(stage, own, workers=workers, description="parts", weight=sizes.__getitem__, unit="B"):
         pass
     report = ConversionReport()
-    missing = [part.path.name for part in listed if not part.is_staged]
+    reports = {part: staged_report(part.target, part.mark) for part in listed}
+    missing = [part.path.name for part in listed if reports[part] is None]
     if missing:
-        names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         report.next_step = (
-            f"{len(missing)} of {len(listed)} parts are still to be staged by other shards ({names}): the last one to "
-            f"end writes {out}, and so does the same command without --shard"
+            f"{len(missing)} of {len(listed)} parts are still to be staged by other shards ({missing[0]}, ...): the last "
+            f"one to end writes {out}, and so does the same command without --shard"
         )
         return report
+    for found in reports.values():
+        report.merge(found)
     try:
         with locked(folder / "join"), ExitStack() as opened:
-            staged = {part.path.stem: part.target for part in listed}
+            pairs = None
             if cross_pairs is not None:
-                stage_pairs(cross_pairs, folder / "pairs.sqlite", selection)
-                staged["pairs"] = folder / "pairs.sqlite"
-            for target in staged.values():
-                report.merge(staged_report(target))
-            files = {name: opened.enter_context(open_staged(target)) for name, target in staged.items()}
-            pairs = None if cross_pairs is None else files.pop("pairs")
+                report.merge(stage_pairs(cross_pairs, folder / "pairs.sqlite", selection))
+                pairs = opened.enter_context(open_staged(folder / "pairs.sqlite"))
+            files = {part.path.stem: opened.enter_context(open_staged(part.target)) for part in listed}
             joiner = ClipJoiner(files, pairs, root, videos, pictures, selection, check_videos, report)
-            write_manifest(out, joiner.clips())
+            write_lines(out, clip_lines(joiner.rows(), joiner.clip, report))
             report.write(report_path(out))
     except FileLocked:
         if share.count == 1:
@@ -138,12 +124,11 @@ def convert_opens2v(
 
 def _list_parts(parts: Sequence[Path], folder: Path, selection: Selection) -> list[_Part]:
     """The parts in the order of the numbers in their names, which is the manifest's."""
-    paths = sorted({Path(path) for path in parts}, key=lambda path: (_natural(path.stem), str(path)))
-    if not paths:
+    if not parts:
         raise ValueError("PARTS: give at least one part JSON, such as total_part1.json")
     rules = {name: value for name, value in asdict(selection).items() if name not in _SECOND_PASS_RULES}
     listed: dict[str, _Part] = {}
-    for number, path in enumerate(paths):
+    for number, path in enumerate(sorted({Path(path) for path in parts}, key=_natural)):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; PARTS are part JSONs such as total_part1.json")
         if path.stem in listed:
@@ -154,9 +139,9 @@ def _list_parts(parts: Sequence[Path], folder: Path, selection: Selection) -> li
     return list(listed.values())
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(path: Path) -> tuple[list[str], str]:
     """Sorts total_part2 before total_part10."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"([0-9]+)", name)]
+    return [piece.zfill(20) for piece in re.split(r"([0-9]+)", path.stem)], str(path)
 
 
 def _stage_part(part: _Part, *, selection: Selection, bar_lines: int) -> None:
@@ -170,18 +155,16 @@ def _stage_part(part: _Part, *, selection: Selection, bar_lines: int) -> None:
     with bar, staging(part.target, part.mark, _TABLES, report) as staged:
         try:
             for position, (key, entry) in enumerate(read_entries(part.path, bar.update), 1):
-                identity, dropped = f"{part.path.stem}/{key}", ConversionReport()
+                identity = f"{part.path.stem}/{key}"
                 try:
-                    record = read_entry(key, entry, selection, identity, dropped)
-                except EntryError as error:
-                    report.drop("clips", error.reason, f"{identity}: {error}")
-                    continue
-                row = (position, key, pack_record(record))
-                if not staged.execute("INSERT OR IGNORE INTO entry VALUES (?, ?, ?)", row).rowcount:
+                    record = read_entry(key, entry, selection, identity, report)
+                    row = (position, key, pack_record(record))
+                    staged.execute("INSERT INTO entry VALUES (?, ?, ?)", row)
+                    if record["reason"]:
+                        raise Unusable(record["reason"])
+                except Unusable as problem:
+                    report.drop("clips", problem.reason, f"{identity}: {problem}".removesuffix(": "))
+                except sqlite3.IntegrityError:
                     report.drop("clips", "duplicate_key", f"{identity}: entry {position}")
-                    continue
-                report.merge(dropped)
-                if record["reason"]:
-                    report.drop("clips", record["reason"], identity)
         except IncompleteFile as error:
             report.incomplete[name] = str(error)

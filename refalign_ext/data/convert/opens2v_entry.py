@@ -1,4 +1,10 @@
-"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs."""
+"""One entry of an OpenS2V-5M part, checked and brought into the manifest's terms, without its cross pairs.
+
+The traps of the native form (PKU-YuanGroup/OpenS2V-Nexus): `crop` is [x0, x1, y0, y1]; `face_cut` is half-open and may
+exceed `num_frames`; subjects are numbered from 1 in `mask_map` and `mask_annotation` and lie at that number less one in
+`annotations`; boxes and masks are in pixels of the cropped frame; scores are absent where a mask is empty; one subject may
+occur under several names.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +12,67 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from refalign_ext.data.boxes import Box, BoxProblem, box_in_frame
-from refalign_ext.data.conversion_report import ConversionReport
-from refalign_ext.data.convert.opens2v_format import AnnotatedBox, Annotation, Entry, Metadata
+from refalign_ext.data.conversion_report import ConversionReport, Unusable
+from refalign_ext.data.convert.rows import Number, converted
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.masks import RunLengthMask, area, bounding_box, iou, parse_mask
 from refalign_ext.data.schema import ClipScores, ReferenceScores, relative_path_problem
 
 LONGEST_KEY = 240
 
+_Integer = Annotated[int, msgspec.Meta(gt=-(10**9), lt=10**9)]
 
-class EntryError(ValueError):
-    """Why an entry, or one subject of it, cannot be used: a reason to count under, and what is wrong."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+class _Resolution(msgspec.Struct):
+    width: _Integer
+    height: _Integer
+
+
+class _Metadata(msgspec.Struct):
+    path: str
+    num_frames: _Integer
+    resolution: _Resolution
+    crop: tuple[_Integer, _Integer, _Integer, _Integer]
+    fps: Annotated[float, msgspec.Meta(gt=0, lt=1e9)] | None = None
+    face_cut: tuple[_Integer, _Integer] | None = None
+    cut: tuple[_Integer, _Integer] | None = None
+    face_cap_qwen: str | None = None  # the better caption
+    cap: list[str] | None = None
+    aesthetic: Number | None = None
+    motion: Number | None = None
+    tech: Number | None = None
+
+
+class _AnnotatedBox(msgspec.Struct):
+    class_name: Annotated[str, msgspec.Meta(pattern=r"\S")]
+    bbox: tuple[Number, Number, Number, Number]
+    gme_score: Number | None = None
+    aes_score: Number | None = None
+
+
+class _AnnotatedFrame(msgspec.Struct):
+    ann_frame_idx: _Integer
+    annotations: Annotated[list[Any], msgspec.Meta(max_length=256)]  # a broken one costs itself only
+    img_width: _Integer
+    img_height: _Integer
+    box_format: Literal["xyxy"] = "xyxy"
+
+
+class _Annotation(msgspec.Struct):
+    ann_frame_data: _AnnotatedFrame
+    mask_map: dict[str, Any]
+    mask_annotation: dict[str, dict[str, Any]]
+
+
+class _Entry(msgspec.Struct):
+    metadata: _Metadata
+    annotation: _Annotation
+    word_tags: dict[str, list[str]] = {}
 
 
 @dataclass(frozen=True)
@@ -35,65 +82,58 @@ class _AnnotatedSubject:
     number: int
     name: str
     mask: RunLengthMask
-    mask_box: tuple[int, int, int, int]
-    pixels: int  # of the mask
+    area_ratio: float
     gme: float | None
-    unfit: str | None  # why it is no good as a reference
+    unfit: Unusable | None  # why it is no good as a reference
     line: dict[str, Any]
 
 
 def read_entry(
     key: str, entry: object, selection: Selection, identity: str, report: ConversionReport
 ) -> dict[str, Any]:
-    """What the second pass needs of an entry. Unusable subjects are counted as dropped, the others not yet.
+    """What the second pass needs of an entry; subjects that cannot be used, or referred to, are counted as dropped.
 
     Args:
         identity: what names in the report start with, such as "total_part1/key".
 
     Returns:
-        `{"reason": why the clip is dropped or None, "clip": a line of the manifest, None without anything to refer to,
-        "unfit": {number: reason} of subjects that are no good as a reference, "names": {number: class name}, "aliases":
-        {number of a duplicate: number of the subject it is}, "background": what the background is or None}`. The line
-        names subjects by their numbers and has one regular reference of each; its paths are relative to the part's
-        folder of videos.
+        `reason` why the clip is dropped or None; `clip`, a line of the manifest whose subjects have one regular reference
+        or none, its paths relative to the part's videos; `ids`, number and class name -> subject, also of duplicates;
+        `areas` of subjects as shares of the frame; `background`, what it is or None.
 
     Raises:
-        EntryError: if nothing can be made of the entry.
+        Unusable: if nothing can be made of the entry.
     """
     if relative_path_problem(key) or len(key) > LONGEST_KEY or not key.isprintable():
-        raise EntryError("bad_entry", "its key cannot be part of a file name")
-    native = _converted(entry, Entry, "bad_entry")
+        raise Unusable("bad_entry", "its key cannot be part of a file name")
+    native = converted(entry, _Entry, "bad_entry")
     metadata, frame = native.metadata, native.annotation.ann_frame_data.ann_frame_idx
     video = _video(metadata)
-    start, end = video["start_frame"], video["end_frame"]
-    if not start <= frame < end:
-        raise EntryError(
-            "frame_outside_clip", f"ann_frame_idx {frame} lies outside of the clip [{start}, {end})"
-        )
-    captions = metadata.captions
+    if not video["start_frame"] <= frame < video["end_frame"]:
+        raise Unusable("frame_outside_clip", f"ann_frame_idx {frame}")
+    captions = [
+        text.strip() for text in (metadata.face_cap_qwen or "", *(metadata.cap or ())) if text.strip()
+    ]
     if not captions:
-        raise EntryError("no_prompt", "neither face_cap_qwen nor cap says anything")
+        raise Unusable("no_prompt", "neither face_cap_qwen nor cap says anything")
     annotated = _subjects(native.annotation, video, selection, identity, report)
-    distinct, aliases = _distinct(annotated, selection.max_mask_iou, identity, report)
-    scores = ClipScores(metadata.aesthetic, metadata.motion, metadata.tech)
-    reason = selection.clip_problem(end - start, scores)
+    distinct, ids = _distinct(annotated, selection.max_mask_iou, identity, report)
     if not distinct:
-        return {"reason": reason or "no_references", "clip": None}
-    return {
-        "reason": reason,
-        "clip": {
-            "source": "opens2v",
-            "video": video,
-            "prompt": captions[0],
-            "prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]],
-            "scores": asdict(scores),
-            "subjects": [subject.line for subject in distinct],
-        },
-        "unfit": {str(subject.number): subject.unfit for subject in distinct if subject.unfit},
-        "names": {str(subject.number): subject.name for subject in annotated},
-        "aliases": aliases,
-        "background": _background_phrase(native.word_tags),
-    }
+        raise Unusable("no_references")
+    for subject in distinct:
+        if subject.unfit:
+            report.drop("references", subject.unfit.reason, f"{identity}, {subject.number}: {subject.name}")
+    scores, reason = ClipScores(metadata.aesthetic, metadata.motion, metadata.tech), None
+    try:
+        selection.check_clip(video["end_frame"] - video["start_frame"], scores)
+    except Unusable as problem:
+        reason = problem.reason
+    line = {"source": "opens2v", "video": video, "prompt": captions[0]}
+    line |= {"prompt_alt": [text for text in dict.fromkeys(captions) if text != captions[0]]}
+    line |= {"scores": asdict(scores), "subjects": [subject.line for subject in distinct]}
+    areas = {str(subject.number): subject.area_ratio for subject in distinct}
+    background = next((text.strip() for text in native.word_tags.get("background", ()) if text.strip()), None)
+    return {"reason": reason, "clip": line, "ids": ids, "areas": areas, "background": background}
 
 
 def pack_record(record: dict[str, Any]) -> bytes:
@@ -106,178 +146,126 @@ def unpack_record(data: bytes) -> dict[str, Any]:
     return json.loads(zlib.decompress(data))
 
 
-def _converted(value: object, kind: type, reason: str) -> Any:
-    try:
-        return msgspec.convert(value, kind, strict=False)  # 81.0 is a whole number too
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a surrogate pair
-        raise EntryError(reason, str(error)) from None
-
-
-def _video(metadata: Metadata) -> dict[str, Any]:
+def _video(metadata: _Metadata) -> dict[str, Any]:
     if relative_path_problem(metadata.path):
-        raise EntryError("bad_entry", "metadata.path is not a path relative to the part's videos")
-    width, height, frames = metadata.resolution.width, metadata.resolution.height, metadata.num_frames
-    x0, x1, y0, y1 = metadata.crop or (0, width, 0, height)
+        raise Unusable("bad_entry", "metadata.path is not a path relative to the part's videos")
+    width, height = metadata.resolution.width, metadata.resolution.height
+    x0, x1, y0, y1 = metadata.crop
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        what = f"crop [x0, x1, y0, y1] = {[x0, x1, y0, y1]} exceeds {width}x{height} pixels or is empty"
-        raise EntryError("crop_beyond_frame", what)
-    cut = metadata.face_cut or metadata.cut or (0, frames)
-    start, end = max(cut[0], 0), min(cut[1], frames)
+        raise Unusable("crop_beyond_frame", f"[x0, x1, y0, y1] = {metadata.crop} of {width}x{height} pixels")
+    cut = metadata.face_cut or metadata.cut or (0, metadata.num_frames)
+    start, end = max(cut[0], 0), min(cut[1], metadata.num_frames)
     if start >= end:
-        raise EntryError("cut_empty", f"face_cut {list(cut)} has nothing in common with the {frames} frames")
-    return {
-        "path": metadata.path,
-        "start_frame": start,
-        "end_frame": end,
-        "fps": metadata.fps,
-        "width": width,
-        "height": height,
-        "crop_xyxy": [x0, y0, x1, y1],
-    }
-
-
-def _background_phrase(word_tags: Any) -> str | None:
-    phrases = word_tags.get("background") if isinstance(word_tags, dict) else None
-    texts = [text.strip() for text in phrases if isinstance(text, str)] if isinstance(phrases, list) else []
-    return next(filter(None, texts), None)
+        raise Unusable("cut_empty", f"face_cut {list(cut)} of {metadata.num_frames} frames")
+    span = {"path": metadata.path, "start_frame": start, "end_frame": end, "fps": metadata.fps}
+    return span | {"width": width, "height": height, "crop_xyxy": [x0, y0, x1, y1]}
 
 
 def _subjects(
-    annotation: Annotation,
+    annotation: _Annotation,
     video: dict[str, Any],
     selection: Selection,
     identity: str,
     report: ConversionReport,
 ) -> list[_AnnotatedSubject]:
     frame, (x0, y0, x1, y1) = annotation.ann_frame_data, video["crop_xyxy"]
-    size = (x1 - x0, y1 - y0)
-    declared = (frame.img_width or size[0], frame.img_height or size[1])
-    if declared != size:
-        raise EntryError(
-            "crop_differs", f"img_width and img_height {declared} are not the crop's size {size}"
-        )
-    masks = annotation.mask_annotation.get(str(frame.ann_frame_idx))
-    masks = _converted({} if masks is None else masks, dict[str, Any], "bad_entry")
+    if (frame.img_width, frame.img_height) != (x1 - x0, y1 - y0):
+        raise Unusable("crop_differs", f"img_width {frame.img_width} and img_height {frame.img_height}")
+    masks = annotation.mask_annotation.get(str(frame.ann_frame_idx), {})
     subjects = []
     for number, item in enumerate(frame.annotations, 1):
         try:
-            annotated = _converted(item, AnnotatedBox, "bad_annotation")
-            mask = _mask(
-                annotated.class_name, annotation.mask_map.get(str(number)), masks.get(str(number)), size
+            annotated = converted(item, _AnnotatedBox, "bad_annotation")
+            named = annotation.mask_map.get(str(number))
+            if not isinstance(named, dict) or named.get("class_name") != annotated.class_name:
+                raise Unusable("mask_missing", f"mask_map has no {annotated.class_name!r}")
+            subjects.append(
+                _subject(number, annotated, masks.get(str(number)), video, frame.ann_frame_idx, selection)
             )
-            subjects.append(_subject(number, annotated, mask, video, frame.ann_frame_idx, size, selection))
-        except EntryError as error:
-            report.drop("references", error.reason, f"{identity}, {number}: {error}")
+        except Unusable as problem:
+            report.drop("references", problem.reason, f"{identity}, {number}: {problem}")
     return subjects
-
-
-def _mask(name: str, named: object, entry: object, size: tuple[int, int]) -> RunLengthMask:
-    """The mask of an annotation, whose name has to be the one that the masks are listed under."""
-    if not name.strip():
-        raise EntryError("bad_annotation", "class_name is empty")
-    if not isinstance(named, dict) or entry is None:
-        raise EntryError("mask_missing", f"{name!r} has no mask in the annotated frame")
-    if named.get("class_name") != name:
-        raise EntryError("class_mismatch", f"{name!r} in annotations, another name in mask_map")
-    try:
-        mask = parse_mask(entry)
-    except ValueError as error:
-        raise EntryError("mask_broken", str(error)) from None
-    if mask.size != (size[1], size[0]):
-        what = f"the mask has {mask.size[1]}x{mask.size[0]} pixels, the cropped frame {size[0]}x{size[1]}"
-        raise EntryError("mask_size_differs", what)
-    return mask
 
 
 def _subject(
     number: int,
-    annotated: AnnotatedBox,
-    mask: RunLengthMask,
+    annotated: _AnnotatedBox,
+    entry: object,
     video: dict[str, Any],
     frame: int,
-    size: tuple[int, int],
     selection: Selection,
 ) -> _AnnotatedSubject:
-    """A subject of the manifest with one reference, which is a part of the annotated frame."""
-    name, gme, aes = annotated.class_name.strip(), annotated.gme_score, annotated.aes_score
-    mask_box = bounding_box(mask)
-    if mask_box is None:
-        raise EntryError("mask_empty", f"the mask of {name!r} is empty")
-    share = (mask_box[2] - mask_box[0]) * (mask_box[3] - mask_box[1]) / (size[0] * size[1])
-    scores = ReferenceScores(gme=gme, aes=aes, area_ratio=round(share, 6))
-    unfit = selection.reference_problem(scores)
-    is_judged = selection.min_gme is not None or selection.min_aesthetic is not None
-    if unfit is None and gme is None and aes is None and is_judged:
-        unfit = "score_missing"
-    reference = {
+    """A subject of the manifest with one reference, which is a part of the annotated frame, if it is fit to be one."""
+    name, (x0, y0, x1, y1) = annotated.class_name.strip(), video["crop_xyxy"]
+    width, height = x1 - x0, y1 - y0
+    try:
+        mask = parse_mask(entry)
+    except ValueError as error:
+        raise Unusable("mask_broken", error) from None
+    if mask.size != (height, width):
+        raise Unusable("mask_broken", f"it has {mask.size} pixels, the cropped frame {(height, width)}")
+    box = bounding_box(mask)
+    if box is None:
+        raise Unusable("mask_empty", f"the mask of {name!r} is empty")
+    share = round((box[2] - box[0]) * (box[3] - box[1]) / (width * height), 6)
+    scores = ReferenceScores(gme=annotated.gme_score, aes=annotated.aes_score, area_ratio=share)
+    unfit = None
+    try:
+        selection.check_reference(scores)
+    except Unusable as problem:
+        unfit = problem
+    target_box = _box_inside(annotated.bbox, (width, height), selection.overflow)
+    place = {"frame": frame, "box_space": "cropped_frame"}
+    reference = place | {
         "pair": "regular",
         "video": {key: value for key, value in video.items() if key != "fps"},
-        "frame": frame,
-        "bbox_xyxy": mask_box,
-        "box_space": "cropped_frame",
-        # With one that is unfit nothing will be cut, and masks are most of what is staged.
-        "mask_rle": None if unfit else {"size": mask.size, "counts": mask.counts},
+        "bbox_xyxy": box,
+        "mask_rle": {"size": mask.size, "counts": mask.counts},
         "bg": "white",
         "scores": asdict(scores),
     }
-    line = {
-        "subject_id": str(number),
-        "phrase": name,
-        "cls": name,
-        "kind": kind_of_class(name),
-        "target": {
-            "frame": frame,
-            "bbox_xyxy": _box(annotated.bbox, size, selection.overflow),
-            "box_space": "cropped_frame",
-        },
-        "refs": [reference],
-    }
-    return _AnnotatedSubject(number, name, mask, mask_box, area(mask), gme, unfit, line)
+    line = {"subject_id": str(number), "phrase": name, "cls": name, "kind": kind_of_class(name)}
+    line |= {"target": place | {"bbox_xyxy": target_box}, "refs": [] if unfit else [reference]}
+    return _AnnotatedSubject(number, name, mask, share, scores.gme, unfit, line)
 
 
-def _box(box: Box, size: tuple[int, int], overflow: str) -> Box:
+def _box_inside(box: Box, size: tuple[int, int], overflow: str) -> Box:
     """A box in pixels of the cropped frame, within it."""
-    x0, y0, x1, y1 = box
     if overflow == "clamp":
-        x0, x1 = (min(max(side, 0), size[0]) for side in (x0, x1))
-        y0, y1 = (min(max(side, 0), size[1]) for side in (y0, y1))
-    inside = box_in_frame((x0, y0, x1, y1), "frame", size)
+        box = tuple(min(max(side, 0), size[axis % 2]) for axis, side in enumerate(box))
+    inside = box_in_frame(box, "frame", size)
     if isinstance(inside, BoxProblem):
-        raise EntryError(inside.value, f"bbox {list(box)} in a frame of {size[0]}x{size[1]} pixels")
+        raise Unusable(inside.value, f"bbox {box} in a frame of {size[0]}x{size[1]} pixels")
     return inside
 
 
 def _distinct(
     subjects: Sequence[_AnnotatedSubject], max_iou: float | None, identity: str, report: ConversionReport
 ) -> tuple[list[_AnnotatedSubject], dict[str, str]]:
-    """Subjects without those whose mask is another's, and which subject each of these is.
+    """Subjects without those whose mask is another's, and which of them every number and name stands for.
 
     What is fit to be a reference goes before what is not, then the better text match, equal ones in their order.
     """
-    if max_iou is None:
-        return list(subjects), {}
 
     def rank(subject: _AnnotatedSubject) -> tuple[bool, float]:
         return subject.unfit is not None, float("inf") if subject.gme is None else -subject.gme
 
     kept: list[_AnnotatedSubject] = []
-    aliases: dict[str, str] = {}
+    ids: dict[str, str] = {}
     for subject in sorted(subjects, key=rank):
-        other = next((other for other in kept if _overlaps(subject, other, max_iou)), None)
+        other = next(
+            (other for other in kept if max_iou is not None and _overlaps(subject, other, max_iou)), None
+        )
         if other is None:
             kept.append(subject)
         else:
-            aliases[str(subject.number)] = str(other.number)
             what = f"{identity}, {subject.number}: is {other.number}, {other.name!r}"
             report.drop("references", "mask_duplicate", what)
-    return sorted(kept, key=lambda subject: subject.number), aliases
+        ids[f"{subject.number} {subject.name}"] = str((other or subject).number)
+    return sorted(kept, key=lambda subject: subject.number), ids
 
 
 def _overlaps(first: _AnnotatedSubject, second: _AnnotatedSubject, least: float) -> bool:
-    """Whether the masks' IoU reaches `least`; they are compared only if their boxes and areas allow it."""
-    (a0, b0, a1, b1), (c0, d0, c1, d1) = first.mask_box, second.mask_box
-    shared = max(0, min(a1, c1) - max(a0, c0)) * max(0, min(b1, d1) - max(b0, d0))
-    most = min(first.pixels, second.pixels, shared)
-    if most < least * (first.pixels + second.pixels - most):
-        return False
-    return iou(first.mask, second.mask) >= least
+    """Whether the masks' IoU reaches `least`; it is at most the ratio of their areas."""
+    smaller, larger = sorted((area(first.mask), area(second.mask)))
+    return smaller >= least * larger and iou(first.mask, second.mask) >= least

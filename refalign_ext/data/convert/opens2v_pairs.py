@@ -1,29 +1,28 @@
 """OpenS2V-5M's cross pairs, in both directions, and its clusters, staged so that they can be looked up clip by clip.
 
-The folder has `cluster_videos.json`, `{cluster: ["<part>/<key>", ...]}`, and for each cluster a list (or, all in one file,
-an object of lists) of `{"cur_id", "aft_id", "cur_class_id", "aft_class_id", "cur_class_name", "aft_class_name",
-"text_similarity", "image_similarity", ...}`. Subjects are numbered from 1.
+The folder has `cluster_videos.json`, `{cluster: ["<part>/<key>", ...]}`, and for each cluster a list of `{"cur_id",
+"aft_id", "cur_class_id", "aft_class_id", "cur_class_name", "aft_class_name", "text_similarity", "image_similarity", ...}`.
+Subjects are numbered from 1.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 import msgspec
 
-from refalign_ext.data.conversion_report import ConversionReport
+from refalign_ext.data.conversion_report import ConversionReport, Unusable
 from refalign_ext.data.convert.json_stream import IncompleteFile, read_entries
+from refalign_ext.data.convert.rows import Number, Text, converted
 from refalign_ext.data.convert.selection import Selection
-from refalign_ext.data.convert.staging import fingerprint, is_staged, staging
+from refalign_ext.data.convert.staging import fingerprint, staged_report, staging
 
-_VERSION = 3
+_VERSION = 4
 _TABLES = """
-    CREATE TABLE pair (clip TEXT, number INTEGER, name TEXT, source TEXT, source_number INTEGER, source_name TEXT,
-                       similarity REAL);
+    CREATE TABLE pair (clip TEXT, subject TEXT, source TEXT, source_subject TEXT, similarity REAL);
     CREATE TABLE member (clip TEXT, cluster TEXT);
     CREATE TABLE merged (cluster TEXT PRIMARY KEY, root TEXT) WITHOUT ROWID;
 """
@@ -32,35 +31,31 @@ _INDICES = """
     CREATE INDEX member_by_clip ON member (clip, cluster);
 """
 _Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-_Similarity = Annotated[float, msgspec.Meta(gt=-1e6, lt=1e6)]
-_Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class _NativePair(msgspec.Struct):
-    cur_id: _Text
-    aft_id: _Text
+    cur_id: Text
+    aft_id: Text
     cur_class_id: _Number
     aft_class_id: _Number
-    cur_class_name: str
-    aft_class_name: str
-    text_similarity: _Similarity | None = None
-    image_similarity: _Similarity | None = None
+    cur_class_name: Text
+    aft_class_name: Text
+    text_similarity: Number | None = None
+    image_similarity: Number | None = None
 
 
-@dataclass(frozen=True)
-class CrossPair:
-    """A subject of a clip, and a subject of the clip `source` that shows the same; numbers are from 1."""
+class CrossPair(NamedTuple):
+    """A subject of the clip `clip`, by number and name, and one of the clip `source` that shows the same."""
 
-    number: int
-    name: str
+    clip: str
+    subject: str
     source: str
-    source_number: int
-    source_name: str
+    source_subject: str
     similarity: float | None
 
 
-def stage_pairs(folder: Path, target: Path, selection: Selection) -> None:
-    """Stages all pairs of a folder, those of dissimilar subjects and of clips with themselves left out.
+def stage_pairs(folder: Path, target: Path, selection: Selection) -> ConversionReport:
+    """Stages all pairs of a folder, those of dissimilar subjects and of clips with themselves left out and counted.
 
     Raises:
         ValueError: if the folder has no JSON files; OSError: if the staged file cannot be written.
@@ -72,66 +67,61 @@ def stage_pairs(folder: Path, target: Path, selection: Selection) -> None:
         raise ValueError(f"--cross_pairs {folder}: no *.json files there")
     rules = {"text": selection.min_text_similarity, "image": selection.min_image_similarity}
     mark = fingerprint({"version": _VERSION} | rules, files)
-    if is_staged(target, mark):
-        return
+    if report := staged_report(target, mark):
+        return report
     report = ConversionReport()
     with staging(target, mark, _TABLES, report) as staged:
         for path in tqdm(files, desc="cross pairs", unit="file", dynamic_ncols=True, disable=None):
             name = str(path.relative_to(folder))
             try:
                 for key, value in read_entries(path):
-                    for item in value if isinstance(value, list) else [value]:
-                        if isinstance(item, str) and item.isprintable() and key.strip() and key.isprintable():
-                            staged.execute("INSERT INTO member VALUES (?, ?)", (item, key))
-                        elif not isinstance(item, str):
-                            rows = _directions(item, f"{name}, {key}", selection, report)
-                            staged.executemany("INSERT INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                    if isinstance(value, list):
+                        members = [(item, key) for item in value if _is_text(item) and _is_text(key)]
+                        staged.executemany("INSERT INTO member VALUES (?, ?)", members)
+                        continue
+                    try:
+                        pairs = list(_directions(value, selection))
+                        staged.executemany("INSERT INTO pair VALUES (?, ?, ?, ?, ?)", pairs)
+                    except Unusable as problem:
+                        report.drop("references", problem.reason, f"{name}, {key}: {problem}", 2)
             except IncompleteFile as error:
                 report.incomplete[name] = str(error)
         staged.executescript(_INDICES)
         _merge_clusters(staged)
+    return report
 
 
-def pairs_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> list[CrossPair]:
-    """The pairs of a clip under any of its names, as they stand in the files."""
-    query = "SELECT number, name, source, source_number, source_name, similarity FROM pair WHERE clip = ? ORDER BY rowid"
-    return [CrossPair(*row) for name in names for row in staged.execute(query, (name,))]
+def pairs_of(staged: sqlite3.Connection, names: tuple[str, str]) -> list[CrossPair]:
+    """The pairs of a clip under either of its names, the most similar first."""
+    query = "SELECT * FROM pair WHERE clip IN (?, ?) ORDER BY ifnull(similarity, 0) DESC, rowid"
+    return [CrossPair(*row) for row in staged.execute(query, names)]
 
 
-def cluster_of(staged: sqlite3.Connection, names: tuple[str, ...]) -> str | None:
+def cluster_of(staged: sqlite3.Connection, names: tuple[str, str]) -> str | None:
     """The cluster of a clip; clusters that share a clip are one, named by the first of their names."""
     query = (
-        "SELECT coalesce(root, member.cluster) FROM member LEFT JOIN merged ON merged.cluster = member.cluster "
-        "WHERE clip = ? ORDER BY member.cluster LIMIT 1"
+        "SELECT min(coalesce(root, member.cluster)) FROM member LEFT JOIN merged ON merged.cluster = member.cluster "
+        "WHERE clip IN (?, ?)"
     )
-    return min((row[0] for name in names for row in staged.execute(query, (name,))), default=None)
+    return staged.execute(query, names).fetchone()[0]
 
 
-def _directions(
-    item: object, place: str, selection: Selection, report: ConversionReport
-) -> Iterator[tuple[Any, ...]]:
-    """The two rows of a pair; what is dropped counts twice as well."""
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and bool(value.strip())
+
+
+def _directions(item: object, selection: Selection) -> Iterator[CrossPair]:
+    pair = converted(item, _NativePair, "cross_broken")
     try:
-        pair = msgspec.convert(
-            item, _NativePair, strict=False
-        )  # numbers may be texts, as the keys of masks are
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # half a surrogate pair
-        report.drop("references", "cross_broken", f"{place}: {error}", 2)
-        return
-    here = (pair.cur_id, pair.cur_class_id, pair.cur_class_name)
-    there = (pair.aft_id, pair.aft_class_id, pair.aft_class_name)
-    # Half of a surrogate pair, which JSON can name, is no text for sqlite.
-    if not all(part.isprintable() for part in (*here, *there) if isinstance(part, str)):
-        problem = "cross_broken"
-    elif pair.cur_id == pair.aft_id:
-        problem = "cross_self"
-    else:
-        problem = selection.pair_problem(pair.text_similarity, pair.image_similarity)
-    if problem:
-        report.drop("references", problem, f"{place}: {pair.cur_id} and {pair.aft_id}", 2)
-        return
-    yield (*here, *there, pair.image_similarity)
-    yield (*there, *here, pair.image_similarity)
+        if pair.cur_id == pair.aft_id:
+            raise Unusable("cross_self")
+        selection.check_pair(pair.text_similarity, pair.image_similarity)
+    except Unusable as problem:
+        raise Unusable(problem.reason, f"{pair.cur_id} and {pair.aft_id}") from None
+    here = (pair.cur_id, f"{pair.cur_class_id} {pair.cur_class_name.strip()}")
+    there = (pair.aft_id, f"{pair.aft_class_id} {pair.aft_class_name.strip()}")
+    yield CrossPair(*here, *there, pair.image_similarity)
+    yield CrossPair(*there, *here, pair.image_similarity)
 
 
 def _merge_clusters(staged: sqlite3.Connection) -> None:
@@ -140,8 +130,7 @@ def _merge_clusters(staged: sqlite3.Connection) -> None:
 
     def root(cluster: str) -> str:
         while roots.setdefault(cluster, cluster) != cluster:
-            roots[cluster] = roots[roots[cluster]]
-            cluster = roots[cluster]
+            roots[cluster] = cluster = roots[roots[cluster]]
         return cluster
 
     shared = (

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import pyarrow.parquet
 
@@ -31,50 +33,41 @@ def open_parquet(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
         raise ValueError(f"{path}: not a parquet file that can be read, or damaged ({reason})") from None
 
 
-def read_rows(
-    path: Path, columns: Sequence[str], rows: range | None = None
-) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """(row number, values of the given columns) in the order of the file; `rows`: of these alone."""
+def read_rows(path: Path, columns: Sequence[str], rows: range) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """(row number, values of the given columns) of these rows, in the order of the file."""
+    first = 0
     with open_parquet(path) as file:
-        wanted = range(file.metadata.num_rows) if rows is None else rows
-        first = 0
         for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False):
-            start, end = max(wanted.start, first), min(wanted.stop, first + batch.num_rows)
+            start, end = max(rows.start, first), min(rows.stop, first + batch.num_rows)
             if start < end:
                 part = batch.slice(start - first, end - start)
                 yield from zip(range(start, end), zip(*(part.column(name).to_pylist() for name in columns)))
             first += batch.num_rows
-            if first >= wanted.stop:
+            if first >= rows.stop:
                 return
 
 
-def find_columns(path: Path, *accepted: Sequence[str]) -> tuple[str, ...]:
-    """Of each column the first of its accepted names that the file has.
+def find_columns(path: Path, *accepted: Sequence[str]) -> tuple[list[str], list[str], int]:
+    """(of each column the first of its accepted names that the file has, all its columns, the number of its rows).
 
     Raises:
         ValueError: if a column is missing, or the file is no parquet file.
     """
     with open_parquet(path) as file:
-        names = file.schema_arrow.names
+        names, rows = file.schema_arrow.names, file.metadata.num_rows
     found = []
     for choices in accepted:
         present = [name for name in choices if name in names]
         if not present:
             raise ValueError(f"{path}: no column {' or '.join(choices)}; it has {', '.join(names)}")
         found.append(present[0])
-    return tuple(found)
+    return found, names, rows
 
 
-def first_rows_of_repeated(path: Path, column: str) -> dict[str, int]:
-    """The values that a column has more than once -> the number of the first row that has it; not for nulls."""
-    import pyarrow
-    import pyarrow.compute
-
+def repeated_rows(path: Path, column: str) -> frozenset[int]:
+    """The rows whose value an earlier row has; nulls are values too."""
     with open_parquet(path) as file:
-        values = file.read([column]).column(0)
-        table = pyarrow.table({"value": values, "row": pyarrow.array(range(len(values)), pyarrow.int64())})
-        groups = table.group_by("value").aggregate([("row", "min"), ("row", "count")])
-        repeated = groups.filter(pyarrow.compute.greater(groups["row_count"], 1))
-        first = dict(zip(repeated["value"].to_pylist(), repeated["row_min"].to_pylist()))
-    first.pop(None, None)
-    return first
+        values = file.read([column]).column(0).combine_chunks()
+        codes = values.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    first = np.unique(codes, return_index=True)[1]
+    return frozenset(np.delete(np.arange(len(codes)), first).tolist())

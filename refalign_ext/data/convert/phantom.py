@@ -7,23 +7,22 @@ of them finished joins them. A row takes about 0.4 ms on one core: five minutes 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.conversion_report import ConversionReport, no_clips_message, report_path
-from refalign_ext.data.convert.parquet import find_columns, first_rows_of_repeated, open_parquet, read_rows
-from refalign_ext.data.convert.paths import folder_inside, manifest_root
+from refalign_ext.data.convert.parquet import find_columns, read_rows, repeated_rows
 from refalign_ext.data.convert.phantom_clips import ClipBuilder, RowRules
 from refalign_ext.data.convert.phantom_lookup import ClipLookup, stage_lookup
+from refalign_ext.data.convert.rows import clip_lines, folder_inside, manifest_root, write_lines
 from refalign_ext.data.convert.selection import PHANTOM_SELECTION, Selection
 from refalign_ext.data.convert.staging import fingerprint, open_staged
 from refalign_ext.data.length import Length
-from refalign_ext.data.manifest_file import ManifestReader, checked_line, index_path
 from refalign_ext.data.pieces import PieceJob, Share
 
 PIECES = 32  # at most: each reads past the rows before its own
@@ -52,14 +51,11 @@ def convert_phantom(
     Args:
         pairs: the filtered parquet with `video_id` or `vid`, `video_caption` and `cross_pair`.
         info: the parquet of the meta info with `vid` or `video_id`, `width`, `height`, `fps` or `num_frames`, and scores.
-        out: the manifest; `video_root`, the folder of the videos, has to lie in its folder.
+        video_root: the folder of the videos, inside the folder of `out`.
         video_name: of a clip's video there: "{vid}.mp4", or with {uuid}, {start}, {end} in any folders.
         regular: boxes in the clip itself become regular references too.
         both_ways: where a reference lies in a clip that has a row itself, the pair is seen from there as well.
-        only_existing: drop clips and references whose video is not there.
         length: how long clips must be; None: `PHANTOM_LENGTH`.
-        selection: as its attributes say, similarity being the entry's `scores`.
-        share: this machine's share of the pieces; workers: processes, 0 for this one.
 
     Returns:
         The report of all, or, if other shares are not done yet, of this share with `next_step` set.
@@ -69,18 +65,14 @@ def convert_phantom(
     """
     root = manifest_root(out)
     videos = folder_inside(video_root, root, "--video_root")
-    _check_video_name(video_name)
-    if selection.overflow != "drop":
-        raise ValueError(
-            f"--overflow {selection.overflow}: boxes of Phantom-Data that overflow are wrong as a whole; only drop is possible"
-        )
+    fields, times = set(re.findall(r"\{(.*?)\}", video_name)), {"uuid", "start", "end"}
+    if not ("vid" in fields or times <= fields) or not fields <= times | {"vid"}:
+        raise ValueError(f"--video_name {video_name!r}: give {{vid}}, or {{uuid}}, {{start}} and {{end}}")
     relative = "" if videos == root else videos.relative_to(root).as_posix()
     rules = RowRules(root, relative, video_name, regular, only_existing, length or PHANTOM_LENGTH, selection)
-    columns = find_columns(pairs, ("video_id", "vid"), ("video_caption",), ("cross_pair",))
-    with open_parquet(pairs) as file:
-        rows = file.metadata.num_rows
+    columns, _, rows = find_columns(pairs, ("video_id", "vid"), ("video_caption",), ("cross_pair",))
     folder = out.with_name(out.name + ".parts")
-    settings = asdict(rules) | {"root": str(root), "both_ways": both_ways, "format": 3}
+    settings = asdict(rules) | {"root": str(root), "both_ways": both_ways, "format": 4}
     job = _PhantomJob(
         folder=folder,
         rows=rows,
@@ -88,7 +80,7 @@ def convert_phantom(
         pairs=pairs,
         columns=columns,
         lookup=stage_lookup(pairs, [columns[0], columns[2]], info, folder, both_ways),
-        first_rows=first_rows_of_repeated(pairs, columns[0]),
+        repeated=repeated_rows(pairs, columns[0]),
         rules=rules,
         mark=fingerprint(settings, [pairs, info]),
     )
@@ -97,9 +89,8 @@ def convert_phantom(
         report.merge(ConversionReport.from_dict(header["report"]))
     left = sum(job.finished(piece) is None for piece in job.pieces())
     if left and folder.exists():
-        total = len(job.pieces())
         report.next_step = (
-            f"{left} of {total} pieces are left to other shares: whoever ends last writes {out}"
+            f"{left} of {len(job.pieces())} pieces are left to other shares: whoever ends last writes {out}"
         )
         return report
     try:
@@ -111,27 +102,14 @@ def convert_phantom(
         return ConversionReport.from_dict(json.loads(report_path(out).read_text(encoding="utf-8")))
 
 
-def _check_video_name(pattern: str) -> None:
-    known = {"vid", "uuid", "start", "end"}
-    try:
-        fields = {name for _, name, *_ in string.Formatter().parse(pattern) if name is not None}
-    except ValueError:
-        fields = {"?"}
-    if not fields <= known or not ("vid" in fields or {"uuid", "start", "end"} <= fields):
-        raise ValueError(
-            f"--video_name {pattern!r}: give the name of a clip's video with {{vid}}, or {{uuid}}, {{start}} and {{end}}, "
-            "such as {uuid}/{vid}.mp4"
-        )
-
-
 @dataclass(frozen=True)
 class _PhantomJob(PieceJob):
     """The rows of the file `pairs` as lines of the manifest; a piece's header holds its report."""
 
     pairs: Path
-    columns: tuple[str, ...]  # the clip's name, caption and cross pairs
+    columns: list[str]  # the clip's name, caption and cross pairs
     lookup: Path
-    first_rows: dict[str, int]  # of names that come more than once
+    repeated: frozenset[int]  # rows whose clip has an earlier row
     rules: RowRules
     mark: str
 
@@ -139,24 +117,19 @@ class _PhantomJob(PieceJob):
         return self.mark
 
     def make(self, rows: range) -> tuple[dict[str, Any], Iterable[bytes]]:
-        report, lines = ConversionReport(), []
+        report = ConversionReport()
         with open_staged(self.lookup) as staged:
             builder = ClipBuilder(self.rules, ClipLookup(staged), report)
-            for row, (vid, caption, cell) in read_rows(self.pairs, self.columns, rows):
-                if self.first_rows.get(vid, row) != row:
-                    report.drop("clips", "id_used_twice", vid)
-                    continue
-                clip = builder.clip(vid, caption, cell)
-                if clip is None:
-                    continue
-                try:
-                    lines.append(checked_line(clip, clip.id))
-                except ValueError as error:
-                    report.drop("clips", "not_valid", str(error))
-                    continue
-                report.keep("clips")
-                report.keep("references", sum(len(subject.refs) for subject in clip.subjects))
+            lines = list(clip_lines(self._distinct(rows, report), builder.clip, report))
         return {"report": report.to_dict()}, lines
+
+    def _distinct(self, rows: range, report: ConversionReport) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """(the clip's name, row) of the first row of each clip."""
+        for row, values in read_rows(self.pairs, self.columns, rows):
+            if row in self.repeated and values[0] is not None:
+                report.drop("clips", "id_used_twice", str(values[0]))
+            else:
+                yield str(values[0]), values
 
 
 def _join(job: _PhantomJob, out: Path) -> ConversionReport:
@@ -164,15 +137,10 @@ def _join(job: _PhantomJob, out: Path) -> ConversionReport:
     report = ConversionReport()
     for piece in job.pieces():
         report.merge(ConversionReport.from_dict(job.read_header(piece)["report"]))
-    if not report.kept["clips"]:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        raise ValueError(no_clips_message(job.pairs, report))
-    with atomic_open(out) as joined:
-        for piece in job.pieces():
-            joined.writelines(job.lines(piece))
-    index_path(out).unlink(missing_ok=True)
-    with ManifestReader(out):  # builds the index
-        pass
-    report.write(report_path(out))
+    if report.kept["clips"]:
+        write_lines(out, chain.from_iterable(map(job.lines, job.pieces())))
+        report.write(report_path(out))
     shutil.rmtree(job.folder, ignore_errors=True)
+    if not report.kept["clips"]:
+        raise ValueError(no_clips_message(job.pairs, report))
     return report

@@ -10,27 +10,39 @@ are nested.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
 from refalign_ext.data.boxes import Box
+from refalign_ext.data.conversion_report import ConversionReport, Unusable
+from refalign_ext.data.convert.rows import Number, Text, converted
 
-_Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
-_Score = Annotated[float, msgspec.Meta(gt=-1e12, lt=1e12)]
 _SAME_IOU = 0.5  # overlap from which two boxes of one frame are one subject
 
 
-class Detection(NamedTuple):
-    """A subject in a frame of a clip.
+class _Seen(msgspec.Struct):
+    vid: Text
+    frame_idx: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    bbox_loc: Box
+    bbox_cls: str | None = None
+    scores: list[Number | None] = []
 
-    Attributes:
-        vid: the clip; frame_frac: the frame, a share in [0, 1) of its frames.
-        box: in pixels of "long768", see `refalign_ext.data.boxes`.
-        cls: the detector's name of what it is; score: similarity to the subject.
-    """
+
+class _Referred(_Seen):
+    bbox_loc: Annotated[list[Box], msgspec.Meta(min_length=1)]
+
+
+class _Phrase(msgspec.Struct):
+    obj_from_tgt_video: list[Any] | None = None
+    refer_result: list[list[Any]] | None = None
+
+
+class Detection(NamedTuple):
+    """A subject in a frame, a share in [0, 1) of its clip's; the box is in pixels of "long768", the score a similarity."""
 
     vid: str
     frame_frac: float
@@ -50,71 +62,39 @@ class Detection(NamedTuple):
 
 @dataclass
 class PhraseDetections:
-    """Where a phrase's subject is seen, in the clip itself and as references; or why that cannot be used."""
+    """Where a phrase's subject is seen, in the clip itself and as references."""
 
     phrase: str
-    targets: list[Detection | str]
-    references: list[Detection | str]
+    targets: list[Detection]
+    references: list[Detection]
 
 
-def parse_cross_pair(cell: object) -> list[PhraseDetections]:
-    """What a cell says, phrase by phrase.
+def parse_cross_pair(cell: object, vid: str, report: ConversionReport) -> list[PhraseDetections]:
+    """What a cell of the clip `vid` says, phrase by phrase; detections that are not well-formed are counted.
 
     Raises:
-        ValueError: if the cell is not JSON with an object of phrases.
+        Unusable: if the cell is not JSON with an object of phrases.
     """
-    if not isinstance(cell, str):
-        raise ValueError("expected a text with JSON")
     try:
         phrases = json.loads(cell)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(phrases, dict):
-        raise ValueError("expected an object of phrases")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unusable("cross_pair_not_readable", error) from None
     found = []
-    for phrase, entry in phrases.items():
-        if isinstance(entry, dict):
-            targets = [
-                detection
-                for item in _flat(entry.get("obj_from_tgt_video"))
-                for detection in _detections(item, [item.get("bbox_loc")])
-            ]
-            references = [
-                detection
-                for item in _flat(entry.get("refer_result"))
-                for detection in _detections(item, item.get("bbox_loc"))
-            ]
-            found.append(PhraseDetections(phrase, targets, references))
+    for phrase, entry in converted(phrases, dict[str, _Phrase], "cross_pair_not_readable").items():
+        targets = list(_detections(entry.obj_from_tgt_video or (), _Seen, vid, report))
+        referred = chain.from_iterable(entry.refer_result or ())
+        found.append(PhraseDetections(phrase, targets, list(_detections(referred, _Referred, vid, report))))
     return found
 
 
-def _flat(groups: object) -> Iterator[dict[str, Any]]:
-    """The items of a list, or of lists in it."""
-    for group in groups if isinstance(groups, list) else []:
-        for item in group if isinstance(group, list) else [group]:
-            if isinstance(item, dict):
-                yield item
-
-
-def _detections(item: dict[str, Any], boxes: object) -> list[Detection | str]:
-    vid, cls = item.get("vid"), item.get("bbox_cls")
-    if not isinstance(vid, str) or not vid.strip():
-        return ["no_vid"]
-    share = convert_or_none(item.get("frame_idx"), _Share)
-    if share is None:
-        return ["frame_not_a_share"]
-    checked = convert_or_none(boxes, list[tuple[float, float, float, float]])
-    if not checked:
-        return ["no_box"]
-    name = cls.strip() or None if isinstance(cls, str) else None
-    scores = convert_or_none(item.get("scores"), list[_Score]) or []
-    scores += [None] * (len(checked) - len(scores))
-    return [Detection(vid, share, box, name, score) for box, score in zip(checked, scores)]
-
-
-def convert_or_none(value: object, kind: Any) -> Any:
-    """The value as that type, numbers also from text; None if it is none."""
-    try:
-        return msgspec.convert(value, kind, strict=False)
-    except (msgspec.ValidationError, UnicodeEncodeError):  # half a surrogate pair
-        return None
+def _detections(items: Iterable[Any], kind: type, vid: str, report: ConversionReport) -> Iterator[Detection]:
+    for item in items:
+        try:
+            native = converted(item, kind, "detection_not_valid")
+        except Unusable as problem:
+            report.drop("references", problem.reason, f"{vid}: {problem}")
+            continue
+        boxes = native.bbox_loc if kind is _Referred else [native.bbox_loc]
+        name = (native.bbox_cls or "").strip() or None
+        for box, score in zip_longest(boxes, native.scores[: len(boxes)]):
+            yield Detection(native.vid, native.frame_idx, box, name, score)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from refalign_ext.data.conversion_report import Unusable
+
 if TYPE_CHECKING:
     from refalign_ext.data.schema import ClipScores, ReferenceScores
 
@@ -58,42 +60,35 @@ class Selection:
     def __post_init__(self) -> None:
         if self.overflow not in OVERFLOW:
             raise ValueError(f"--overflow {self.overflow}: choose one of {', '.join(OVERFLOW)}")
+        least = {"max_references": 1, "max_cross": 0, "min_frames": 1, "max_mask_iou": 0.01}
         for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--{name} {value}: expected a number")
-        if self.max_mask_iou is not None and not 0 < self.max_mask_iou <= 1:
-            raise ValueError(f"--max_mask_iou {self.max_mask_iou}: expected an overlap above 0 and at most 1")
-        for name, least in (("max_references", 1), ("max_cross", 0), ("min_frames", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value}: expected at least {least}")
+            lowest = least.get(name, -1e9)
+            if isinstance(value, (int, float)) and not lowest <= value < math.inf:
+                raise ValueError(f"--{name} {value}: expected a number of at least {lowest:g}")
 
-    def clip_problem(self, frames: int | None, scores: ClipScores) -> str | None:
-        """Under which reason a clip of so many frames is dropped; None if it is kept."""
-        if self.min_frames is not None and frames is not None and frames < self.min_frames:
-            return "too_short"
+    def check_clip(self, frames: int, scores: ClipScores) -> None:
+        """Raises `Unusable` for a clip that is not kept."""
+        if self.min_frames is not None and frames < self.min_frames:
+            raise Unusable("too_short")
         for name in ("aesthetic", "motion", "tech"):
             if _is_below(getattr(scores, name), getattr(self, f"min_clip_{name}")):
-                return f"clip_{name}_low"
-        return None
+                raise Unusable(f"clip_{name}_low")
 
-    def reference_problem(self, scores: ReferenceScores) -> str | None:
-        """Under which reason a reference with these scores is dropped; None if it is kept."""
+    def check_reference(self, scores: ReferenceScores) -> None:
+        """Raises `Unusable` for a reference that is not kept."""
         if _is_below(scores.area_ratio, self.min_area_ratio):
-            return "area_small"
+            raise Unusable("area_small")
         rules = [(scores.aes, self.min_aesthetic), (scores.gme, self.min_gme)]
-        judged = [(score, least) for score, least in rules if score is not None and least is not None]
-        if judged and all(score < least for score, least in judged):
-            return "quality_low"
-        return None
+        judged = [score < least for score, least in rules if score is not None and least is not None]
+        if judged and all(judged):
+            raise Unusable("quality_low")
 
-    def pair_problem(self, text: float | None, image: float | None) -> str | None:
-        """Under which reason a cross pair with these similarities is dropped; None if it is kept."""
+    def check_pair(self, text: float | None, image: float | None) -> None:
+        """Raises `Unusable` for a cross pair whose similarities are too low."""
         if _is_below(text, self.min_text_similarity):
-            return "cross_text_low"
+            raise Unusable("cross_text_low")
         if None not in (image, self.min_image_similarity) and image <= self.min_image_similarity:
-            return "cross_image_low"
-        return None
+            raise Unusable("cross_image_low")
 
 
 OPENS2V_SELECTION = Selection()

@@ -16,29 +16,23 @@ from refalign_ext.atomic_io import locked, sync
 from refalign_ext.data.conversion_report import ConversionReport
 
 _META = "CREATE TABLE meta (fingerprint TEXT NOT NULL, report TEXT NOT NULL)"
-_CACHE_KIB = 32 << 10  # of sqlite's pages, for each open file
+_CACHE = f"PRAGMA cache_size = -{32 << 10}"  # KiB of pages, for each open file
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Sequence[Path]) -> str:
     """What a staged file depends on: settings, and the inputs' names, sizes and times of change."""
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
-    text = json.dumps([dict(settings), states], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([dict(settings), states], sort_keys=True).encode()).hexdigest()
 
 
-def is_staged(target: Path, expected: str) -> bool:
-    """Whether `target` is a complete staged file with this fingerprint."""
+def staged_report(target: Path, expected: str) -> ConversionReport | None:
+    """What was dropped while `target` was staged; None if it is no complete file with this fingerprint."""
     try:
         with open_staged(target) as staged:
-            return staged.execute("SELECT fingerprint FROM meta").fetchone() == (expected,)
-    except sqlite3.Error:
-        return False
-
-
-def staged_report(target: Path) -> ConversionReport:
-    """What was dropped while a file was staged."""
-    with open_staged(target) as staged:
-        return ConversionReport.from_dict(json.loads(staged.execute("SELECT report FROM meta").fetchone()[0]))
+            mark, report = staged.execute("SELECT fingerprint, report FROM meta").fetchone()
+    except (sqlite3.Error, TypeError):  # no row
+        return None
+    return ConversionReport.from_dict(json.loads(report)) if mark == expected else None
 
 
 @contextmanager
@@ -51,7 +45,7 @@ def open_staged(target: Path) -> Iterator[sqlite3.Connection]:
     # A "?" or "#" of the path would end it in a URI.
     connection = sqlite3.connect(f"{target.absolute().as_uri()}?mode=ro", uri=True)
     try:
-        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(_CACHE)
         yield connection
     finally:
         connection.close()
@@ -71,17 +65,14 @@ def staging(
         OSError: if the file cannot be written.
     """
     # Of a killed process nothing must stay for ever: parts are large.
-    unfinished = target.with_name(
-        f"{target.name}.part" if exclusive else f"{target.name}.{uuid.uuid4().hex}.part"
-    )
+    unfinished = target.with_name(f"{target.name}{'' if exclusive else '.' + uuid.uuid4().hex}.part")
     with locked(target) if exclusive else nullcontext():
         unfinished.unlink(missing_ok=True)
         connection = sqlite3.connect(unfinished)
         try:
             # The file is thrown away if it is not finished: a journal would only cost time.
             connection.executescript(
-                f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -{_CACHE_KIB};"
-                f"{_META};{tables}"
+                f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {_CACHE}; {_META};{tables}"
             )
             yield connection
             connection.execute("INSERT INTO meta VALUES (?, ?)", (mark, json.dumps(report.to_dict())))

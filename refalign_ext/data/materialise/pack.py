@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.conversion_report import ConversionReport
-from refalign_ext.data.materialise.row import CroppedRow, MaterialiseJob, drop_row, suffix
-from refalign_ext.data.media_source import Media, MediaBytes
+from refalign_ext.data.materialise.row import CroppedRow, MaterialiseJob, RowDropped, extension
+from refalign_ext.data.media_source import Media
 from refalign_ext.data.shards import (
     LISTING,
     MAX_MEMBER_BYTES,
@@ -46,8 +45,8 @@ class PackJob(MaterialiseJob):
         path = self.out / name
         with atomic_open(path, self.parts) as file:
             writer = ShardWriter(file)
-            for cropped in self.crop_rows(rows, report):
-                self._pack(cropped, writer, report)
+            for _ in self.lines_of(rows, report, lambda cropped: self._pack(cropped, writer)):
+                pass
             writer.close()
         info = ShardInfo(name, writer.samples, path.stat().st_size, sha256_of(path))
         return {"report": report.to_dict(), "shard": asdict(info)}, []
@@ -63,42 +62,35 @@ class PackJob(MaterialiseJob):
             if re.fullmatch(r"[0-9]{5,9}\.tar", path.name) and int(path.stem) >= len(pieces):
                 path.unlink()
 
-    def _pack(self, cropped: CroppedRow, writer: ShardWriter, report: ConversionReport) -> None:
+    def _pack(self, cropped: CroppedRow, writer: ShardWriter) -> bytes:
         from refalign_ext.data.materialise.trimming import trim
 
-        key, span, before = f"{cropped.row:09d}", cropped.clip.video, 0
-        place, references = self.clip_set.place(cropped.row), len(cropped.pictures)
-        video: Media | bytes = cropped.video
+        key, place = f"{cropped.row:09d}", self.clip_set.place(cropped.row)
+        video, span, before = cropped.video, cropped.clip.video, 0
+        if (span.start_frame, span.end_frame, span.start_s, span.end_s) != (None,) * 4:
+            try:
+                video, span, before = trim(video, span, _size(video)) or (video, span, 0)
+            except ValueError as error:
+                raise RowDropped("span_unreadable", f"{place}: {error}") from None
+        name = f"{key}{extension(span.path)}"
+        media, images = {name: video}, {}
+        for number, (position, (ending, picture)) in enumerate(cropped.pictures.items()):
+            images[position] = f"{key}.{number}{ending}"
+            media[images[position]] = picture
+        for member, contents in media.items():
+            if _size(contents) > MAX_MEMBER_BYTES:
+                message = f"{place}: {member} has more than {MAX_MEMBER_BYTES} bytes"
+                raise RowDropped("file_too_large", message)
+        line = self.line(cropped, replace(span, path=name), images, before)
         with ExitStack() as stack:
-            file, size = _contents(video, stack)
-            if (span.start_frame, span.end_frame, span.start_s, span.end_s) != (None,) * 4:
-                try:
-                    trimmed = trim(video, span, size)
-                except ValueError as error:
-                    drop_row(report, cropped.clip, "span_unreadable", f"{place}: {error}", references)
-                    return
-                if trimmed is not None:
-                    video, span, before = trimmed
-                    file, size = _contents(video, stack)
-            members = [(f"{key}{suffix(span.path)}", file, size)]
-            images = {}
-            for number, (position, picture) in enumerate(cropped.pictures.items()):
-                images[position] = f"{key}.{number}{cropped.suffix(position)}"
-                members.append((images[position], *_contents(picture, stack)))
-            for member, _, size in members:
-                if size > MAX_MEMBER_BYTES:
-                    message = f"{place}: {member} has {size} bytes; {MAX_MEMBER_BYTES} are the most"
-                    drop_row(report, cropped.clip, "file_too_large", message, references)
-                    return
-            line = self.line(cropped, replace(span, path=members[0][0]), images, report, before)
-            if line is not None:
-                writer.add(line, key, members)
+            members = []
+            for member, contents in media.items():
+                is_file = isinstance(contents, Path)
+                file = stack.enter_context(contents.open("rb") if is_file else io.BytesIO(contents.data))
+                members.append((member, file, _size(contents)))
+            writer.add(line, key, members)
+        return line
 
 
-def _contents(media: Media | bytes, stack: ExitStack) -> tuple[BinaryIO, int]:
-    """An open file and its size."""
-    if isinstance(media, Path):
-        file = stack.enter_context(media.open("rb"))
-        return file, os.fstat(file.fileno()).st_size
-    data = media.data if isinstance(media, MediaBytes) else media
-    return io.BytesIO(data), len(data)
+def _size(media: Media) -> int:
+    return media.stat().st_size if isinstance(media, Path) else len(media.data)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import ClassVar
@@ -17,13 +17,21 @@ from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.conversion_report import ConversionReport
 from refalign_ext.data.crop import CropError, FrameMemory, read_reference
 from refalign_ext.data.manifest_file import MAX_ROW_BYTES
-from refalign_ext.data.media_source import Media
+from refalign_ext.data.media_source import Media, MediaBytes
 from refalign_ext.data.pieces import PieceJob
-from refalign_ext.data.schema import Clip, Reference, Subject, VideoSpan, parse_line, to_dict
+from refalign_ext.data.schema import Clip, Reference, VideoSpan, parse_line, to_dict
 from refalign_ext.data.worker_pool import RowCrashedWorker, begin_row
 
 Position = tuple[int, int]  # of a reference: subject in the clip, reference in the subject
-_FORMAT = 1
+_FORMAT = 2
+
+
+class RowDropped(ValueError):
+    """Why a row cannot be used; `reason` is a word to count it under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -34,20 +42,13 @@ class CroppedRow:
         row: its number in the clip set, from 0.
         clip: as it is in the clip set.
         video: its file.
-        pictures: for every reference that can be used a PNG (bytes), or the file that it already is.
+        pictures: (file extension, file) of every reference that can be used; crops are in memory.
     """
 
     row: int
     clip: Clip
     video: Media
-    pictures: Mapping[Position, bytes | Media]
-
-    def suffix(self, position: Position) -> str:
-        """The ending of a reference's file."""
-        if isinstance(self.pictures[position], bytes):
-            return ".png"
-        subject, reference = position
-        return suffix(self.clip.subjects[subject].refs[reference].image)
+    pictures: Mapping[Position, tuple[str, Media]]
 
 
 @dataclass(frozen=True)
@@ -84,32 +85,42 @@ class MaterialiseJob(PieceJob):
             digest.update(hashlib.sha256(line).digest())
         return digest.hexdigest()
 
-    def crop_rows(self, rows: range, report: ConversionReport) -> Iterator[CroppedRow]:
-        """Row after row with its references cropped; what cannot be used is counted in the report."""
+    def lines_of(
+        self, rows: range, report: ConversionReport, write: Callable[[CroppedRow], bytes]
+    ) -> Iterator[bytes]:
+        """The line that `write` makes of each row; what cannot be used is counted in the report."""
         for row in rows:
-            place = self.clip_set.place(row)
             try:
                 clip = self.clip_set[row]
             except ValueError as error:
                 report.drop("clips", "invalid_row", str(error))
                 continue
+            before = report.total("references")
             try:
-                begin_row(row)
-                video = self.clip_set.media(row, clip.video.path)
-            except RowCrashedWorker as error:
-                drop_row(report, clip, "killed_process", f"{place}: {error}")
+                cropped = self._crop(row, clip, report)
+                line = write(cropped)
+            except RowDropped as error:
+                message = f"{error} (clip {clip.id})"
+                left = (
+                    sum(len(subject.refs) for subject in clip.subjects) + before - report.total("references")
+                )
+                report.drop("clips", error.reason, message)
+                report.drop("references", "clip_dropped", message, left)
                 continue
-            except ValueError as error:
-                drop_row(report, clip, "video_missing", str(error))
-                continue
-            pictures = self._pictures(row, clip, report)
-            if pictures:
-                yield CroppedRow(row, clip, video, pictures)
-            else:
-                report.drop("clips", "no_references", f"{place} (clip {clip.id})")
+            report.keep("clips")
+            report.keep("references", len(cropped.pictures))
+            yield line
 
-    def _pictures(self, row: int, clip: Clip, report: ConversionReport) -> dict[Position, bytes | Media]:
-        pictures: dict[Position, bytes | Media] = {}
+    def _crop(self, row: int, clip: Clip, report: ConversionReport) -> CroppedRow:
+        place = self.clip_set.place(row)
+        try:
+            begin_row(row)
+            video = self.clip_set.media(row, clip.video.path)
+        except RowCrashedWorker as error:
+            raise RowDropped("killed_process", f"{place}: {error}") from None
+        except ValueError as error:
+            raise RowDropped("video_missing", str(error)) from None
+        pictures: dict[Position, tuple[str, Media]] = {}
         frames = FrameMemory()
         for i, subject in enumerate(clip.subjects):
             for j, reference in enumerate(subject.refs):
@@ -119,51 +130,40 @@ class MaterialiseJob(PieceJob):
                     report.drop("references", error.reason, f"{error} (clip {clip.id})")
                     continue
                 if reference.image and reference.bbox_xyxy is None and reference.mask_rle is None:
-                    pictures[i, j] = self.clip_set.media(row, reference.image)
+                    media = self.clip_set.media(row, reference.image)
+                    pictures[i, j] = extension(reference.image), media
                 else:
                     file = io.BytesIO()
                     image.save(file, "PNG")
-                    pictures[i, j] = file.getvalue()
-        return pictures
+                    pictures[i, j] = ".png", MediaBytes(place, file.getvalue())
+        if not pictures:
+            raise RowDropped("no_references", place)
+        return CroppedRow(row, clip, video, pictures)
 
     def line(
-        self,
-        cropped: CroppedRow,
-        video: VideoSpan,
-        images: Mapping[Position, str],
-        report: ConversionReport,
-        frames_before: int = 0,
-    ) -> bytes | None:
-        """The line of a row's new clip, counted as kept; None, counted as dropped, if it is too long to be read again.
+        self, cropped: CroppedRow, video: VideoSpan, images: Mapping[Position, str], frames_before: int = 0
+    ) -> bytes:
+        """The line of a row's new clip.
 
         Args:
             video: the clip's own; images: the file of each reference that is kept.
             frames_before: how many frames less the new video has in front of the span.
+
+        Raises:
+            RowDropped: if it is too long to be read again.
         """
-        clip = _with_files(cropped.clip, video, images, frames_before)
+        clip, place = (
+            _with_files(cropped.clip, video, images, frames_before),
+            self.clip_set.place(cropped.row),
+        )
         line = json.dumps(to_dict(clip), ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-        place = self.clip_set.place(cropped.row)
         if len(line) > MAX_ROW_BYTES:
-            message = f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}"
-            drop_row(report, cropped.clip, "row_too_long", message, len(images))
-            return None
+            raise RowDropped("row_too_long", f"{place}: {len(line)} bytes; a row has at most {MAX_ROW_BYTES}")
         parse_line(line, place)
-        report.keep("clips")
-        report.keep("references", len(images))
         return line
 
 
-def drop_row(
-    report: ConversionReport, clip: Clip, reason: str, message: str, references: int | None = None
-) -> None:
-    """Counts a row that cannot be used, with its references (all, unless some are counted already)."""
-    if references is None:
-        references = sum(len(subject.refs) for subject in clip.subjects)
-    report.drop("clips", reason, message)
-    report.drop("references", "clip_dropped", message, references)
-
-
-def suffix(name: str) -> str:
+def extension(name: str) -> str:
     """The ending of a file's name in small letters, if it is a plain one."""
     ending = PurePath(name).suffix.lower()
     return ending if re.fullmatch(r"\.[a-z0-9]{1,8}", ending) else ".bin"
@@ -185,13 +185,9 @@ def _with_files(clip: Clip, video: VideoSpan, images: Mapping[Position, str], fr
             for j, reference in enumerate(subject.refs)
             if (i, j) in images
         )
+        target = subject.target
+        if target is not None and target.frame is not None:
+            target = replace(target, frame=target.frame - frames_before)
         if refs:
-            subjects.append(_shifted(replace(subject, refs=refs), frames_before))
+            subjects.append(replace(subject, refs=refs, target=target))
     return replace(clip, video=video, subjects=tuple(subjects))
-
-
-def _shifted(subject: Subject, frames_before: int) -> Subject:
-    target = subject.target
-    if target is None or target.frame is None:
-        return subject
-    return replace(subject, target=replace(target, frame=target.frame - frames_before))

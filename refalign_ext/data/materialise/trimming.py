@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -31,7 +31,7 @@ _FORMATS = {
 _TICK = Fraction(1, 1000)  # the coarsest clock of these formats (Matroska)
 
 
-def trim(media: Media, span: VideoSpan, size: int) -> tuple[bytes, VideoSpan, int] | None:
+def trim(media: Media, span: VideoSpan, size: int) -> tuple[MediaBytes, VideoSpan, int] | None:
     """A file with the frames of a span, from the key frame before it on; the pictures alone, without sound.
 
     It is read back before it is used: the first, middle and last frame of the span have to be the same, pixel for
@@ -51,44 +51,30 @@ def trim(media: Media, span: VideoSpan, size: int) -> tuple[bytes, VideoSpan, in
     muxer = _FORMATS.get(PurePath(span.path).suffix.lower())
     with open_video(media) as (container, stream):
         packets = list_packets(container, stream)
-        times = frame_times(packets)
+        times, tick = frame_times(packets), stream.time_base
         if times is None or muxer is None:
             return None
-        start, end = frame_range(media, [time * stream.time_base for time in times], span)
-        places = _places(packets, times[start:end])
-        if places is None:
+        start, end = frame_range(media, [time * tick for time in times], span)
+        places = {packet.pts: place for place, packet in enumerate(packets)}
+        keys = [p.pts for p in packets if p.is_key and p.is_shown and p.pts <= times[start]]
+        if not keys:
             return None
-        first, last = places
-        taken = [packet for packet in packets[first : last + 1] if packet.pts >= packets[first].pts]
-        if 2 * sum(packet.size for packet in taken) > size:
-            return None
-        skipped = bisect_left(times, packets[first].pts)
-        if sorted(packet.pts for packet in taken)[: end - skipped] != times[skipped:end]:
+        first, last = places[max(keys)], max(places[time] for time in times[start:end])
+        taken = packets[first : last + 1]
+        # What edit lists hide would be shown in the copy.
+        is_plain = all(packet.is_shown and packet.dts is not None for packet in taken)
+        if not is_plain or 2 * sum(packet.size for packet in taken) > size:
             return None
         data = _remux(container, stream, packets, first, last, muxer)
     if data is None or 2 * len(data) > size:
         return None
-    shifted = replace(span, start_frame=start - skipped, end_frame=end - skipped, start_s=None, end_s=None)
     copy = MediaBytes(f"{media} (cut out)", data)
-    wanted = [(time - times[skipped]) * stream.time_base for time in times[skipped:end]]
+    skipped = bisect_left(times, packets[first].pts)
+    wanted = [(time - times[skipped]) * tick for time in times[skipped:end]]
     if not _is_same(media, copy, (start, end), skipped, wanted):
         return None
-    return data, shifted, skipped
-
-
-def _places(packets: list[Packet], wanted: list[int]) -> tuple[int, int] | None:
-    """Places in the file of the key frame to start from and of the last packet needed."""
-    places = {packet.pts: place for place, packet in enumerate(packets)}
-    keys = sorted(
-        (packet.pts, place) for place, packet in enumerate(packets) if packet.is_key and packet.is_shown
-    )
-    number = bisect_right(keys, (wanted[0], len(packets))) - 1
-    if number < 0:
-        return None
-    first, last = keys[number][1], max(places[time] for time in wanted)
-    # What edit lists hide would be shown in the copy.
-    is_plain = all(packet.is_shown and packet.dts is not None for packet in packets[first : last + 1])
-    return (first, last) if is_plain and first <= last else None
+    shifted = replace(span, start_frame=start - skipped, end_frame=end - skipped, start_s=None, end_s=None)
+    return copy, shifted, skipped
 
 
 def _remux(

@@ -29,8 +29,8 @@ from refalign_ext.sprites.teacher_settings import TeacherSettings
 from refalign_ext.sprites.training_data import SPRITE_DATA
 from refalign_ext.sprites.world import WORLD_VERSION
 from refalign_ext.teachers import teacher_files
-from refalign_ext.training.log_files import METRICS_FILE
 from refalign_ext.training.run import run_training
+from refalign_ext.training.run_log import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
