@@ -117,11 +117,19 @@ def report_error_once(report: Callable[[], None]) -> None:
 
 
 # What torch.distributed raises for a lost rank is a RuntimeError that only its text tells apart.
+_GONE = ("connection closed", "connection reset", "connection refused", "broken pipe")
 _NO_ANSWER = ("timed out", "timeout")
-_LOST = (
-    *("connection closed", "connection reset", "connection refused", "broken pipe", "socket"),
-    *("remote process exited", "nccl communicator was aborted", "ncclremoteerror"),
-)
+_LOST = (*_GONE, "socket", "remote process exited", "nccl communicator was aborted", "ncclremoteerror")
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an error means that another rank went away, so that a rank that meets it may leave the telling to rank 0.
+
+    Narrower than `lost_rank`: who has waited in vain for gloo's time-out must speak, as rank 0 may be the one that hangs.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _GONE)
 
 
 def lost_rank(error: BaseException, timeout_seconds: float) -> str | None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from refalign_ext.backbone import (
@@ -28,7 +29,8 @@ from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.process_group import (
-    lost_rank,
+    environment_rank,
+    is_lost_contact,
     rank_device,
     start_process_group,
     stop_process_group,
@@ -57,7 +59,7 @@ def distributed(device: str) -> Iterator[str]:
 
     Raises:
         ValueError: for a device that ranks cannot share a video on, or if they do not find each other.
-        ConnectionError: if another rank is gone or does not answer.
+        ConnectionError: on rank 0 if another rank is gone; other ranks leave the report to it.
     """
     if device.startswith("cuda:"):
         raise ValueError(f"--device {device} is one GPU for all ranks: use --device cuda, a GPU for each")
@@ -69,10 +71,13 @@ def distributed(device: str) -> Iterator[str]:
         yield str(own)
         stop_process_group(together=True)
     except (OSError, RuntimeError) as error:
-        reason = lost_rank(error, _TIMEOUT_SECONDS)
-        if reason is None:
+        if not is_lost_contact(error):
             raise
-        raise ConnectionError(reason) from error
+        if environment_rank() > 0:
+            raise click.exceptions.Exit(2) from error
+        raise ConnectionError(
+            "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
+        ) from error
 
 
 def resolve_parallel_sizes(request: GenerationRequest, options: RuntimeOptions) -> RuntimeOptions:
