@@ -33,13 +33,12 @@ from wan.configs import (  # of this repository, which has all that follows
 from wan.modules.t5 import T5EncoderModel, t5_state_dict_from_transformers
 from wan.modules.vae import WanVAE, vae_state_dict_from_diffusers
 from wan.sampling import (
-    check_frame_num,
-    check_size,
     choose_seed,
     denoise,
     encode_prompts,
     initial_noise,
     latent_shape,
+    require_files,
     required_files,
 )
 from wan.utils.dit_checkpoint import (
@@ -61,7 +60,7 @@ from wan.utils.runtime import (
     resolve_dtype,
 )
 from wan.utils.solvers import make_solver
-from wan.utils.weights import file_sha256, read_state_dict, require_files
+from wan.utils.weights import file_sha256
 
 TREE = selected_tree()
 """The official checkout that WAN_ROOT names; None: `wan` is this repository's."""

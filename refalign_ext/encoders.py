@@ -18,7 +18,6 @@ from refalign_ext.backbone import (
     WanVAE,
     file_sha256,
     require_files,
-    required_files,
 )
 from refalign_ext.config import TrainConfig
 from refalign_ext.tasks import find_task
@@ -57,7 +56,7 @@ def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
         )
     folder = Path(folder)
     needs_dit = dit and not config.from_scratch and config.dit_ckpt is None
-    require_files(folder, required_files(folder, task_config(config), dit=needs_dit))
+    require_files(folder, task_config(config), dit=needs_dit)
     return folder
 
 

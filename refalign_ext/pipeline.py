@@ -33,7 +33,6 @@ from refalign_ext.backbone import (
     read_dit_checkpoint,
     release_cached_memory,
     require_files,
-    required_files,
     resolve_device,
     resolve_dtype,
 )
@@ -146,7 +145,7 @@ class R2VPipeline:
             dtype = config.param_dtype
         dtype = resolve_dtype(dtype, device)
         folder = Path(ckpt_dir)
-        require_files(folder, required_files(folder, config, dit=dit_ckpt is None))
+        require_files(folder, config, dit=dit_ckpt is None)
 
         source = Path(dit_ckpt or folder)
         logger.info("loading the DiT from %s", source)

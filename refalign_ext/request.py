@@ -90,20 +90,13 @@ class GenerationRequest:
     def settings(self) -> dict[str, Any]:
         """The settings that a result is recorded with, ready for json."""
         names = (
-            *(
-                "prompt",
-                "negative_prompt",
-                "size",
-                "frame_num",
-                "sample_solver",
-                "sample_steps",
-                "sample_shift",
-            ),
-            *("ref_guide_scale", "text_guide_scale", "sample_guide_scale", "seed"),
+            *("prompt", "negative_prompt", "size", "frame_num", "sample_solver", "sample_steps"),
+            *("sample_shift", "ref_guide_scale", "text_guide_scale", "sample_guide_scale", "seed"),
         )
         values = {name: getattr(self, name) for name in names}
-        values["size"] = list(self.size)
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None} | {
+            "size": list(self.size)
+        }
 
 
 @dataclass(frozen=True)
@@ -139,11 +132,7 @@ class RuntimeOptions:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Refuses what does not go together.
-
-        Raises:
-            ValueError: naming the flag and the remedy.
-        """
+        """Raises ValueError, naming the flag and the remedy, for what does not go together."""
         check_placement(self.offload_model, self.t5_cpu, self.dit_fsdp, self.t5_fsdp)
         for name, least in (("cfg_size", 1), ("ulysses_size", 0), ("ring_size", 0)):
             if getattr(self, name) < least:
@@ -174,7 +163,7 @@ class RuntimeOptions:
         if self.dtype != "bf16":
             flags.append("--dtype bf16")
         flags += ["a smaller --size", "fewer frames (--frame_num)"]
-        return f"out of memory on {self.device}: try {', '.join(flags)}"
+        return f"out of memory: try {', '.join(flags)}"
 
 
 def check_placement(offload_model: bool | None, t5_cpu: bool, dit_fsdp: bool, t5_fsdp: bool) -> None:

@@ -5,10 +5,10 @@ import torch
 
 from refalign_ext.sampler import denoise
 from wan.sampling import check_frame_num, check_size, choose_seed, initial_noise, latent_shape
-from wan.utils.solvers import SOLVER_NAMES, make_solver
+from wan.utils.solvers import SOLVERS, make_solver
 
 
-@pytest.mark.parametrize("name", SOLVER_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
 def test_straight_flow_reaches_the_data(name: str) -> None:
     noise = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     data = torch.full_like(noise, 0.25)

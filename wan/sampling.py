@@ -5,8 +5,6 @@ Upstream repeats these lines in each of its task classes (wan/text2video.py and 
 
 from __future__ import annotations
 
-import json
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wan.utils.dit_checkpoint import DIT_STEM
 from wan.utils.runtime import placed
 from wan.utils.solvers import Solver
+from wan.utils.weights import INDEX_SUFFIX, SAFETENSORS_SUFFIX, index_shards
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
     from wan.modules.t5 import T5EncoderModel
 
-DIT_STEM = "diffusion_pytorch_model"
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
@@ -32,18 +31,13 @@ def check_size(size: tuple[int, int], config: EasyDict) -> None:
     Raises:
         ValueError: naming the nearest valid size.
     """
-    unit_height = config.vae_stride[1] * config.patch_size[1]
-    unit_width = config.vae_stride[2] * config.patch_size[2]
-    width, height = size
-    if width > 0 and height > 0 and width % unit_width == 0 and height % unit_height == 0:
-        return
-    nearest = (_nearest_multiple(width, unit_width), _nearest_multiple(height, unit_height))
-    units = (
-        str(unit_width) if unit_width == unit_height else f"{unit_width} (width) and {unit_height} (height)"
-    )
-    raise ValueError(
-        f"size {width}*{height} does not divide by {units}: the nearest valid size is {nearest[0]}*{nearest[1]}"
-    )
+    units = tuple(config.vae_stride[axis] * config.patch_size[axis] for axis in (2, 1))
+    width, height = (max(u, (value + u // 2) // u * u) for value, u in zip(size, units, strict=True))
+    if (width, height) != tuple(size):
+        by = str(units[0]) if units[0] == units[1] else f"{units[0]} (width) and {units[1]} (height)"
+        raise ValueError(
+            f"size {size[0]}*{size[1]} does not divide by {by}: the nearest valid size is {width}*{height}"
+        )
 
 
 def check_frame_num(frame_num: int, config: EasyDict) -> None:
@@ -53,13 +47,12 @@ def check_frame_num(frame_num: int, config: EasyDict) -> None:
         ValueError: naming the nearest valid numbers.
     """
     stride = config.vae_stride[0]
-    if frame_num >= 1 and (frame_num - 1) % stride == 0:
-        return
     below = max(1, (frame_num - 1) // stride * stride + 1)
-    choices = str(below) if frame_num < 1 else f"{below} or {below + stride}"
-    raise ValueError(
-        f"frame number {frame_num} is not of the form {stride}n+1: the nearest valid is {choices}"
-    )
+    if frame_num != below:
+        choices = str(below) if frame_num < 1 else f"{below} or {below + stride}"
+        raise ValueError(
+            f"frame number {frame_num} is not of the form {stride}n+1: the nearest valid is {choices}"
+        )
 
 
 def latent_shape(size: tuple[int, int], frame_num: int, config: EasyDict) -> tuple[int, int, int, int]:
@@ -95,30 +88,41 @@ def initial_noise(shape: Sequence[int], seed: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float32, device="cpu", generator=generator)
 
 
-def required_files(
-    checkpoint_dir: str | os.PathLike[str], config: EasyDict, *, dit: bool = True
-) -> list[str]:
+def required_files(folder: Path, config: EasyDict, *, dit: bool = True) -> list[str]:
     """Names what a checkpoint folder in upstream's layout must hold, the shards that an index lists included.
 
     Args:
-        checkpoint_dir: the folder.
+        folder: the folder.
         config: the task's configuration.
         dit: whether the DiT's weights are wanted there too.
 
     Raises:
         ValueError: when the folder's index cannot be read.
     """
-    folder = Path(checkpoint_dir)
-    names = [config.t5_checkpoint, config.vae_checkpoint]
     present = [name for name in _TOKENIZER_FILES if (folder / config.t5_tokenizer / name).is_file()]
-    names.append(f"{config.t5_tokenizer}/{(present or _TOKENIZER_FILES)[0]}")
-    if dit:
-        index = folder / f"{DIT_STEM}.safetensors.index.json"
-        if index.is_file():
-            names += sorted(set(_read_index(index)["weight_map"].values()))
-        elif not any(folder.glob(f"{DIT_STEM}*.safetensors")):
-            names.append(f"{DIT_STEM}.safetensors")
+    tokenizer = (present or _TOKENIZER_FILES)[0]
+    names = [config.t5_checkpoint, config.vae_checkpoint, f"{config.t5_tokenizer}/{tokenizer}"]
+    index = folder / f"{DIT_STEM}{SAFETENSORS_SUFFIX}{INDEX_SUFFIX}"
+    if dit and index.is_file():
+        names += sorted(set(index_shards(index).values()))
+    elif dit and not any(folder.glob(f"{DIT_STEM}*{SAFETENSORS_SUFFIX}")):
+        names.append(f"{DIT_STEM}{SAFETENSORS_SUFFIX}")
     return names
+
+
+def require_files(folder: Path, config: EasyDict, *, dit: bool = True) -> None:
+    """Refuses a checkpoint folder that lacks some of its `required_files`.
+
+    Raises:
+        ValueError: naming the folder, or every file that is not there.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder; check the path or download the checkpoint")
+    missing = [name for name in required_files(folder, config, dit=dit) if not (folder / name).exists()]
+    if missing:
+        raise ValueError(
+            f"{folder}: the checkpoint folder lacks {', '.join(missing)}; download what is missing"
+        )
 
 
 def encode_prompts(
@@ -185,17 +189,3 @@ def denoise(
             "sampling ended in values that are not numbers: try --dtype fp32 or smaller guidance scales"
         )
     return latents
-
-
-def _nearest_multiple(value: int, unit: int) -> int:
-    return max(unit, (value + unit // 2) // unit * unit)
-
-
-def _read_index(path: Path) -> dict:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(index["weight_map"], dict):
-            raise TypeError("weight_map is not a table")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a safetensors index ({error}): download it again") from None
-    return index

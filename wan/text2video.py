@@ -15,12 +15,11 @@ from wan.sampling import (
     encode_prompts,
     initial_noise,
     latent_shape,
-    required_files,
+    require_files,
     token_count,
 )
 from wan.utils.runtime import placed, release_cached_memory, resolve_device, resolve_dtype
 from wan.utils.solvers import make_solver
-from wan.utils.weights import require_files
 
 if TYPE_CHECKING:
     from easydict import EasyDict
@@ -29,12 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class WanT2V:
-    """Wan2.1 text to video, with one frame text to image, under upstream's name and signature.
-
-    Attributes:
-        text_encoder, vae, model: the three networks. Between calls they may lie on the CPU.
-        device: where sampling runs.
-    """
+    """Wan2.1 text to video, with one frame text to image, under upstream's name and signature."""
 
     def __init__(
         self,
@@ -82,7 +76,7 @@ class WanT2V:
         self.device, cpu = resolve_device(device), torch.device("cpu")
         self.config, self.rank, self.t5_cpu = config, rank, t5_cpu
         folder = Path(checkpoint_dir)
-        require_files(folder, required_files(folder, config, dit=dit_ckpt is None))
+        require_files(folder, config, dit=dit_ckpt is None)
         logger.info("loading the DiT from %s", dit_ckpt or folder)
         dtype = resolve_dtype(dtype, self.device)
         self.model = load_dit(dit_ckpt or folder, config, device=cpu, dtype=dtype)

@@ -52,6 +52,11 @@ def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
     return DiTCheckpoint(read_weights(found.weights), read_weights(found.projectors), found.config, files)
 
 
+def dit_files(path: Path) -> list[Path]:
+    """The files that hold a DiT's tensors; empty where nothing readable is."""
+    return sorted(path.glob("*.distcp")) if is_checkpoint(path) else checkpoint_files(path)
+
+
 def open_dit(
     path: Path, *, raw: bool = False, base: Path | None = None, extra: Collection[str] = ()
 ) -> StoredDiT:
@@ -86,7 +91,7 @@ def open_dit(
     elif base is not None:
         raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
     projectors = stored.weights(f"{MODEL}.{PROJECTORS}")
-    return StoredDiT(path, weights, _tensor_files(path), read_model_config(path), projectors, under)
+    return StoredDiT(path, weights, dit_files(path), read_model_config(path), projectors, under)
 
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
@@ -108,7 +113,7 @@ def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = N
     under = base_named_by(settings) if base is None else require_base(path, settings, base)
     if under is None:
         return Adapter(tensors, rank, alpha)
-    files = _tensor_files(under) if is_checkpoint(under) else checkpoint_files(under)
+    files = dit_files(under)
     return Adapter(tensors, rank, alpha, str(under), files_sha256(files) if files else None)
 
 
@@ -162,7 +167,3 @@ def _merged_weights(
 
     layers = adapted_layers(shapes_of(base), shapes_of(adapter), rank)
     return {**base, **{f"{layer}.weight": merged(layer) for layer in layers}}
-
-
-def _tensor_files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.distcp"))

@@ -51,66 +51,62 @@ _RULES = {
 
 
 class _Limit(click.ParamType):
-    """A number, or "off"."""
+    """A number, or "off", which is None."""
 
     def __init__(self, kind: type) -> None:
         self.kind, self.name = kind, "number|off"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "off" or isinstance(value, self.kind):
-            return value
         try:
-            return self.kind(value)
+            return None if value == "off" else self.kind(value)
         except ValueError:
             self.fail(f"{value!r}: give a number, or off", param, ctx)
 
 
 def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Options for the rules that a data set has what it takes for, with its usual values as their defaults.
+    """Options for the rules that a data set has what it takes for; the command gets all as `selection`.
 
-    The command gets them as `selection`; rules that are "off", and those without an option, are switched off.
+    Rules without an option are switched off.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def with_selection(**options: Any) -> Any:
-            given = {name: options.pop(name) for name in names}
-            rules = {name: None if value == "off" else value for name, value in given.items()}
             off = {name: None for name in _RULES if name != "overflow"}
-            return command(selection=Selection(**off | rules), **options)
+            return command(
+                selection=Selection(**off | {name: options.pop(name) for name in names}), **options
+            )
 
         for name in reversed(names):
             kind, text = _RULES[name]
-            default = getattr(usual, name)
-            with_selection = click.option(
-                f"--{name}",
-                type=kind if isinstance(kind, click.ParamType) else _Limit(kind),
-                default="off" if default is None else default,
-                help=text,
-            )(with_selection)
+            kind = kind if isinstance(kind, click.ParamType) else _Limit(kind)
+            default = "off" if getattr(usual, name) is None else getattr(usual, name)
+            with_selection = click.option(f"--{name}", type=kind, default=default, help=text)(with_selection)
         return with_selection
 
     return add
 
 
+def _column_names(_: click.Context, __: click.Parameter, columns: tuple[str, ...]) -> dict[str, str]:
+    for column in columns:
+        if "=" not in column:
+            raise click.BadParameter(f"{column}: write WHAT=NAME, such as --column video=movie")
+    return dict(column.split("=", 1) for column in columns)
+
+
 @convert.command(context_settings=SHOW_DEFAULTS)
 @click.argument("source", type=EXISTING)
-@click.option(
-    "--out", type=PATH, help="Manifest to write; without it manifest.jsonl in the folder of the clips."
-)
+@click.option("--out", type=PATH, help="Manifest; without it manifest.jsonl in the folder of the clips.")
 @click.option("--prompt_suffix", default=".txt", help="Of the files that hold prompts.")
 @click.option(
     "--column",
     "columns",
     multiple=True,
     metavar="WHAT=NAME",
+    callback=_column_names,
     help="Column of a table that holds WHAT, such as video=movie.",
 )
-@click.option(
-    "--media_root",
-    type=EXISTING,
-    help="Folder that names in a table are relative to; without it the table's.",
-)
+@click.option("--media_root", type=EXISTING, help="What names in a table are relative to, if not its folder.")
 @click.option(
     "--group", type=click.Choice(["none", "folder"]), default="none", help="What validation must not share."
 )
@@ -123,21 +119,13 @@ def _selection_options(usual: Selection, *names: str) -> Callable[[Callable[...,
 @length_options
 @_selection_options(FOLDER_SELECTION, "min_frames", "max_references", "max_cross")
 @workers_option(2)
-def folder(source: Path, out: Path | None, columns: tuple[str, ...], **options: Any) -> None:
+def folder(source: Path, out: Path | None, **options: Any) -> None:
     """SOURCE is a folder with clip.mp4, clip.txt, clip.ref1.png ..., or a table (.csv, .tsv, .jsonl) that lists clips."""
     from refalign_ext.data.convert.folder import convert_folder
 
-    if is_helper():
-        return
-    named = {}
-    for column in columns:
-        what, is_given, name = column.partition("=")
-        if not is_given:
-            raise click.UsageError(f"--column {column}: write WHAT=NAME, such as --column video=movie")
-        named[what] = name
-    if out is None:
-        out = (source if source.is_dir() else source.parent) / "manifest.jsonl"
-    tell(convert_folder(source, out, columns=named, **options), out)
+    if not is_helper():
+        out = out or (source if source.is_dir() else source.parent) / "manifest.jsonl"
+        tell(convert_folder(source, out, **options), out)
 
 
 @convert.command(context_settings=SHOW_DEFAULTS)
@@ -147,25 +135,8 @@ def folder(source: Path, out: Path | None, columns: tuple[str, ...], **options: 
 @click.option("--cross_pairs", type=EXISTING, help="Folder with cluster_videos.json and the clusters' pairs.")
 @click.option("--backgrounds", type=EXISTING, help="Has PART/KEY.png: they become background references.")
 @click.option("--check_videos/--no_check_videos", default=True, help="Drop clips whose video is not there.")
-@click.option(
-    "--keep_staging/--no_keep_staging", default=True, help="Keep what was read, for other rules later."
-)
-@_selection_options(
-    OPENS2V_SELECTION,
-    "min_aesthetic",
-    "min_gme",
-    "min_area_ratio",
-    "max_references",
-    "max_cross",
-    "max_mask_iou",
-    "min_text_similarity",
-    "min_image_similarity",
-    "min_frames",
-    "min_clip_aesthetic",
-    "min_clip_motion",
-    "min_clip_tech",
-    "overflow",
-)
+@click.option("--keep_staging/--no_keep_staging", default=True, help="Keep what was read, for other rules.")
+@_selection_options(OPENS2V_SELECTION, *_RULES)
 @workers_option(2)
 @share_option
 def opens2v(parts: tuple[Path, ...], out: Path, **options: Any) -> None:
@@ -180,12 +151,8 @@ def opens2v(parts: tuple[Path, ...], out: Path, **options: Any) -> None:
 @click.argument("info", type=EXISTING)
 @click.option("--out", type=PATH, required=True, help="Manifest to write, in a folder that holds the videos.")
 @click.option("--video_root", type=EXISTING, required=True, help="Folder of the videos.")
-@click.option(
-    "--video_name", default="{vid}.mp4", help="Of a video there; {uuid}, {start} and {end} are known too."
-)
-@click.option(
-    "--regular/--no_regular", default=True, help="Boxes in the clip itself become regular references."
-)
+@click.option("--video_name", default="{vid}.mp4", help="Of a video there; also with {uuid}, {start}, {end}.")
+@click.option("--regular/--no_regular", default=True, help="Boxes in the clip itself are regular references.")
 @click.option("--both_ways", is_flag=True, help="Pairs are seen from the referenced clip too.")
 @click.option("--only_existing", is_flag=True, help="Drop clips and references whose video is not there.")
 @length_options

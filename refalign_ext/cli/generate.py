@@ -38,8 +38,13 @@ _RUNTIME_OPTIONS = (
 )
 
 
-def task_default(name: str) -> str:
-    """The default of a setting for a help text: the usual one, then the tasks that have another."""
+def _option(flag: str, text: str | None = None, **settings: Any) -> click.Option:
+    return click.Option([flag], help=text, **settings)
+
+
+def _setting(flag: str, kind: Any, text: str = "") -> click.Option:
+    """A setting whose default is the task's own: the help names the usual one, then the tasks that have another."""
+    name = flag.removeprefix("--")
     defaults = {task.name: getattr(task, name) for task in TASKS.values() if hasattr(task, name)}
     shown = {
         task: "*".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -47,158 +52,106 @@ def task_default(name: str) -> str:
     }
     usual = Counter(shown.values()).most_common(1)[0][0]
     others = [f"{task} {value}" for task, value in shown.items() if value != usual]
-    return f"default: {', '.join([usual, *others])}"
+    default = f"default: {', '.join([usual, *others])}"
+    return _option(flag, f"{text}; {default}" if text else default, type=kind)
 
 
-def _takers(name: str) -> str:
-    """The tasks that take an input, for a help text."""
+def _input(name: str) -> click.Option:
     takers = [task.name for task in TASKS.values() if name in (*task.needs, *task.takes)]
-    return f"for {', '.join(takers)}" if takers else "of tasks that are not available yet"
+    return _option(
+        f"--{name}", f"for {', '.join(takers)}" if takers else "of tasks that are not available yet"
+    )
 
 
-def _option(flag: str, **settings: Any) -> click.Option:
-    return click.Option([flag], **settings)
-
-
+_NUMBER = FiniteFloat()
 _OPTIONS = (
-    _option("--task", default=DEFAULT_TASK, metavar="TASK", help=f"one of {', '.join(TASKS)}"),
-    _option("--size", type=Size(), help=f"width*height in pixels; {task_default('size')}"),
-    _option("--frame_num", type=int, help=f"number of frames, 4n+1; {task_default('frame_num')}"),
-    _option("--ckpt_dir", type=_PATH, help="checkpoint folder; r2v-tiny comes with one"),
-    _option("--prompt", help="what to show; the t2v and t2i tasks have an example"),
+    _option("--task", f"one of {', '.join(TASKS)}", default=DEFAULT_TASK, metavar="TASK"),
+    _setting("--size", Size(), "width*height in pixels"),
+    _setting("--frame_num", int, "number of frames, 4n+1"),
+    _option("--ckpt_dir", "checkpoint folder; r2v-tiny comes with one", type=_PATH),
+    _option("--prompt", "what to show; the t2v and t2i tasks have an example"),
+    _option("--base_seed", "the same on every device; negative: a random one", type=int, default=-1),
     _option(
-        "--base_seed", type=int, default=-1, help="seed, the same on every device; negative: a random one"
-    ),
-    _option(
-        "--save_file",
-        type=_PATH,
-        help="file to write (.mp4, for t2i an image); default: named after the task",
+        "--save_file", "file to write (.mp4, for t2i an image); default: named after the task", type=_PATH
     ),
     # references
     _option(
-        "--ref", type=_PATH, multiple=True, metavar="IMAGE...", help=f"1 to {MAX_REFERENCES} reference images"
+        "--ref", f"1 to {MAX_REFERENCES} reference images", type=_PATH, multiple=True, metavar="IMAGE..."
     ),
     _option(
         "--ref_role",
+        f"{'|'.join(_ROLES)}, one per reference or one",
         type=click.Choice(_ROLES),
         multiple=True,
         metavar="ROLE...",
-        help=f"{'|'.join(_ROLES)}, one per reference or one",
     ),
     _option(
         "--matte",
+        "auto cuts subjects and faces out (needs rembg)",
         type=click.Choice(MATTE_MODES),
         default="off",
-        help="auto cuts subjects and faces out (needs rembg)",
     ),
+    _setting("--ref_guide_scale", _NUMBER, "pull of the references"),
+    _setting("--text_guide_scale", _NUMBER, "pull of the prompt"),
     _option(
-        "--ref_guide_scale",
-        type=FiniteFloat(),
-        help=f"pull of the references; {task_default('ref_guide_scale')}",
-    ),
-    _option(
-        "--text_guide_scale",
-        type=FiniteFloat(),
-        help=f"pull of the prompt; {task_default('text_guide_scale')}",
-    ),
-    _option(
-        "--dit_ckpt",
-        type=_PATH,
-        help="DiT weights to use instead of those in --ckpt_dir: file, index or folder",
+        "--dit_ckpt", "DiT weights to use instead of those in --ckpt_dir: file, index or folder", type=_PATH
     ),
     _option(
         "--save_references",
+        "also save the prepared references",
         is_flag=False,
         flag_value="",
         metavar="[DIR]",
-        help="also save the prepared references",
     ),
     # sampling
-    _option("--sample_solver", type=click.Choice(SOLVERS), help=task_default("sample_solver")),
-    _option("--sample_steps", type=int, help=task_default("sample_steps")),
-    _option(
-        "--sample_shift", type=FiniteFloat(), help=f"shift of the noise grid; {task_default('sample_shift')}"
-    ),
-    _option(
-        "--sample_guide_scale",
-        type=FiniteFloat(),
-        help=f"guidance of tasks without references; {task_default('sample_guide_scale')}",
-    ),
+    _setting("--sample_solver", click.Choice(SOLVERS)),
+    _setting("--sample_steps", int),
+    _setting("--sample_shift", _NUMBER, "shift of the noise grid"),
+    _setting("--sample_guide_scale", _NUMBER, "guidance of tasks without references"),
     # machine
     _option(
-        "--wan_root",
-        metavar="DIR",
-        help="official Wan checkout whose model to use; default: WAN_ROOT, else ours",
+        "--wan_root", "official Wan checkout whose model to use; default: WAN_ROOT, else ours", metavar="DIR"
     ),
-    _option("--device", type=Device(), default="auto", help="where to sample"),
-    _option(
-        "--dtype", type=click.Choice(DTYPES), default="auto", help="format of the DiT; auto: bf16 on CUDA"
-    ),
-    _option(
-        "--offload_model", type=bool, metavar="BOOL", help="keep idle parts on the CPU; default: on one GPU"
-    ),
-    _option("--t5_cpu", is_flag=True, help="keep the text encoder on the CPU"),
+    _option("--device", "where to sample", type=Device(), default="auto"),
+    _option("--dtype", "format of the DiT; auto: bf16 on CUDA", type=click.Choice(DTYPES), default="auto"),
+    _option("--offload_model", "keep idle parts on the CPU; default: on one GPU", type=bool, metavar="BOOL"),
+    _option("--t5_cpu", "keep the text encoder on the CPU", is_flag=True),
     # result
     _option(
-        "--save_sheet",
-        type=_PATH,
-        metavar="PNG",
-        help="sheet to write; default: NAME.sheet.png beside the result",
+        "--save_sheet", "sheet to write; default: NAME.sheet.png beside the result", type=_PATH, metavar="PNG"
     ),
-    _option(
-        "--magnify",
-        type=int,
-        help=f"enlarge every pixel this many times in the file; {task_default('magnify')}",
-    ),
+    _setting("--magnify", int, "enlarge every pixel this many times in the file"),
     # several devices
     _option(
         "--cfg_size",
+        "groups of ranks that share the guidance's branches (r2v has 3, or 2 with equal scales; t2v 2)",
         type=int,
         default=1,
         metavar="1..3",
-        help="groups of ranks that share the guidance's branches (r2v has 3, or 2 with equal scales; t2v 2)",
     ),
-    _option(
-        "--ulysses_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="ranks that divide the attention heads; default: as many as the heads allow",
-    ),
-    _option(
-        "--ring_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="ranks that gather keys and values; default: the remaining ones",
-    ),
-    _option("--dit_fsdp", is_flag=True, help="shard the DiT's weights over all ranks"),
-    _option("--t5_fsdp", is_flag=True, help="shard the text encoder's weights over all ranks"),
+    _option("--ulysses_size", "ranks that divide the heads; default: as many as fit", type=int, default=0),
+    _option("--ring_size", "ranks that gather keys and values; default: the rest", type=int, default=0),
+    _option("--dit_fsdp", "shard the DiT's weights over all ranks", is_flag=True),
+    _option("--t5_fsdp", "shard the text encoder's weights over all ranks", is_flag=True),
     _option(
         "--sp_backend",
+        "what exchanges tokens: auto is torch; xfuser is tried first and gives way to torch with a warning",
         type=click.Choice(SEQUENCE_BACKENDS),
         default="auto",
-        help="what exchanges tokens: auto is torch; xfuser is tried first and gives way to torch with a warning",
     ),
-    _option(
-        "--dry-run", is_flag=True, help="print who would hold what, and stop; needs no weights and no GPU"
-    ),
-    _option("--world_size", type=int, metavar="N", help="devices to plan for, with --dry-run"),
+    _option("--dry-run", "print who would hold what, and stop; needs no weights and no GPU", is_flag=True),
+    _option("--world_size", "devices to plan for, with --dry-run", type=int, metavar="N"),
     # upstream's flags for what is not available yet
-    _option("--use_prompt_extend", is_flag=True, help="not available yet"),
+    _option("--use_prompt_extend", "not available yet", is_flag=True),
     _option("--prompt_extend_method", type=click.Choice(["dashscope", "local_qwen"])),
     _option("--prompt_extend_model"),
     _option("--prompt_extend_target_lang", type=click.Choice(["zh", "en"])),
-    *(_option(f"--{name}", help=_takers(name)) for name in _INPUTS),
+    *map(_input, _INPUTS),
 )
 
 
 class Generation(WordsCommand, Program):
-    """The program.
-
-    Attributes:
-        options: of this run, once they are known.
-    """
+    """The program; `options` are those of this run, once they are known."""
 
     options: RuntimeOptions | None = None
 

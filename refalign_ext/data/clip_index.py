@@ -72,9 +72,6 @@ def measure(clip_set: ClipSet, row: int, span: VideoSpan, *, opens_files: bool =
     """How large, long and fast the span of a row is; the file is opened only where the row does not say.
 
     Then everything is as the file says. Spans in seconds are counted at a steady rate.
-
-    Raises:
-        ValueError: if the file is needed and cannot be read, has no such frames, or may not be opened.
     """
     width, height, fps, total = span.width, span.height, span.fps, None
     if span.crop_xyxy is not None:
@@ -100,11 +97,7 @@ def _is_told(span: VideoSpan) -> bool:
 
 
 def probe_media(media: Media) -> VideoInfo:
-    """`video_file.probe`; a file whose size and time of change are as they were is not opened again.
-
-    Raises:
-        ValueError: if it has no video that can be decoded.
-    """
+    """`video_file.probe`; a file whose size and time of change are as they were is not opened again."""
     from refalign_ext.data.video_file import probe
 
     return probe(media) if isinstance(media, MediaBytes) else _probe_file(media, _file_state(media))
@@ -137,9 +130,6 @@ def open_clip_index(
         workers: processes that open files; 0: this one.
         fallback_dir: folder for the index if it cannot be written beside the set.
         logs_bad_clips: rows that cannot be used are counted in the log, the first few by name.
-
-    Raises:
-        ValueError: if the set has no rows.
     """
     if not len(clip_set):
         raise ValueError(f"{clip_set.path} has no clips")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,11 +18,7 @@ _OPEN_SHARDS = 16
 
 
 def open_clip_set(path: str | Path) -> ClipSet:
-    """The clips of a manifest (.jsonl), or of a folder that `data materialise` wrote.
-
-    Raises:
-        ValueError: if there is nothing of the kind.
-    """
+    """The clips of a manifest (.jsonl), or of a folder that `data materialise` wrote."""
     path = Path(path)
     if path.is_file():
         return ManifestReader(path)
@@ -42,9 +37,6 @@ class ShardRows(ClipSet):
 
     A shard that is missing, cut off or damaged costs the rows that cannot be read from it and no others. The tables
     of the `_OPEN_SHARDS` shards used last are kept; memory does not grow with the number of rows.
-
-    Raises:
-        ValueError: if `shards.json` is missing or not as it should be.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,8 +44,9 @@ class ShardRows(ClipSet):
         infos = read_listing(self.path)
         self._names = [info.name for info in infos]
         self._ends = list(accumulate(info.samples for info in infos))
-        self._tables: OrderedDict[int, ShardTable] = OrderedDict()
-        self._lock = threading.Lock()
+        self._scan = lru_cache(_OPEN_SHARDS)(
+            scan_shard
+        )  # files close once no thread reads from them any more
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -97,7 +90,7 @@ class ShardRows(ClipSet):
     def _sample(self, row: int) -> tuple[ShardTable, str]:
         """The table of a row's shard and the key of its sample."""
         shard, sample = self._locate(row)
-        table = self._table(shard)
+        table = self._scan(self.path / self._names[shard])
         if sample >= len(table.keys):
             raise ValueError(f"the shard is {table.damage or 'shorter than ' + LISTING + ' says'}")
         return table, table.keys[sample]
@@ -108,17 +101,6 @@ class ShardRows(ClipSet):
         if not name.startswith(f"{key}."):
             raise ValueError(f"{name!r} is not a file of this sample, whose names start with {key!r}")
         return table
-
-    def _table(self, shard: int) -> ShardTable:
-        with self._lock:
-            table = self._tables.get(shard)
-            if table is None:
-                table = self._tables[shard] = scan_shard(self.path / self._names[shard])
-            self._tables.move_to_end(shard)
-            if len(self._tables) > _OPEN_SHARDS:
-                # Its file closes once no thread reads from it any more.
-                self._tables.popitem(last=False)
-            return table
 
     def __getstate__(self) -> Path:
         return self.path

@@ -39,11 +39,7 @@ class FrameMemory:
         self._frame: np.ndarray | None = None
 
     def read(self, media: Media, reference: Reference) -> np.ndarray:
-        """The whole frame [H, W, 3] uint8 that a reference of the video `media` is in; it may not be changed.
-
-        Raises:
-            ValueError: if it cannot be read.
-        """
+        """The whole frame [H, W, 3] uint8 that a reference of the video `media` is in; it may not be changed."""
         from refalign_ext.data.decoding import read_frame
 
         frame, share, span = reference.frame, reference.frame_frac, reference.video

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refalign_ext.data.boxes import lies_in_frame
 from refalign_ext.data.media_source import Media
 from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.spans import choose_frames, frame_range
@@ -58,9 +59,6 @@ def read_clip(
         fps: frames per second to take, each the one shown nearest to its time; None takes frames of the file.
         stride: take every stride-th frame of the file, instead of `fps`; None is 1.
         span: the frames that may be taken, and the crop to use of each.
-
-    Raises:
-        ValueError: if the file cannot be decoded, or is too short or too small for what is asked.
     """
     assert frame_num > 0 and min(size) > 0 and 0 <= start_share <= 1
     assert fps is None or (fps > 0 and stride is None)
@@ -83,9 +81,6 @@ def read_frame(
     Args:
         frame: its number in the file, or frame_share: its place in [0, 1) among the frames of the span.
         span: the frames that may be taken; its crop is not applied.
-
-    Raises:
-        ValueError: if the file cannot be decoded, or the frame is not in the span or the span not in the file.
     """
     assert (frame is None) != (frame_share is None)
 
@@ -102,14 +97,15 @@ def read_frame(
 
 def _read(path: Media, choose: Callable[[list[Fraction]], list[int]], finish: _Finish) -> list[Tensor]:
     """The frames whose numbers `choose` picks, given all times in seconds."""
-    shown = None
     with open_video(path) as (container, stream):
         packets = list_packets(container, stream)
-        times = frame_times(packets)  # without times there is only counting
+        times = frame_times(packets)
         if times is not None:
             chosen = choose([time * stream.time_base for time in times])
             shown = _decode_from(container, stream, packets, [times[index] for index in chosen], finish)
-    return _decode_counting(path, choose, finish) if shown is None else shown
+            if shown is not None:
+                return shown
+    return _decode_counting(path, choose, finish)
 
 
 def _decode_from(
@@ -135,35 +131,31 @@ def _decode_from(
             return None
         key = keys[number][1]
         if not runs or key - places[runs[-1][1][-1]] > _WORTH_SEEKING:
-            runs.append((key, [time]))
-        else:
-            runs[-1][1].append(time)
+            runs.append((key, []))
+        runs[-1][1].append(time)
     frames: dict[int, Tensor] = {}
-    for key, wanted in runs:
-        try:
+    try:
+        for key, wanted in runs:
             source = packets_from(container, stream, packets, places, key)
-        except av.error.FFmpegError:  # a stream without an index
-            return None
-        found = None if source is None else _decode_run(source, wanted, finish)
-        if found is None:
-            return None
-        frames |= found
-    return [frames[time] for time in times]
+            if source is not None:
+                frames |= _decode_run(source, wanted, finish)
+    except av.error.FFmpegError:  # a stream without an index, or a damaged packet
+        return None
+    return [frames[time] for time in times] if frames.keys() >= set(times) else None
 
 
-def _decode_run(source: Iterator[av.Packet], times: list[int], finish: _Finish) -> dict[int, Tensor] | None:
-    """The frames at `times` (ascending), or None if one of them does not come out."""
+def _decode_run(source: Iterator[av.Packet], times: list[int], finish: _Finish) -> dict[int, Tensor]:
+    """The frames at `times` (ascending), up to one that does not come out."""
     frames: dict[int, Tensor] = {}
-    for packet in source:
-        for frame in packet.decode():
-            time = times[len(frames)]
-            if frame.pts is None or frame.pts > time:
-                return None
-            if frame.pts == time:
-                frames[time] = finish(frame)
-            if len(frames) == len(times):
-                return frames
-    return None
+    for frame in chain.from_iterable(packet.decode() for packet in source):
+        time = times[len(frames)]
+        if frame.pts is None or frame.pts > time:
+            break
+        if frame.pts == time:
+            frames[time] = finish(frame)
+        if len(frames) == len(times):
+            break
+    return frames
 
 
 def _decode_counting(
@@ -175,10 +167,8 @@ def _decode_counting(
         shown = [frame.pts for frame in container.decode(stream)]
     if not shown:
         raise ValueError(f"{path}: cannot be decoded (no frames in its video)")
-    if None not in shown and all(earlier < later for earlier, later in zip(shown, shown[1:])):
-        times = [time * tick for time in shown]
-    else:
-        times = [index / Fraction(rate) for index in range(len(shown))]
+    is_timed = None not in shown and sorted(set(shown)) == shown
+    times = [time * tick for time in shown] if is_timed else [n / Fraction(rate) for n in range(len(shown))]
     chosen = choose(times)
     wanted, frames = set(chosen), {}
     with open_video(path) as (container, stream):
@@ -202,12 +192,10 @@ class _Finish:
             raise ValueError(f"{self.path}: the frame at {frame.time} s is damaged")
         pixels = _upright(frame, _rgb(frame, self.reformatter))
         if self.crop is not None:
-            left, top, right, bottom = self.crop
-            height, width = pixels.shape[:2]
-            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            (left, top, right, bottom), (height, width) = self.crop, pixels.shape[:2]
+            if not lies_in_frame(self.crop, (width, height)):
                 raise ValueError(
-                    f"{self.path}: crop {list(self.crop)} (left, top, right, bottom) does not lie in the frame of "
-                    f"{width} x {height} pixels"
+                    f"{self.path}: crop {list(self.crop)} does not lie in the frame of {width}x{height} pixels"
                 )
             pixels = pixels[top:bottom, left:right]
         pixels = np.ascontiguousarray(pixels)

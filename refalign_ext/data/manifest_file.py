@@ -27,9 +27,6 @@ def write_manifest(path: str | os.PathLike[str], clips: Iterable[Clip]) -> int:
 
     Returns:
         The number of rows.
-
-    Raises:
-        ValueError: for a clip that `parse` would refuse, a value that is not JSON, or a row above `MAX_ROW_BYTES`.
     """
     target = Path(path)
     with atomic_open(index_path(target)) as index:
@@ -43,11 +40,7 @@ def write_manifest(path: str | os.PathLike[str], clips: Iterable[Clip]) -> int:
 
 
 def checked_line(clip: Clip, place: str) -> bytes:
-    """The line of a clip, with its end, checked as it will be when it is read.
-
-    Raises:
-        ValueError: starting with `place`, as `write_manifest`.
-    """
+    """The line of a clip, with its end, checked as it will be when it is read."""
     entry = to_dict(clip)
     parse(entry, place)
     line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
@@ -67,9 +60,6 @@ class ManifestReader(ClipSet):
     Memory does not grow with the number of rows: offsets stay in the index file. It holds a header `_HEADER` and one
     little-endian uint64 for each row, and is built anew if it is missing, damaged, or the manifest's size or time of
     change is not what it says; in a folder that cannot be written to, in a temporary file. Blank lines are not rows.
-
-    Raises:
-        ValueError: if there is no such file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

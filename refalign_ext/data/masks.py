@@ -33,10 +33,6 @@ class RunLengthMask:
     Attributes:
         size: (height, width) in pixels, in this order.
         counts: the compressed string or the plain lengths, kept as given.
-
-    Raises:
-        ValueError: for a size that is not positive or exceeds `MAX_PIXELS`, characters outside the format, negative
-            lengths, or lengths that do not add up to height x width.
     """
 
     size: tuple[int, int]
@@ -65,11 +61,7 @@ class RunLengthMask:
 
 
 def parse_mask(entry: object) -> RunLengthMask:
-    """The mask of a COCO entry `{"size": [h, w], "counts": ...}`; other keys, such as `score`, are not looked at.
-
-    Raises:
-        ValueError: for anything that is not a well-formed mask.
-    """
+    """The mask of a COCO entry `{"size": [h, w], "counts": ...}`; other keys, such as `score`, are not looked at."""
     try:
         return msgspec.convert(entry, RunLengthMask)
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
@@ -84,11 +76,7 @@ def decode(mask: RunLengthMask) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray) -> RunLengthMask:
-    """Compressed run lengths of a mask [h, w] (boolean, or integers that are 0 outside).
-
-    Raises:
-        ValueError: for no pixels, or more than `MAX_PIXELS`.
-    """
+    """Compressed run lengths of a mask [h, w] (boolean, or integers that are 0 outside)."""
     assert pixels.ndim == 2 and pixels.dtype.kind in "bui"
     counts = coco.encode(np.asfortranarray(pixels != 0, np.uint8))["counts"] if pixels.size else b""
     return RunLengthMask(pixels.shape, counts.decode("ascii"))

@@ -19,11 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the work that one of several machines or processes does.
-
-    Attributes:
-        index: which part, from 0.
-        count: how many parts there are.
+    """Part `index` (from 0) of `count` parts of the work, which one of several machines or processes does.
 
     Raises:
         ValueError: naming --shard, if there is no such part.
@@ -34,9 +30,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.index < self.count:
-            raise ValueError(
-                f"--shard {self.index}/{self.count}: there is no such part; of n parts give 0/n to n-1/n"
-            )
+            raise ValueError(f"--shard {self.index}/{self.count}: of n parts give 0/n to n-1/n")
 
     @classmethod
     def parse(cls, text: str) -> Share:
@@ -52,11 +46,7 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> Share:
-        """RANK of WORLD_SIZE as torchrun sets them; the whole if it does not.
-
-        Raises:
-            ValueError: if they are not numbers that fit together.
-        """
+        """RANK of WORLD_SIZE as torchrun sets them; the whole if it does not."""
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         try:
             return cls.parse(f"{rank}/{size}")

@@ -31,9 +31,6 @@ def video_uint8(
     """The frames of one variant of a clip: [3, T, H, W] uint8.
 
     Where it starts follows from the seed, the clip's id and the number of the variant.
-
-    Raises:
-        ValueError: if the file is missing, cannot be decoded or is too short.
     """
     return to_uint8(
         read_clip(
@@ -54,9 +51,6 @@ def load_reference(
     """One reference, augmented if the spec says so, letterboxed on white: [3, H, W] float32 in [-1, 1].
 
     How it is augmented follows from the seed, the clip's id and the spec.
-
-    Raises:
-        ValueError: if it cannot be read or cut out.
     """
     reference = clip.subjects[spec.subject].refs[spec.reference]
     image = read_reference(clip_set, row, reference)

@@ -246,11 +246,7 @@ def to_dict(clip: Clip) -> dict[str, Any]:
 
 
 def parse_line(line: bytes, place: str) -> Clip:
-    """The clip of one line of a manifest.
-
-    Raises:
-        ValueError: starting with `place`, for text that is not JSON in UTF-8, and as `parse`.
-    """
+    """The clip of one line of a manifest."""
     try:
         entry = msgspec.json.decode(line)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -274,11 +270,7 @@ def relative_path_problem(name: str) -> str | None:
 
 
 def resolve_inside(root: Path, name: str) -> Path:
-    """The file that a manifest in folder `root` means by `name`.
-
-    Raises:
-        ValueError: if the name is not one, or leads outside of the folder, also by a symbolic link.
-    """
+    """The file that a manifest in folder `root` means by `name`."""
     problem = relative_path_problem(name)
     if problem:
         raise ValueError(problem)

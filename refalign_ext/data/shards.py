@@ -70,11 +70,7 @@ class ShardTable:
     damage: str | None = None
 
     def member_range(self, member: str) -> tuple[int, int]:
-        """Offset and bytes of a member.
-
-        Raises:
-            ValueError: if the shard has no such member, or it is no plain file.
-        """
+        """Offset and bytes of a member."""
         found = self.members.get(member)
         if found is None:
             rest = f"; the shard is {self.damage}" if self.damage else ""
@@ -84,11 +80,7 @@ class ShardTable:
         return found
 
     def read(self, member: str, limit: int = MAX_MEMBER_BYTES) -> bytes:
-        """The bytes of a member.
-
-        Raises:
-            ValueError: if the shard has no such member, or it is no plain file, too large or cut off.
-        """
+        """The bytes of a member."""
         offset, size = self.member_range(member)
         if size > limit:
             raise ValueError(f"{self.name}: member {member!r} has {size} bytes; {limit} are the most")
@@ -107,9 +99,6 @@ def scan_shard(path: Path) -> ShardTable:
 
     Only plain files with names `<key>.<extension>` can be used: links, folders, devices and names with a slash are
     noted as unusable.
-
-    Raises:
-        ValueError: if the shard cannot be opened.
     """
     try:
         table = ShardTable(str(path), path.open("rb"))
@@ -191,11 +180,7 @@ def write_listing(folder: Path, infos: list[ShardInfo]) -> None:
 
 
 def read_listing(folder: Path) -> list[ShardInfo]:
-    """What `shards.json` of a packed folder says.
-
-    Raises:
-        ValueError: if it is missing or not as `write_listing` leaves it.
-    """
+    """What `shards.json` of a packed folder says."""
     path = folder / LISTING
     try:
         with path.open("rb") as file:

@@ -26,9 +26,6 @@ def frame_range(path: Media, times: list[Fraction], span: VideoSpan) -> tuple[in
 
     Args:
         path: for errors; times: when each frame of the file is shown, in seconds, ascending.
-
-    Raises:
-        ValueError: if the file does not have these frames.
     """
     if not _is_in_seconds(span):
         return _range_of_frames(path, len(times), span)
@@ -46,9 +43,6 @@ def steady_range(span: VideoSpan, fps: float, frames: int | None) -> tuple[int, 
     Args:
         fps: frames per second of the file; only a span in seconds needs it.
         frames: of the file; None: unknown, and the span, which has to tell its end, lies in it.
-
-    Raises:
-        ValueError: if the file does not have these frames.
     """
     if not _is_in_seconds(span):
         return _range_of_frames(span.path, frames, span)
@@ -118,9 +112,6 @@ def choose_frames(
     """Numbers of the frames to take, in order; at a high `fps` one may come repeatedly.
 
     Arguments are those of `frame_range` and `decoding.read_clip`.
-
-    Raises:
-        ValueError: if the span is not in the file or is too short.
     """
     start, end = frame_range(path, times, span)
     inside = "" if (start, end) == (0, len(times)) else f" from {start} to {end}"

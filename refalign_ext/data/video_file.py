@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -29,24 +29,16 @@ _CONTAINERS = (
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says about its video.
+    """What a file says about its video."""
 
-    Attributes:
-        width, height: pixels of a frame as it is shown, after its rotation.
-        frames: how many there are; of a file without times the number of its packets.
-        fps: frames per second on average; 0 if nothing tells.
-        duration_s: seconds from the first frame to the end of the last one.
-    """
-
-    width: int
+    width: int  # pixels of a frame as it is shown, after its rotation
     height: int
-    frames: int
-    fps: float
-    duration_s: float
+    frames: int  # of a file without times the number of its packets
+    fps: float  # on average; 0 if nothing tells
+    duration_s: float  # from the first frame to the end of the last one
 
 
-@dataclass(frozen=True)
-class Packet:
+class Packet(NamedTuple):
     """One stored frame; times in ticks of the stream, None where the file has none; size in bytes."""
 
     pts: int | None
@@ -58,11 +50,7 @@ class Packet:
 
 
 def probe(path: Media) -> VideoInfo:
-    """Reads times from the packets; of the pictures only the first is decoded, as it alone tells the rotation.
-
-    Raises:
-        ValueError: if the file has no video that can be decoded.
-    """
+    """Reads times from the packets; of the pictures only the first is decoded, as it alone tells the rotation."""
     with open_video(path) as (container, stream):
         packets = list_packets(container, stream)
         times, tick = frame_times(packets), stream.time_base
@@ -102,7 +90,7 @@ def open_video(path: Media) -> Iterator[tuple[av.container.InputContainer, av.Vi
                 raise ValueError(f"{path}: cannot be decoded (FFmpeg here has no decoder for its video)")
             if context.width * context.height > MAX_PIXELS:
                 raise ValueError(
-                    f"{path}: frames of {context.width} x {context.height} pixels; {MAX_PIXELS} are the most"
+                    f"{path}: frames of {context.width}x{context.height} pixels; {MAX_PIXELS} are the most"
                 )
             # Loaders run one process per core: threads inside each would only fight over these.
             context.thread_count = 1
@@ -115,15 +103,15 @@ def list_packets(container: av.container.InputContainer, stream: av.VideoStream)
     """All packets in the order of the file; nothing is decoded."""
     return [
         Packet(
-            packet.pts,
-            packet.dts,
-            packet.duration or 0,
-            packet.size,
-            packet.is_keyframe,
-            not (packet.is_discard or packet.is_corrupt),
+            one.pts,
+            one.dts,
+            one.duration or 0,
+            one.size,
+            one.is_keyframe,
+            not (one.is_discard or one.is_corrupt),
         )
-        for packet in container.demux(stream)
-        if packet.size
+        for one in container.demux(stream)
+        if one.size
     ]
 
 

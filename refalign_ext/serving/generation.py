@@ -17,17 +17,14 @@ import torch
 
 from refalign_ext.backbone import (
     WAN_CONFIGS,
-    checkpoint_files,
     choose_seed,
     describe_versions,
     file_sha256,
     latent_shape,
     require_files,
-    required_files,
     resolve_device,
 )
-from refalign_ext.checkpoint.checkpointer import is_checkpoint
-from refalign_ext.checkpoint.reading import read_any_dit
+from refalign_ext.checkpoint.reading import dit_files, read_any_dit
 from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
@@ -44,7 +41,7 @@ from refalign_ext.parallelism import SingleProcess
 from refalign_ext.pipeline import R2VPipeline, Result
 from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.plan import Plan
-from refalign_ext.planning.table import describe
+from refalign_ext.planning.table import plan_table
 from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions
 from refalign_ext.serving.outputs import OutputPaths, write_outputs
 from refalign_ext.tasks import TASKS
@@ -56,11 +53,13 @@ _TIMEOUT_SECONDS = 2 * 3600.0
 _ASSUMED_REFERENCES = 3
 
 
-def init_distributed(device: str) -> str:
-    """Joins the ranks that torchrun started, before anything is checked; returns this rank's device.
+@contextmanager
+def distributed(device: str) -> Iterator[str]:
+    """This rank's device while the ranks that torchrun started work together, until rank 0 has written the files.
 
     Raises:
         ValueError: for a device that ranks cannot share a video on, or if they do not find each other.
+        ConnectionError: on rank 0 if another rank is gone; other ranks leave the report to it.
     """
     if device.startswith("cuda:"):
         raise ValueError(f"--device {device} is one GPU for all ranks: use --device cuda, a GPU for each")
@@ -68,7 +67,17 @@ def init_distributed(device: str) -> str:
     if own.type == "mps":
         raise ValueError("ranks cannot share a video on mps: use --device cpu")
     start_process_group(own, _TIMEOUT_SECONDS)
-    return str(own)
+    try:
+        yield str(own)
+        stop_process_group(together=True)
+    except (OSError, RuntimeError) as error:
+        if not is_lost_contact(error):
+            raise
+        if environment_rank() > 0:
+            raise click.exceptions.Exit(2) from error
+        raise ConnectionError(
+            "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
+        ) from error
 
 
 def resolve_parallel_sizes(request: GenerationRequest, options: RuntimeOptions) -> RuntimeOptions:
@@ -87,32 +96,6 @@ def resolve_parallel_sizes(request: GenerationRequest, options: RuntimeOptions) 
     return replace(options, cfg_size=sizes.data, ulysses_size=sizes.ulysses, ring_size=sizes.ring)
 
 
-def shutdown_distributed() -> None:
-    """Waits until rank 0 has written the files."""
-    stop_process_group(together=True)
-
-
-@contextmanager
-def distributed(device: str) -> Iterator[str]:
-    """This rank's device, between `init_distributed` and `shutdown_distributed`.
-
-    Raises:
-        ConnectionError: on rank 0 if another rank is gone; other ranks leave the report to it.
-    """
-    own = init_distributed(device)
-    try:
-        yield own
-        shutdown_distributed()
-    except (OSError, RuntimeError) as error:
-        if not is_lost_contact(error):
-            raise
-        if environment_rank() > 0:
-            raise click.exceptions.Exit(2) from error
-        raise ConnectionError(
-            "another rank ended without a word (killed, or out of the host's memory?): see the log of the system"
-        ) from error
-
-
 def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
     """Who would hold what, for a dry run: needs no weights, no references and no GPU.
 
@@ -122,7 +105,7 @@ def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
     if "references" in TASKS[request.task].needs and not request.references:
         request = replace(request, references=(Reference("assumed"),) * _ASSUMED_REFERENCES)
     latent_shape(request.size, request.frame_num, WAN_CONFIGS[request.task])
-    return describe(_plan(request, resolve_parallel_sizes(request, options), None))
+    return plan_table(_plan(request, resolve_parallel_sizes(request, options), None))
 
 
 def run_request(
@@ -144,7 +127,7 @@ def run_request(
     task, config = TASKS[request.task], WAN_CONFIGS[request.task]
     latent_shape(request.size, request.frame_num, config)
     request = task.open(request)
-    require_files(options.ckpt_dir, required_files(options.ckpt_dir, config, dit=options.dit_ckpt is None))
+    require_files(options.ckpt_dir, config, dit=options.dit_ckpt is None)
     device = resolve_device(options.device)
     ranks = _join(request, options, device)
     request = replace(request, seed=ranks.same_seed(choose_seed(request.seed)))
@@ -199,7 +182,7 @@ def _join(request: GenerationRequest, options: RuntimeOptions, device: torch.dev
         return SingleProcess()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     plan = _plan(request, options, memory)
-    logger.info("%s", describe(plan))
+    logger.info("%s", plan_table(plan))
     if memory is not None and not plan.fits and not options.offload_model:
         logger.warning("this may run out of memory: try %s", ", ".join(plan.suggestions))
     needed = _branches(request)
@@ -243,9 +226,9 @@ def _branches(request: GenerationRequest) -> int:
 
 def _weight_files(request: GenerationRequest, options: RuntimeOptions) -> list[Path]:
     """The files that hold the weights of a run."""
-    config, source = WAN_CONFIGS[request.task], options.dit_ckpt or options.ckpt_dir
-    dit_files = sorted(source.glob("*.distcp")) if is_checkpoint(source) else checkpoint_files(source)
-    return [*dit_files, options.ckpt_dir / config.t5_checkpoint, options.ckpt_dir / config.vae_checkpoint]
+    config, folder = WAN_CONFIGS[request.task], options.ckpt_dir
+    dit = dit_files(options.dit_ckpt or folder)
+    return [*dit, folder / config.t5_checkpoint, folder / config.vae_checkpoint]
 
 
 @contextmanager
@@ -262,7 +245,7 @@ def _hashed_in_background(paths: list[Path]) -> Iterator[Callable[[], dict[str, 
 def _sheet(request: GenerationRequest, result: Result) -> Any:
     """The page that shows references, prompt, frames and settings."""
     task, settings = TASKS[request.task], result.settings
-    labels = {
+    scales = {
         "ref_guide_scale": "reference scale",
         "text_guide_scale": "prompt scale",
         "sample_guide_scale": "guidance scale",
@@ -271,7 +254,7 @@ def _sheet(request: GenerationRequest, result: Result) -> Any:
         f"seed {settings['seed']}",
         f"{request.size[0]} x {request.size[1]}",
         f"{request.sample_solver}, {request.sample_steps} steps, shift {request.sample_shift}",
-        ", ".join(f"{label} {settings[name]}" for name, label in labels.items() if name in settings),
+        ", ".join(f"{label} {settings[name]}" for name, label in scales.items() if name in settings),
     )
     return make_sheet(
         result.references,

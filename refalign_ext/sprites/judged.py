@@ -12,14 +12,8 @@ import numpy as np
 from PIL import Image
 
 from refalign_ext.atomic_io import atomic_open, write_json
-from refalign_ext.backbone import (
-    WAN_CONFIGS,
-    checkpoint_files,
-    file_sha256,
-    require_files,
-    required_files,
-)
-from refalign_ext.checkpoint.checkpointer import is_checkpoint
+from refalign_ext.backbone import WAN_CONFIGS, file_sha256, require_files, required_files
+from refalign_ext.checkpoint.reading import dit_files
 from refalign_ext.sprites import evaluate as evaluator_module
 from refalign_ext.sprites import judge as judge_module
 from refalign_ext.sprites import world as world_module
@@ -67,7 +61,7 @@ class JudgedFolder:
 
     def __init__(self, folder: Path, *, dit_ckpt: Path | None = None, device: str = "cpu") -> None:
         self.task = WAN_CONFIGS["r2v-tiny"]
-        require_files(folder, required_files(folder, self.task, dit=False))
+        require_files(folder, self.task, dit=False)
         self.folder, self.dit_ckpt, self.device = folder, dit_ckpt, device
 
     @cached_property
@@ -77,9 +71,7 @@ class JudgedFolder:
 
     @cached_property
     def _dit_digests(self) -> dict[str, str]:
-        source = self.dit_ckpt or self.folder
-        files = sorted(source.glob("*.distcp")) if is_checkpoint(source) else checkpoint_files(source)
-        return {path.name: file_sha256(path) for path in files}
+        return {path.name: file_sha256(path) for path in dit_files(self.dit_ckpt or self.folder)}
 
     def fingerprint(self, what: str, job: Job) -> dict[str, Any]:
         """What answers depend on: the job, the task's settings, digests of the weights and of the judge's code."""

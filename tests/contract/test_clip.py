@@ -121,7 +121,5 @@ def test_mistakes(checkpoint: Path, tmp_path: Path) -> None:
     state_dict = torch.load(checkpoint, weights_only=True)
     state_dict["visual.extra.weight"] = state_dict.pop("visual.pre_norm.weight")
     torch.save(state_dict, tmp_path / "clip.pth")
-    with pytest.raises(
-        ValueError, match=r"pre_layrnorm\.weight; 1 unexpected: (vision_model\.)?visual\.extra\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"pre_layrnorm\.weight; 1 unexpected: .*extra\.weight"):
         load(tmp_path / "clip.pth")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,15 +18,7 @@ from wan.modules.t5 import (
     t5_state_dict_to_transformers,
 )
 
-CONFIG = {
-    "vocab": 40,
-    "dim": 32,
-    "dim_attn": 48,
-    "dim_ffn": 64,
-    "num_heads": 4,
-    "num_layers": 2,
-    "num_buckets": 8,
-}
+CONFIG = dict(vocab=40, dim=32, dim_attn=48, dim_ffn=64, num_heads=4, num_layers=2, num_buckets=8)
 PIECES = ["<pad>", "</s>", "<s>", "<unk>", "▁", "▁red", "▁cat", "▁runs", "▁to", "▁the", "▁sea"]
 PROMPTS = ["red cat runs to the sea", "", "the  red\ncat"]
 LENGTHS = [7, 1, 4]
@@ -157,15 +147,10 @@ def test_a_prompt_does_not_depend_on_its_batch(checkpoint: Path, tokenizer_folde
         torch.testing.assert_close(encoder(prompt, "cpu")[0], together, atol=1e-5, rtol=1e-5)
 
 
-def test_empty_prompt(checkpoint: Path, tokenizer_folder: Path) -> None:
-    (embedding,) = load(checkpoint, tokenizer_folder)([""], "cpu")
-    assert embedding.shape == (1, 32)
-    assert embedding.isfinite().all()
-
-
-def test_long_prompts_are_cut(checkpoint: Path, tokenizer_folder: Path) -> None:
-    (embedding,) = load(checkpoint, tokenizer_folder)(["red cat " * 50], "cpu")
-    assert embedding.shape == (12, 32)
+def test_empty_and_long_prompts(checkpoint: Path, tokenizer_folder: Path) -> None:
+    empty, cut = load(checkpoint, tokenizer_folder)(["", "red cat " * 50], "cpu")
+    assert empty.shape == (1, 32) and empty.isfinite().all()
+    assert cut.shape == (12, 32)
 
 
 def test_bfloat16(checkpoint: Path, tokenizer_folder: Path) -> None:
@@ -186,10 +171,6 @@ def test_weights_are_tied_frozen_and_off_the_meta_device(checkpoint: Path, token
         assert not tensor.requires_grad
 
 
-def test_untrained_without_a_checkpoint(tokenizer_folder: Path) -> None:
-    assert load(None, tokenizer_folder)(["red"], "cpu")[0].shape == (2, 32)
-
-
 def test_shard_fn_replaces_the_move(checkpoint: Path, tokenizer_folder: Path) -> None:
     calls = []
 
@@ -200,6 +181,7 @@ def test_shard_fn_replaces_the_move(checkpoint: Path, tokenizer_folder: Path) ->
     encoder = T5EncoderModel(12, torch.float32, "meta", checkpoint, tokenizer_folder, shard, config=CONFIG)
     assert calls == [False]
     assert encoder(["red"], "cpu")[0].shape == (2, 32)
+    assert load(None, tokenizer_folder)(["red"], "cpu")[0].shape == (2, 32)
 
 
 def test_weights_of_another_model_are_refused(
@@ -226,19 +208,5 @@ def test_user_mistakes(checkpoint: Path, tokenizer_folder: Path, tmp_path: Path)
         T5EncoderModel(12, torch.float32, "cpu", checkpoint)
     with pytest.raises(ValueError, match=r"absent\.pth: no such checkpoint file"):
         load(tmp_path / "absent.pth", tokenizer_folder)
-    with pytest.raises(ValueError, match="dim_attn 48 is not divisible by num_heads 5"):
-        build_t5({**CONFIG, "num_heads": 5})
     with pytest.raises(ValueError, match=r"1 foreign names, such as lm_head\.weight"):
         t5_state_dict_from_transformers({"lm_head.weight": torch.zeros(1)})
-
-
-def test_importing_the_adapters_does_not_import_the_libraries() -> None:
-    code = (
-        "import sys, wan.modules.t5, wan.modules.vae, wan.modules.clip, wan.modules.tokenizers\n"
-        "sys.exit(', '.join({'transformers', 'diffusers', 'ftfy'} & sys.modules.keys()) or 0)"
-    )
-    root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr

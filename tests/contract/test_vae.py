@@ -80,14 +80,6 @@ def test_key_map_covers_every_parameter(config: dict[str, Any]) -> None:
     assert list(vae_state_dict_to_diffusers(upstream, config)) == list(state_dict)
 
 
-def test_upstream_names_of_the_small_configuration() -> None:
-    names = vae_key_map(SMALL)
-    assert names["encoder.downsamples.1.time_conv.weight"] == "encoder.down_blocks.1.time_conv.weight"
-    assert names["encoder.downsamples.4.shortcut.bias"] == "encoder.down_blocks.4.conv_shortcut.bias"
-    assert names["decoder.upsamples.2.resample.1.bias"] == "decoder.up_blocks.0.upsamplers.0.resample.1.bias"
-    assert names["decoder.upsamples.7.residual.6.weight"] == "decoder.up_blocks.2.resnets.1.conv2.weight"
-
-
 @pytest.mark.parametrize("frames", [1, 5, 9])
 def test_saved_file_computes_what_the_library_model_does(
     library_model: AutoencoderKLWan, checkpoint: Path, frames: int
@@ -119,7 +111,7 @@ def test_lists_of_different_sizes(checkpoint: Path) -> None:
     assert vae.encode([]) == vae.decode([]) == []
 
 
-def test_half_precision_requests_compute_in_float32(checkpoint: Path) -> None:
+def test_precision_is_float32_or_what_is_finer(checkpoint: Path) -> None:
     video = noise(3, 5, 8, 8)
     expected = WanVAE(vae_pth=checkpoint, config=SMALL).encode([video])[0]
     vae = WanVAE(vae_pth=checkpoint, config=SMALL, dtype=torch.bfloat16)
@@ -128,31 +120,18 @@ def test_half_precision_requests_compute_in_float32(checkpoint: Path) -> None:
         decoded = vae.decode([latent.to(torch.bfloat16)])[0]
     assert latent.dtype == decoded.dtype == torch.float32
     assert torch.equal(latent, expected)
-
-
-def test_float64_is_honoured(checkpoint: Path) -> None:
-    video = noise(3, 5, 8, 8)
-    single, double = (
-        WanVAE(vae_pth=checkpoint, config=SMALL, dtype=dtype).encode([video])[0]
-        for dtype in (torch.float32, torch.float64)
-    )
+    double = WanVAE(vae_pth=checkpoint, config=SMALL, dtype=torch.float64).encode([video])[0]
     assert double.dtype == torch.float64
-    torch.testing.assert_close(single.double(), double, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(expected.double(), double, atol=1e-5, rtol=1e-5)
 
 
-def test_latents_carry_gradients_and_weights_do_not(checkpoint: Path) -> None:
+def test_latents_carry_gradients_and_videos_are_clamped(checkpoint: Path) -> None:
     vae = WanVAE(vae_pth=checkpoint, config=SMALL)
     latent = (noise(4, 1, 2, 2) * 0.1).requires_grad_()
     vae.decode([latent])[0].sum().backward()
-    assert latent.grad is not None
-    assert latent.grad.abs().sum() > 0
+    assert latent.grad is not None and latent.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in vae.model.parameters())
-
-
-def test_decoded_videos_are_clamped(checkpoint: Path) -> None:
-    decoded = WanVAE(vae_pth=checkpoint, config=SMALL).decode([noise(4, 2, 2, 2) * 1e3])[0]
-    assert decoded.min() >= -1
-    assert decoded.max() <= 1
+    assert vae.decode([noise(4, 2, 2, 2) * 1e3])[0].abs().max() <= 1
 
 
 def test_default_statistics_are_those_of_the_library() -> None:
@@ -189,21 +168,6 @@ def test_weights_of_another_model_are_refused(checkpoint: Path, tmp_path: Path) 
     torch.save(state_dict, tmp_path / "vae.pth")
     with pytest.raises(ValueError, match=r"1 missing: quant_conv\.weight; 1 unexpected: extra\.weight"):
         WanVAE(vae_pth=tmp_path / "vae.pth", config=SMALL)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"attn_scales": [0.5]}, "attn_scales must be empty"),
-        ({"temperal_downsample": [True]}, "need 2 values in temperal_downsample"),
-        ({"temperal_downsample": [False, True]}, "must be true twice"),
-        ({"mean": [0.0] * 3}, "4 latent channels but 3 statistics"),
-        ({"mean": None}, "4 latent channels but 16 statistics"),
-    ],
-)
-def test_configurations_are_checked(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        WanVAE(config={**SMALL, **change})
 
 
 def test_foreign_state_dict_is_not_written() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from wan.configs import WAN_CONFIGS
 from wan.modules import model as model_module
-from wan.modules.model import WanModel, rope_apply, rope_multipliers, rope_params, sinusoidal_embedding_1d
+from wan.modules.model import WanModel, rope_apply, rope_multipliers, sinusoidal_embedding_1d
 
 TEXT_DIM = 20
 TEXT_LEN = 16
@@ -318,13 +318,6 @@ def test_sinusoid_is_computed_in_float64() -> None:
         angle = 999.75 * 10000.0 ** (-i / 128)
         assert embedding[0, i].item() == pytest.approx(math.cos(angle), abs=1e-12)
         assert embedding[0, 128 + i].item() == pytest.approx(math.sin(angle), abs=1e-12)
-
-
-def test_odd_tables_are_refused() -> None:
-    with pytest.raises(ValueError, match="even"):
-        sinusoidal_embedding_1d(7, torch.zeros(1))
-    with pytest.raises(ValueError, match="pairs"):
-        rope_params(8, 7)
 
 
 def test_meta_initialisation() -> None:

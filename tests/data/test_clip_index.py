@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import json
 import pickle
 import random
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -64,52 +65,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def clip_set(folder: Path, span: VideoSpan) -> ClipSet:
-    subjects = (Subject("1", refs=(Reference("cross", image="ref.png"),)),)
-    write_manifest(folder / "data.jsonl", [Clip("a", "custom", span, "a box", subjects)])
-    return open_clip_set(folder / "data.jsonl")
+def rows_of(folder: Path, *spans: VideoSpan, name: str = "rows.jsonl") -> ClipSet:
+    subjects = (Subject("1", refs=(Reference("regular", image="ref.png"),)),)
+    clips = [Clip(f"{n}", "custom", span, "a box", subjects, group_id="g") for n, span in enumerate(spans)]
+    write_manifest(folder / name, clips)
+    return open_clip_set(folder / name)
 
 
-def longest(is_possible: Any) -> int:
-    return max((frames for frames in range(1, FRAMES + 5) if is_possible(frames)), default=0)
+def is_longest(frames: int, can_be: Callable[[int], bool]) -> bool:
+    return (frames == 0 or can_be(frames)) and not can_be(frames + 1)
 
 
-def decoded(folder: Path, span: VideoSpan) -> int:
-    def decodes(frames: int) -> bool:
-        try:
-            return read_clip(folder / span.path, frames, (8, 8), span=span).shape[1] == frames
-        except ValueError:
-            return False
-
-    return longest(decodes)
+def decodes(folder: Path, span: VideoSpan, frames: int) -> bool:
+    try:
+        return read_clip(folder / span.path, frames, (8, 8), span=span).shape[1] == frames
+    except ValueError:
+        return False
 
 
-def checked(clips: ClipSet) -> int:
-    def is_sound(frames: int) -> bool:
-        findings, _ = check_row(clips, 0, length=Length(frames))
-        return not any(finding.level == "error" for finding in findings)
-
-    return longest(is_sound)
+def is_sound(clips: ClipSet, frames: int) -> bool:
+    findings, _ = check_row(clips, 0, length=Length(frames))
+    return not any(finding.level == "error" for finding in findings)
 
 
-def converted(folder: Path, span: dict[str, float]) -> int:
-    row = {"video": "clip.mp4", "prompt": "a box", "ref1": "ref.png", **span}
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        writer.writeheader()
-        writer.writerow(row)
-
-    def is_kept(frames: int) -> bool:
-        try:
-            convert_folder(folder / "table.csv", folder / "converted.jsonl", length=Length(frames))
-        except ValueError:
-            return False
-        clips = open_clip_set(folder / "converted.jsonl")
-        video = clips[0].video
-        assert measure(clips, 0, video, opens_files=False).frames == decoded(folder, video)
-        return True
-
-    return longest(is_kept)
+def is_converted(folder: Path, span: dict[str, float], frames: int) -> bool:
+    row = {"video": "clip.mp4", "prompt": "a box", "references": ["ref.png"], **span}
+    (folder / "table.jsonl").write_text(json.dumps(row))
+    try:
+        convert_folder(folder / "table.jsonl", folder / "converted.jsonl", length=Length(frames))
+    except ValueError:
+        return False
+    clips = open_clip_set(folder / "converted.jsonl")
+    video = clips[0].video
+    told = measure(clips, 0, video, opens_files=False).frames
+    return is_longest(told, lambda frames: decodes(folder, video, frames))
 
 
 @pytest.mark.parametrize(("span", "frames"), SPANS, ids=[str(span) for span, _ in SPANS])
@@ -117,14 +106,14 @@ def test_all_agree_with_the_decoder_on_how_long_a_span_is(
     folder: Path, span: dict[str, Any], frames: int
 ) -> None:
     video = VideoSpan("clip.mp4", **span)
-    clips = clip_set(folder, video)
+    clips = rows_of(folder, video)
     records = open_clip_index(clips)
-    assert decoded(folder, video) == frames
+    assert is_longest(frames, lambda count: decodes(folder, video, count))
     assert records["frames"].tolist() == [frames]
     assert records["state"].tolist() == [USABLE if frames else BAD_VIDEO]
     assert collect_stats(clips).numbers["frames"].sum() == frames
-    assert checked(clips) == frames
-    assert converted(folder, span) == frames
+    assert is_longest(frames, lambda count: is_sound(clips, count))
+    assert is_longest(frames, lambda count: is_converted(folder, span, count))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -146,13 +135,6 @@ def test_a_steady_rate_tells_what_the_times_of_all_frames_tell(seed: int) -> Non
         except ValueError:
             found = None
         assert found == expected, (span, fps, frames)
-
-
-def rows_of(folder: Path, *spans: VideoSpan, name: str = "rows.jsonl") -> ClipSet:
-    subjects = (Subject("1", refs=(Reference("regular", image="ref.png"),)),)
-    clips = [Clip(f"{n}", "custom", span, "a box", subjects, group_id="g") for n, span in enumerate(spans)]
-    write_manifest(folder / name, clips)
-    return open_clip_set(folder / name)
 
 
 @pytest.fixture

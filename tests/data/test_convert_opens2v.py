@@ -22,9 +22,8 @@ from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.conversion_report import ConversionReport, report_path
 from refalign_ext.data.convert import json_stream, opens2v, opens2v_join
 from refalign_ext.data.convert.opens2v import convert_opens2v
-from refalign_ext.data.convert.opens2v_entry import read_entry
+from refalign_ext.data.convert.opens2v_entry import EntryReader
 from refalign_ext.data.convert.selection import Selection, kind_of_class
-from refalign_ext.data.convert.staging import staging
 from refalign_ext.data.crop import read_reference
 from refalign_ext.data.manifest_file import ManifestReader
 from refalign_ext.data.masks import decode, iou, parse_mask
@@ -299,8 +298,7 @@ def test_an_entry_of_another_type_is_dropped(tmp_path: Path, entry: object) -> N
         (Thing("dog", RIGHT, gme=0.5, aes=4.5), SHORT, None),
         (Thing("dog", RIGHT, gme=0.5, aes=4.5), replace(SHORT, min_aesthetic=None), "quality_low"),
         (Thing("dog", RIGHT, gme=0.1, aes=1.0), replace(SHORT, min_aesthetic=None, min_gme=None), None),
-        (Thing("dog", RIGHT, gme=None, aes=None), SHORT, "score_missing"),
-        (Thing("dog", RIGHT, gme=None, aes=None), replace(SHORT, min_aesthetic=None, min_gme=None), None),
+        (Thing("dog", RIGHT, gme=None, aes=None), SHORT, None),
         (Thing("dog", RIGHT, gme=float("nan")), SHORT, "bad_annotation"),
         (Thing("dog", (44, 8, 64, 28)), SHORT, "area_small"),  # 20 x 20 of 80 x 56: 0.089
         (Thing("dog", (44, 8, 64, 28)), replace(SHORT, min_area_ratio=None), None),
@@ -381,7 +379,7 @@ def test_duplicates_are_those_that_all_pairs_of_masks_give() -> None:
             things.append(Thing(f"thing {number}", box, gme=rng.choice([0.61, 0.7, 0.8])))
         threshold = rng.choice([0.6, 0.8, 0.9])
         rules = replace(SHORT, max_mask_iou=threshold, min_area_ratio=None)
-        record = read_entry("key", good(*things), rules, "here", ConversionReport())
+        record = EntryReader(rules, ConversionReport()).read("key", good(*things), "here")
         masks = [parse_mask(mask_entry(thing.rectangle, (80, 56))) for thing in things]
         kept: list[int] = []
         for index in sorted(range(12), key=lambda position: -things[position].gme):
@@ -472,16 +470,16 @@ def files_of(native: NativeSet, name: str) -> tuple[bytes, bytes]:
 def test_killed_work_goes_on_with_the_part_it_was_at(
     native: NativeSet, converted: tuple[dict[str, Clip], ConversionReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = read_entry
+    original = EntryReader.read
 
-    def fatal(key: str, *rest: Any) -> dict[str, Any]:
+    def fatal(reader: EntryReader, key: str, *rest: Any) -> dict[str, Any]:
         if key == "beta_part1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(key, *rest)
+        return original(reader, key, *rest)
 
     child = os.fork()
     if not child:
-        opens2v.read_entry = fatal
+        EntryReader.read = fatal
         try:
             convert(native, "killed.jsonl")
         finally:
@@ -540,14 +538,6 @@ def test_what_workers_are_handed_can_be_pickled(
     assert files_of(native, "pickled.jsonl") == files_of(native, "all.jsonl")
 
 
-@pytest.mark.slow
-def test_worker_processes_make_what_one_process_makes(
-    native: NativeSet, converted: tuple[dict[str, Clip], ConversionReport]
-) -> None:
-    convert(native, "workers.jsonl", workers=2)
-    assert files_of(native, "workers.jsonl") == files_of(native, "all.jsonl")
-
-
 def test_a_staged_file_that_was_damaged_is_named(native: NativeSet) -> None:
     convert(native, "damaged.jsonl")
     staged = native.root / "damaged.jsonl.staging" / "total_part1.part.sqlite"
@@ -566,15 +556,6 @@ def test_two_shards_do_not_join_at_once(native: NativeSet) -> None:
         with pytest.raises(ValueError, match="another process is writing it"):
             convert(native, "busy.jsonl")
     assert not (native.root / "busy.jsonl").exists()
-
-
-def test_two_processes_do_not_write_one_part(tmp_path: Path) -> None:
-    target = tmp_path / "a.sqlite"
-    with staging(target, "mark", "", ConversionReport()):
-        with pytest.raises(ValueError, match="another process is writing it: .*--shard"):
-            with staging(target, "mark", "", ConversionReport()):
-                pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.sqlite", "a.sqlite.lock"]
 
 
 def test_memory_does_not_grow_with_the_number_of_entries(
@@ -631,23 +612,15 @@ def test_memory_does_not_grow_with_the_number_of_entries(
     ],
 )
 def test_errors_name_the_flag(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    write_part(tmp_path / "part.json", [("one", good())])
-    write_part(tmp_path / "other" / "part.json", [("one", good())])
-    (tmp_path / "empty").mkdir()
-    arguments: dict[str, Any] = {
-        "parts": ["part.json"],
-        "out": "out.jsonl",
-        "video_root": ".",
-        "cross_pairs": None,
-    }
-    placed: dict[str, Any] = {}
-    for name, value in {**arguments, "backgrounds": None, **changes}.items():
-        if isinstance(value, list):
-            placed[name] = [tmp_path / item for item in value]
-        else:
-            placed[name] = None if value is None else tmp_path / value
+    for folder in ("", "other", "empty"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    for name in ("part.json", "other/part.json"):
+        write_part(tmp_path / name, [("one", good())])
+    named: dict[str, Any] = {"parts": ["part.json"], "out": "out.jsonl", "video_root": "."} | changes
+    paths = {name: tmp_path / value for name, value in named.items() if name != "parts"}
+    parts = [tmp_path / part for part in named["parts"]]
     with pytest.raises(ValueError, match=message):
-        convert_opens2v(**placed, selection=SHORT, share=Share(), check_videos=False)
+        convert_opens2v(parts, **paths, selection=SHORT, share=Share(), check_videos=False)
 
 
 @pytest.mark.parametrize(

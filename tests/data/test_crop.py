@@ -38,6 +38,14 @@ FILES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("clips")
+    render(root / "a.mkv", 30, "ffv1", "yuv444p")
+    (root / "text.mp4").write_text("not a video")
+    return root
+
+
 def cut(folder: Path, reference: dict[str, Any], frames: FrameMemory | None = None) -> np.ndarray:
     """[H, W] of the only reference of a manifest with this one."""
     path = folder / "data.jsonl"
@@ -64,15 +72,8 @@ def test_boxes_and_masks_land_on_the_subject(
         assert whole.shape == size[::-1]
         assert np.abs(whole - frame(number, size)).max() <= 2 * NEAR  # at the subject's edges
         assert np.abs(whole - frame(number, size)).mean() < 4
-        inside = cut(
-            tmp_path,
-            {
-                "video": {"path": name},
-                "frame": number,
-                "bbox_xyxy": [x0, y0, x1, y1],
-                "box_space": "frame",
-            },
-        )
+        box = {"bbox_xyxy": [x0, y0, x1, y1], "box_space": "frame"}
+        inside = cut(tmp_path, {"video": {"path": name}, "frame": number} | box)
         assert inside.shape == BOX[::-1]
         assert np.abs(inside - SUBJECT).max() <= NEAR
     # An L of the subject, in the coordinates of the crop: its left half and its lowest four rows.
@@ -80,17 +81,9 @@ def test_boxes_and_masks_land_on_the_subject(
     mask = np.zeros((bottom - top, right - left), bool)
     mask[y0 - top : y1 - top, x0 - left : x0 - left + 8] = True
     mask[y1 - top - 4 : y1 - top, x0 - left : x1 - left] = True
-    masked = cut(
-        tmp_path,
-        {
-            "video": {"path": name, "crop_xyxy": CROP},
-            "frame": 29,
-            "bbox_xyxy": [x0 - left, y0 - top, x1 - left, y1 - top],
-            "box_space": "cropped_frame",
-            "mask_rle": run_lengths(mask),
-            "bg": "white",
-        },
-    )
+    box = {"bbox_xyxy": [x0 - left, y0 - top, x1 - left, y1 - top], "box_space": "cropped_frame"}
+    marked = box | {"mask_rle": run_lengths(mask), "bg": "white"}
+    masked = cut(tmp_path, {"video": {"path": name, "crop_xyxy": CROP}, "frame": 29} | marked)
     shape = mask[y0 - top : y1 - top, x0 - left : x1 - left]
     assert masked.shape == shape.shape and not shape.all()
     assert (masked[~shape] == 255).all()
@@ -119,21 +112,12 @@ def test_crop_alone_mask_alone_and_what_bg_means(tmp_path: Path) -> None:
 def test_boxes_of_the_frame_scaled_to_768_are_mapped_once(tmp_path: Path) -> None:
     render(tmp_path / "a.mp4", 3, size=(1024, 64))
     x0, y0, x1, y1 = (value * 0.75 for value in box_of(2))
-    box = cut(
-        tmp_path,
-        {
-            "video": {"path": "a.mp4"},
-            "frame_frac": 0.99,
-            "bbox_xyxy": [x0, y0, x1, y1],
-            "box_space": "long768",
-        },
-    )
-    assert box.shape == BOX[::-1] and np.abs(box - SUBJECT).max() <= NEAR
+    box = {"bbox_xyxy": [x0, y0, x1, y1], "box_space": "long768"}
+    shown = cut(tmp_path, {"video": {"path": "a.mp4"}, "frame_frac": 0.99} | box)
+    assert shown.shape == BOX[::-1] and np.abs(shown - SUBJECT).max() <= NEAR
+    beyond = box | {"bbox_xyxy": [0, 0, 770, 9]}
     with pytest.raises(CropError, match="row 1: a.mp4: box .* 1024x64 pixels: box_beyond_width") as error:
-        cut(
-            tmp_path,
-            {"video": {"path": "a.mp4"}, "frame": 0, "bbox_xyxy": [0, 0, 770, 9], "box_space": "long768"},
-        )
+        cut(tmp_path, {"video": {"path": "a.mp4"}, "frame": 0} | beyond)
     assert error.value.reason == "box_beyond_width"
     again = pickle.loads(pickle.dumps(error.value))
     assert (str(again), again.reason) == (str(error.value), "box_beyond_width")
@@ -156,93 +140,58 @@ def test_boxes_of_the_frame_scaled_to_768_are_mapped_once(tmp_path: Path) -> Non
         ({"frame_frac": 0.99, "video": {"start_frame": 10, "end_frame": 31}}, 29),
     ],
 )
-def test_the_frame_that_is_meant(tmp_path: Path, place: dict[str, Any], number: int) -> None:
-    render(tmp_path / "a.mkv", 30, "ffv1", "yuv444p")
+def test_the_frame_that_is_meant(folder: Path, place: dict[str, Any], number: int) -> None:
     place = place | {"video": {"path": "a.mkv"} | place.get("video", {})}
-    assert np.abs(cut(tmp_path, place) - frame(number)).max() <= 2
+    assert np.abs(cut(folder, place) - frame(number)).max() <= 2
+
+
+def of_video(crop: list[int] | None = None, **more: Any) -> dict[str, Any]:
+    """A reference of the first frame, if no other one is asked for."""
+    name = more.pop("name", "a.mkv")
+    span = {key: more.pop(key) for key in ("end_frame", "start_s", "end_s") if key in more}
+    crops = {} if crop is None else {"crop_xyxy": crop}
+    return {"video": {"path": name} | span | crops, "frame": 0} | more
+
+
+def of_mask(size: str, crop: list[int] | None = None, space: str = "frame") -> dict[str, Any]:
+    """A reference with an empty mask."""
+    width, height = map(int, size.split("x"))
+    return of_video(crop, box_space=space, mask_rle=run_lengths(np.zeros((height, width), bool)))
 
 
 BAD = [
-    ({"video": {"path": "none.mp4"}, "frame": 0}, "file_missing", "none.mp4 does not exist"),
-    ({"video": {"path": "text.mp4"}, "frame": 0}, "unreadable", "text.mp4: cannot be decoded"),
+    (of_video(name="none.mp4"), "file_missing", "none.mp4 does not exist"),
+    (of_video(name="text.mp4"), "unreadable", "text.mp4: cannot be decoded"),
     ({"image": "text.mp4"}, "unreadable", "text.mp4 is not a picture"),
-    ({"video": {"path": "a.mp4"}, "frame": 30}, "unreadable", "frame 30 is not one of the 30 frames"),
+    (of_video(frame=30), "unreadable", "frame 30 is not one of the 30 frames"),
+    (of_video(end_frame=32), "unreadable", "frames 0 to 32 are asked for, the file has 30"),
     (
-        {"video": {"path": "a.mp4", "end_frame": 32}, "frame": 1},
+        of_video(start_s=1, end_s=4.1),
         "unreadable",
-        "frames 0 to 32 are asked for, the file has 30",
+        "from 1 s to 4.1 s are asked for, the file has 30 over 3.75 s",
     ),
+    (of_video(start_s=3.75), "unreadable", "frames from 3.75 s to 3.75 s"),
+    (of_video([0, 0, 65, 48]), "crop_beyond_frame", "does not lie in the frame of 64x48"),
+    (of_video(bbox_xyxy=[0, 0, 5, 50], box_space="frame"), "box_beyond_height", "box_beyond_height"),
     (
-        {"video": {"path": "a.mp4", "start_s": 1, "end_s": 4.1}, "frame_frac": 0.1},
-        "unreadable",
-        r"frames from 1 s to 4.1 s are asked for, the file has 30 over 3.75 s",
-    ),
-    (
-        {"video": {"path": "a.mp4", "start_s": 3.75}, "frame_frac": 0.1},
-        "unreadable",
-        "frames from 3.75 s to 3.75 s",
-    ),
-    (
-        {"video": {"path": "a.mp4", "crop_xyxy": [0, 0, 65, 48]}, "frame": 1},
-        "crop_beyond_frame",
-        r"crop \[0, 0, 65, 48\] does not lie in the frame of 64x48",
-    ),
-    (
-        {"video": {"path": "a.mp4"}, "frame": 1, "bbox_xyxy": [0, 0, 5, 50], "box_space": "frame"},
-        "box_beyond_height",
-        "box_beyond_height",
-    ),
-    (
-        {
-            "video": {"path": "a.mp4", "crop_xyxy": [0, 0, 9, 9]},
-            "frame": 1,
-            "bbox_xyxy": [20, 20, 30, 30],
-            "box_space": "frame",
-        },
+        of_video([0, 0, 9, 9], bbox_xyxy=[20, 20, 30, 30], box_space="frame"),
         "box_outside_crop",
-        "lies outside of the crop",
+        "lies outside of",
     ),
-    (
-        {"video": {"path": "a.mp4"}, "frame": 1, "box_space": "frame", "bg": "white", "mask_rle": "64x47"},
-        "mask_size",
-        r"the mask is \[47, 64\] .* its frame \[48, 64\]",
-    ),
-    (
-        {
-            "video": {"path": "a.mp4", "crop_xyxy": [0, 0, 10, 20]},
-            "frame": 1,
-            "box_space": "cropped_frame",
-            "mask_rle": "64x48",
-        },
-        "mask_size",
-        r"the mask is \[48, 64\] .* its cropped_frame \[20, 10\]",
-    ),
-    (
-        {"video": {"path": "a.mp4"}, "frame": 1, "box_space": "frame", "mask_rle": "64x48"},
-        "mask_empty",
-        "the mask is empty",
-    ),
-    (
-        {"video": {"path": "a.mp4"}, "frame": 1, "box_space": "long768", "mask_rle": "64x48"},
-        "mask_space",
-        "long768",
-    ),
+    (of_mask("64x47"), "mask_size", r"the mask is \[47, 64\] .* its frame \[48, 64\]"),
+    (of_mask("64x48", [0, 0, 10, 20], "cropped_frame"), "mask_size", r"its cropped_frame \[20, 10\]"),
+    (of_mask("64x48"), "mask_empty", "the mask is empty"),
+    (of_mask("64x48", space="long768"), "mask_space", "long768"),
 ]
 
 
 @pytest.mark.parametrize(("reference", "reason", "message"), BAD, ids=[f"{row[1]}-{row[2]}" for row in BAD])
 def test_what_cannot_be_cut_says_why(
-    tmp_path: Path, reference: dict[str, Any], reason: str, message: str
+    folder: Path, reference: dict[str, Any], reason: str, message: str
 ) -> None:
-    render(tmp_path / "a.mp4", 30)
-    (tmp_path / "text.mp4").write_text("not a video")
-    if "mask_rle" in reference:
-        width, height = map(int, reference["mask_rle"].split("x"))
-        reference = reference | {"mask_rle": run_lengths(np.zeros((height, width), bool))}
     with pytest.raises(CropError, match=f"data.jsonl, row 1: .*{message}") as error:
-        cut(tmp_path, reference)
-    assert error.value.reason == reason
-    assert "\n" not in str(error.value)
+        cut(folder, reference)
+    assert error.value.reason == reason and "\n" not in str(error.value)
 
 
 def test_pictures_are_cut_only_if_asked(tmp_path: Path) -> None:
@@ -251,6 +200,8 @@ def test_pictures_are_cut_only_if_asked(tmp_path: Path) -> None:
     assert (cut(tmp_path, {"image": "a.png", "bg": "white"}) == frame(3)).all()
     box = {"image": "a.png", "bbox_xyxy": [x0, y0, x1, y1], "box_space": "frame"}
     assert (cut(tmp_path, box) == SUBJECT).all() and cut(tmp_path, box).shape == BOX[::-1]
+    within = box | {"bbox_xyxy": [x0 + 0.9, y0 + 0.1, x1 - 0.1, y1 - 0.9]}  # widened to whole pixels
+    assert cut(tmp_path, within).shape == BOX[::-1]
     mask = {"image": "a.png", "mask_rle": run_lengths(frame(3) == SUBJECT), "box_space": "frame"}
     assert (cut(tmp_path, mask) == np.where(frame(3) == SUBJECT, SUBJECT, 255)).all()
 
@@ -291,41 +242,18 @@ def test_files_in_memory_are_read_like_others_and_named(tmp_path: Path) -> None:
     assert "data" not in repr(media) and len(repr(media)) < 100
 
 
-def test_every_nth_frame_of_the_file(tmp_path: Path) -> None:
-    path = render(tmp_path / "a.mkv", 30, "ffv1", "yuv444p")
+def test_every_nth_frame_of_the_file(folder: Path) -> None:
+    path = folder / "a.mkv"
     everything = read_clip(path, 30, (64, 48))
     assert (read_clip(path, 10, (64, 48), stride=3) == everything[:, ::3]).all()
     assert (read_clip(path, 4, (64, 48), 1.0, stride=3) == everything[:, 20::3]).all()
-    assert (
-        read_clip(path, 3, (64, 48), stride=2, span=VideoSpan("a.mkv", start_s=1, end_s=1.7))
-        == everything[:, 8:13:2]
-    ).all()
-    assert (read_clip(path, 30, (64, 48), stride=1) == everything).all()
+    part = read_clip(path, 3, (64, 48), stride=2, span=VideoSpan("a.mkv", start_s=1, end_s=1.7))
+    assert (part == everything[:, 8:13:2]).all()
     with pytest.raises(ValueError, match=r"a\.mkv: 30 frames are 10 at stride 3, 11 are needed"):
         read_clip(path, 11, (64, 48), stride=3)
 
 
-def test_ends_that_are_rounded_are_the_files(tmp_path: Path) -> None:
-    path = render(tmp_path / "a.mkv", 30, "ffv1", "yuv444p")
-    everything = read_clip(path, 30, (64, 48))
-    for span in (
-        VideoSpan("a.mkv", start_frame=20, end_frame=31),
-        VideoSpan("a.mkv", start_s=2.5, end_s=3.87),
-    ):
-        assert (read_clip(path, 10, (64, 48), span=span) == everything[:, 20:]).all()
-    with pytest.raises(ValueError, match="frames 20 to 32 are asked for"):
-        read_clip(path, 10, (64, 48), span=VideoSpan("a.mkv", 20, 32))
-
-
-def test_a_playlist_is_no_video(tmp_path: Path) -> None:
-    """FFmpeg would read the files that a playlist names, wherever they are."""
-    render(tmp_path / "secret.ts", 20)
-    (tmp_path / "a").mkdir()
-    secret = (tmp_path / "secret.ts").resolve()
-    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:2.5,\n{secret}\n#EXT-X-ENDLIST\n"
-    listing = "ffconcat version 1.0\nfile secret.ts\n"
-    for name, text in (("a.m3u8", playlist), ("a.mp4", playlist), ("b.mp4", listing), ("c.ts", listing)):
-        (tmp_path / name).write_text(text)
-        for media in (tmp_path / name, MediaBytes(name, text.encode())):
-            with pytest.raises(ValueError, match="cannot be decoded"):
-                read_frame(media, frame=0)
+@pytest.mark.parametrize("span", [{"start_frame": 20, "end_frame": 31}, {"start_s": 2.5, "end_s": 3.87}])
+def test_ends_that_are_rounded_are_the_files(folder: Path, span: dict[str, float]) -> None:
+    clip = read_clip(folder / "a.mkv", 10, (64, 48), span=VideoSpan("a.mkv", **span))
+    assert (clip == read_clip(folder / "a.mkv", 30, (64, 48))[:, 20:]).all()

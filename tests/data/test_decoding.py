@@ -16,7 +16,7 @@ import torch
 from refalign_ext.data import decoding as video
 from refalign_ext.data import video_file
 from refalign_ext.data.schema import VideoSpan
-from refalign_ext.data.video_file import VideoInfo, probe
+from refalign_ext.data.video_file import probe
 
 SIZE = (64, 48)
 RATE = 8
@@ -139,12 +139,7 @@ FORMATS = [
 
 @pytest.mark.parametrize(("name", "codec", "pix_fmt", "options"), FORMATS, ids=[row[0] for row in FORMATS])
 def test_any_frames_equal_those_of_a_full_decode(
-    tmp_path: Path,
-    name: str,
-    codec: str,
-    pix_fmt: str,
-    options: dict[str, str],
-    counted: list[str],
+    tmp_path: Path, name: str, codec: str, pix_fmt: str, options: dict[str, str], counted: list[str]
 ) -> None:
     path = render(tmp_path / name, 50, codec, pix_fmt, options)
     everything = read_clip(path, 50, SIZE)
@@ -235,10 +230,8 @@ def test_clips_are_turned_upright(
     tmp_path: Path, matrix: tuple[int, int, int, int], degrees: int, undo: object
 ) -> None:
     path = turn(render(tmp_path / "a.mp4", [undo(picture(n)) for n in range(20)]), matrix)
-    with av.open(str(path)) as container:
-        assert (
-            -next(container.decode(video=0)).rotation % 360 == degrees
-        )  # what FFmpeg says, counter-clockwise
+    with av.open(str(path)) as container:  # what FFmpeg says, counter-clockwise
+        assert -next(container.decode(video=0)).rotation % 360 == degrees
     clip = read_clip(path, 5, SIZE, start_frame=7)
     assert numbers(clip) == list(range(7, 12))
     info = probe(path)
@@ -314,11 +307,10 @@ def test_crop_is_checked_and_comes_before_scaling(tmp_path: Path) -> None:
     path = render(tmp_path / "a.mp4", 6)
     whole = read_clip(path, 3, SIZE)
     assert torch.equal(read_clip(path, 3, (21, 13), crop_xyxy=(7, 5, 28, 18)), whole[..., 5:18, 7:28])
-    assert (
-        read_clip(path, 3, (32, 32), crop_xyxy=(0, 26, 30, 48)).min() > 0.6
-    )  # the white part alone, enlarged
+    enlarged = read_clip(path, 3, (32, 32), crop_xyxy=(0, 26, 30, 48))
+    assert enlarged.min() > 0.6  # the white part alone
     for crop in ((0, 0, 65, 48), (-1, 0, 5, 5), (5, 0, 5, 5), (0, 9, 5, 8), (0, 0, 64, 49)):
-        with pytest.raises(ValueError, match=r"a\.mp4: crop .* does not lie in the frame of 64 x 48 pixels"):
+        with pytest.raises(ValueError, match=r"a\.mp4: crop .* does not lie in the frame of 64x48 pixels"):
             read_clip(path, 3, SIZE, crop_xyxy=crop)
 
 
@@ -348,12 +340,9 @@ def test_what_is_no_video_is_an_error_with_the_files_name(tmp_path: Path) -> Non
         sound.sample_rate = 8000
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
+    reads = (probe, lambda path: read_clip(path, 5, SIZE), lambda path: read_clip(path, 5, SIZE, fps=2))
     for name in ("text", "empty", "folder", "cut", "sound", "none"):
-        for read in (
-            probe,
-            lambda path: read_clip(path, 5, SIZE),
-            lambda path: read_clip(path, 5, SIZE, fps=2),
-        ):
+        for read in reads:
             with pytest.raises(ValueError, match=rf"{name}\.mp4: cannot be decoded") as error:
                 read(tmp_path / f"{name}.mp4")
             assert "\n" not in str(error.value)
@@ -388,33 +377,10 @@ def test_a_first_part_cut_away_by_an_edit_list_does_not_count(tmp_path: Path, co
     assert not counted
 
 
-def test_damaged_files_give_a_clip_or_an_error_with_their_name(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for name in ("a.mp4", "a.mkv", "a.ts"):
-        data = np.frombuffer(render(tmp_path / name, 20).read_bytes(), np.uint8)
-        for number in range(25):
-            damaged = data.copy()
-            places = rng.integers(len(data), size=rng.integers(1, 40))
-            damaged[places] = rng.integers(256, size=len(places))
-            path = tmp_path / f"{number}-{name}"
-            path.write_bytes(damaged[: rng.integers(1, len(data) + 1)].tobytes())
-            for read in (
-                lambda path: read_clip(path, 5, SIZE, 0.9),
-                lambda path: read_clip(path, 5, SIZE, fps=3),
-                probe,
-            ):
-                try:
-                    result = read(path)
-                except ValueError as error:
-                    assert str(error).startswith(str(path))
-                else:
-                    assert isinstance(result, VideoInfo) or result.shape == (3, 5, 48, 64)
-
-
 def test_bounds_on_what_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = render(tmp_path / "a.mp4", 6)
     monkeypatch.setattr(video_file, "MAX_PIXELS", 64 * 48 - 1)
-    with pytest.raises(ValueError, match=r"a\.mp4: frames of 64 x 48 pixels; 3071 are the most"):
+    with pytest.raises(ValueError, match=r"a\.mp4: frames of 64x48 pixels; 3071 are the most"):
         read_clip(path, 3, SIZE)
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -46,6 +45,7 @@ from refalign_ext.data.masks import decode, encode, parse_mask
 from refalign_ext.data.materialise.run import materialise
 from refalign_ext.data.pieces import Share
 from refalign_ext.data.sampling.sample_spec import Bucket, Sampling, possible_references
+from refalign_ext.data.schema import Clip, parse, to_dict
 from refalign_ext.data.shards import LISTING, read_listing, verify_shard
 from refalign_ext.data.sheets.contact import contact_sheet
 from refalign_ext.data.statistics.stats import collect_stats
@@ -58,71 +58,6 @@ from tests.helpers.opens2v_fixture import NativeSet, make_pair, write_native_set
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 pytestmark = pytest.mark.timeout(180 * CASES_FACTOR)
-
-FRAMES, SIZE = 10, (32, 24)
-
-
-def video_bytes(tmp_path: Path, name: str, codec: str, pixel_format: str = "yuv420p") -> bytes:
-    path, rng = tmp_path / name, np.random.default_rng(0)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=8, options={"g": "4"})
-        stream.width, stream.height, stream.pix_fmt = *SIZE, pixel_format
-        for _ in range(FRAMES):
-            pixels = rng.integers(256, size=(SIZE[1], SIZE[0], 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path.read_bytes()
-
-
-def picture_bytes(format_name: str, mode: str = "RGB") -> bytes:
-    pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, format_name)
-    return stream.getvalue()
-
-
-def full_row(number: int) -> dict:
-    mask = encode(np.pad(np.ones((4, 5), bool), 3))
-    return {
-        "id": f"clip-{number}",
-        "source": "opens2v",
-        "group_id": "group",
-        "video": {
-            "path": "clips/a.mp4",
-            "start_frame": 0,
-            "end_frame": 9,
-            "fps": 8.0,
-            "width": 32,
-            "height": 24,
-            "crop_xyxy": [2, 2, 30, 22],
-        },
-        "prompt": "A dog runs.",
-        "prompt_alt": ["A brown dog runs."],
-        "scores": {"aesthetic": 5.0},
-        "subjects": [
-            {
-                "subject_id": "1",
-                "phrase": "a dog",
-                "cls": "dog",
-                "kind": "object",
-                "target": {"frame": 0, "bbox_xyxy": [3, 3, 8, 7], "box_space": "cropped_frame"},
-                "refs": [
-                    {
-                        "pair": "regular",
-                        "video": {"path": "clips/a.mp4", "end_frame": 9},
-                        "frame": 0,
-                        "box_space": "frame",
-                        "bbox_xyxy": [3, 3, 8, 7],
-                        "mask_rle": {"size": list(mask.size), "counts": mask.counts},
-                        "bg": "white",
-                        "scores": {"gme": 0.7},
-                    },
-                    {"pair": "cross", "image": "refs/a.png", "source_id": "clip-7"},
-                ],
-            }
-        ],
-        "meta": {"from": "a test"},
-    }
 
 
 def refused(work: Callable[[], object]) -> bool:
@@ -139,24 +74,37 @@ def refused(work: Callable[[], object]) -> bool:
     return False
 
 
+def fuzz(
+    path: Path, count: int, seed: int, read: Callable[[], object], *, is_json: bool = False
+) -> list[bool]:
+    """Whether `read` refused each of so many damaged versions of a file; every other one is distorted JSON if it is."""
+    rng, whole, outcomes = random.Random(seed), path.read_bytes(), []
+    for number in cases(count):
+        if is_json and number % 2 == 0:
+            path.write_text(json_text(distort(json.loads(whole), rng)))
+        else:
+            path.write_bytes(damage(whole, rng))
+        outcomes.append(refused(read))
+    path.write_bytes(whole)
+    return outcomes
+
+
 def test_rows_of_damaged_manifests(tmp_path: Path) -> None:
-    rng, path = random.Random(1), tmp_path / "data.jsonl"
-    whole = b"".join(json.dumps(full_row(number)).encode() + b"\n" for number in range(4))
-    outcomes = []
-    for _ in cases(150):
-        path.write_bytes(damage(whole, rng))
-        with ManifestReader(path) as rows:
-            outcomes += [refused(lambda row=row: rows[row]) for row in range(len(rows))]
-    assert True in outcomes and False in outcomes
+    path, rng, outcomes = tmp_path / "data.jsonl", random.Random(2), []
+    write_rows(path, [good_row(name) for name in GOOD])
 
+    def row_comes_back(clip: Clip) -> None:
+        assert parse(json.loads(json.dumps(to_dict(clip))), "") == clip
 
-def test_distorted_rows(tmp_path: Path) -> None:
-    rng, path = random.Random(2), tmp_path / "data.jsonl"
-    outcomes = []
-    for number in cases(300):
-        path.write_text(json_text(distort(full_row(number), rng)) + "\n")
+    def read() -> None:
         with ManifestReader(path) as rows:
-            outcomes.append(refused(lambda: rows[0]))
+            for row in range(len(rows)):
+                outcomes.append(refused(lambda row=row: row_comes_back(rows[row])))
+
+    fuzz(path, 150, 1, read)
+    for _ in cases(300):
+        write_rows(path, [distort(good_row("a"), rng)])
+        read()
     assert True in outcomes and False in outcomes
 
 
@@ -171,24 +119,30 @@ def test_distorted_masks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("a.mp4", "libx264"), ("a.mkv", "ffv1"), ("a.webm", "libvpx-vp9"), ("a.avi", "mjpeg")]
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),
+        ("a.ts", "libx264"),
+        ("a.mkv", "ffv1"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.avi", "mjpeg"),
+    ],
 )
 def test_damaged_videos(tmp_path: Path, name: str, codec: str) -> None:
-    if codec not in av.codecs_available:
-        pytest.skip(f"this FFmpeg has no {codec}")
-    rng, path = random.Random(4), tmp_path / f"damaged-{name}"
-    whole = video_bytes(tmp_path, name, codec, "yuvj420p" if codec == "mjpeg" else "yuv420p")
-    outcomes = []
-    for _ in cases(40):
-        path.write_bytes(damage(whole, rng))
-        outcomes.append(refused(lambda: probe(path)))
+    pixel_format = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    path = render(tmp_path / name, 10, codec, pixel_format, (32, 24))
 
-        def read() -> None:
+    def read() -> None:
+        refused(lambda: probe(path))
+        refused(lambda: read_clip(path, 5, (16, 16), fps=3))
+        try:
             clip = read_clip(path, 5, (16, 16), 0.5)
-            assert clip.shape == (3, 5, 16, 16) and torch.isfinite(clip).all()
+        except ValueError as error:
+            assert str(error).startswith(str(path))
+            raise
+        assert clip.shape == (3, 5, 16, 16) and torch.isfinite(clip).all()
 
-        outcomes.append(refused(read))
-    assert True in outcomes
+    assert True in fuzz(path, 40, 4, read)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -205,12 +159,10 @@ def test_damaged_videos(tmp_path: Path, name: str, codec: str) -> None:
     ],
 )
 def test_damaged_pictures(tmp_path: Path, name: str, mode: str) -> None:
-    rng, path, whole = random.Random(5), tmp_path / "picture", picture_bytes(name, mode)
-    outcomes = []
-    for _ in cases(40):
-        path.write_bytes(damage(whole, rng))
-        outcomes.append(refused(lambda: load_image(path)))
-    assert True in outcomes
+    pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
+    path = tmp_path / "picture"
+    Image.fromarray(pixels).convert(mode).save(path, name)
+    assert True in fuzz(path, 40, 5, lambda: load_image(path))
 
 
 # --- Conversions: a damaged file or entry costs nothing but itself
@@ -259,16 +211,16 @@ def opens2v(tmp_path: Path) -> OpenS2V:
 
 
 def test_opens2v_parts_with_damaged_bytes(opens2v: OpenS2V) -> None:
-    rng, path = random.Random(6), opens2v.places.parts[0]
-    whole, counts = path.read_bytes(), []
-    for _ in cases(40):
-        path.write_bytes(damage(whole, rng))
+    counts = []
+
+    def read() -> None:
         ids, report = opens2v.convert()
         assert ids >= set(opens2v.ids[2:])
         counts.append((len(ids), bool(report.incomplete)))
-    assert {len(opens2v.ids), 2} <= {count for count, _ in counts} and {True, False} <= {
-        is_cut for _, is_cut in counts
-    }
+
+    fuzz(opens2v.places.parts[0], 40, 6, read)
+    kept, is_cut = zip(*counts)
+    assert {len(opens2v.ids), 2} <= {*kept} and {True, False} <= {*is_cut}
 
 
 def test_opens2v_entries_that_are_distorted(opens2v: OpenS2V) -> None:
@@ -287,14 +239,10 @@ def test_opens2v_entries_that_are_distorted(opens2v: OpenS2V) -> None:
 
 @pytest.mark.parametrize("name", ["alpha.json", "cluster_videos.json"])
 def test_opens2v_pairs_and_clusters_that_are_damaged(opens2v: OpenS2V, name: str) -> None:
-    rng, path = random.Random(8), opens2v.places.cross_pairs / name
-    whole = path.read_bytes()
-    for number in cases(40):
-        if number % 2:
-            path.write_bytes(damage(whole, rng))
-        else:
-            path.write_text(json_text(distort(json.loads(whole), rng)))
+    def read() -> None:
         assert opens2v.convert()[0] == set(opens2v.ids)
+
+    assert not any(fuzz(opens2v.places.cross_pairs / name, 40, 8, read, is_json=True))
 
 
 def test_opens2v_similarities_of_every_kind(opens2v: OpenS2V) -> None:
@@ -337,12 +285,8 @@ class Phantom:
 
 @pytest.mark.parametrize("name", ["pairs", "info"])
 def test_phantom_parquets_with_damaged_bytes(tmp_path: Path, name: str) -> None:
-    rng, place, outcomes = random.Random(9), Phantom(tmp_path), []
-    path = getattr(place, name)
-    whole = path.read_bytes()
-    for _ in cases(60):
-        path.write_bytes(damage(whole, rng))
-        outcomes.append(refused(lambda: place.convert()))
+    place = Phantom(tmp_path)
+    outcomes = fuzz(getattr(place, name), 60, 9, place.convert)
     assert True in outcomes and False in outcomes
 
 
@@ -370,18 +314,16 @@ class Folder:
         return listed(self.out, convert_folder(source, self.out, **options))
 
 
-def test_folders_with_damaged_files(tmp_path: Path) -> None:
-    rng, place, kept = random.Random(11), Folder(tmp_path), []
-    paths = [tmp_path / f"other{suffix}" for suffix in (".mp4", ".ref1.png", ".txt")]
-    for number in cases(30):
-        path = paths[number % 3]
-        whole = path.read_bytes()
-        path.write_bytes(damage(whole, rng))
-        ids = place.convert(tmp_path)
-        path.write_bytes(whole)
-        assert "good" in ids
-        kept.append("other" in ids)
-    assert True in kept and False in kept
+@pytest.mark.parametrize("suffix", [".mp4", ".ref1.png", ".txt"])
+def test_folders_with_damaged_files(tmp_path: Path, suffix: str) -> None:
+    place, kept = Folder(tmp_path), []
+
+    def read() -> None:
+        kept.append(place.convert(tmp_path))
+        assert "good" in kept[-1]
+
+    assert not any(fuzz(tmp_path / f"other{suffix}", 10, 11, read))
+    assert any("other" in ids for ids in kept) or suffix == ".mp4"
 
 
 def table_row(name: str) -> dict[str, Any]:
@@ -399,11 +341,9 @@ def csv_bytes(rows: list[dict[str, Any]], encoding: str) -> bytes:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
 def test_tables_with_damaged_bytes(tmp_path: Path, encoding: str) -> None:
-    rng, place, path, outcomes = random.Random(12), Folder(tmp_path), tmp_path / "table.csv", []
-    whole = csv_bytes([table_row("good"), table_row("other")], encoding)
-    for _ in cases(60):
-        path.write_bytes(damage(whole, rng))
-        outcomes.append(refused(lambda: place.convert(path)))
+    place, path = Folder(tmp_path), tmp_path / "table.csv"
+    path.write_bytes(csv_bytes([table_row("good"), table_row("other")], encoding))
+    outcomes = fuzz(path, 60, 12, lambda: place.convert(path))
     assert True in outcomes and False in outcomes
 
 
@@ -411,7 +351,7 @@ def test_tables_with_distorted_rows(tmp_path: Path) -> None:
     rng, place, path, kept = random.Random(13), Folder(tmp_path), tmp_path / "table.jsonl", []
     for _ in cases(80):
         other = distort(table_row("other"), rng)
-        path.write_text(f"{json_text(table_row('good'))}\n{json_text(other)}\n")
+        write_rows(path, [table_row("good"), other])
         ids = place.convert(path)
         assert "good" in ids
         kept.append(len(ids) == 2)
@@ -444,9 +384,16 @@ def good_row(name: str) -> dict[str, Any]:
     return row | {"group_id": "a", "scores": {"aesthetic": 5.0}, "prompt_alt": ["Another."], "meta": {"x": 1}}
 
 
-def write_media(root: Path) -> None:
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json_text(row) + "\n" for row in rows))
+    return path
+
+
+def write_set(root: Path) -> Path:
+    """A manifest of the good rows with their files."""
     render(root / "clip.mp4", frames=12)
     Image.new("RGB", (20, 30), "red").save(root / "picture.png")
+    return write_rows(root / "data.jsonl", [good_row(name) for name in GOOD])
 
 
 def clip_source(clips: ClipSet, **options: Any) -> ClipSource:
@@ -500,28 +447,27 @@ def every_file(clips: ClipSet, row: int) -> bool:
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """Two shards with two rows each."""
-    root = tmp_path
-    write_media(root)
-    (root / "data.jsonl").write_text("".join(json.dumps(good_row(name)) + "\n" for name in GOOD))
-    materialise(root / "data.jsonl", root / "packed", pack=True, shard_size=2)
-    shutil.rmtree(root / "packed" / ".work")
-    return root / "packed"
+    materialise(write_set(tmp_path), tmp_path / "packed", pack=True, shard_size=2)
+    shutil.rmtree(tmp_path / "packed" / ".work")
+    return tmp_path / "packed"
 
 
 def test_tars_with_damaged_bytes(packed: Path) -> None:
-    rng, path, outcomes = random.Random(14), packed / read_listing(packed)[0].name, []
+    path, outcomes = packed / read_listing(packed)[0].name, []
     whole = path.read_bytes()
-    for number in cases(80):
-        path.write_bytes(damage(whole, rng))
+
+    def read() -> None:
         clips = open_clip_set(packed)
         found = [every_file(clips, row) for row in range(len(clips))]
         assert found[2:] == [True, True]
         assert (path.read_bytes() == whole) == (verify_shard(packed, read_listing(packed)[0]) is None)
-        outcomes += found[:2]
-        if number % 4 == 0:
+        outcomes.extend(found[:2])
+        if len(outcomes) % 8 == 0:
             assert drawn(clips, 4)[0] >= {*GOOD[2:]}
-        if number % 16 == 0:
+        if len(outcomes) % 32 == 0:
             looked_through(packed)
+
+    fuzz(path, 80, 14, read)
     assert True in outcomes and False in outcomes
 
 
@@ -553,48 +499,36 @@ def test_tars_with_headers_of_every_kind(packed: Path) -> None:
 
 
 def test_lists_of_shards_that_are_damaged(packed: Path) -> None:
-    rng, path, outcomes = random.Random(16), packed / LISTING, []
-    whole = path.read_bytes()
+    readable: list[int] = []
 
     def read() -> None:
         clips = open_clip_set(packed)
         for row in range(min(len(clips), 8)):
             every_file(clips, row)
-
-    for number in cases(150):
-        if number % 2:
-            path.write_bytes(damage(whole, rng))
-        else:
-            path.write_text(json_text(distort(json.loads(whole), rng)))
-        outcomes.append(refused(read))
-        if not outcomes[-1] and number % 5 == 0:
-            refused(lambda: drawn(open_clip_set(packed), 4))
+        readable.append(len(clips))
+        if len(readable) % 5 == 0:
+            refused(lambda: drawn(clips, 4))
             looked_through(packed)
-    assert True in outcomes and False in outcomes
+
+    assert True in fuzz(packed / LISTING, 150, 16, read, is_json=True) and readable
 
 
 def test_indexes_that_are_damaged(tmp_path: Path) -> None:
     """Files that the code made itself are not beyond disks and interrupted copies."""
-    write_media(tmp_path)
-    path, rng = tmp_path / "data.jsonl", random.Random(17)
-    path.write_text("".join(json.dumps(good_row(name)) + "\n" for name in GOOD))
+    path = write_set(tmp_path)
     clips = open_clip_set(path)
     drawn(clips, 1)
+
+    def read() -> None:
+        rows = open_clip_set(path)
+        for row in range(len(rows)):
+            refused(lambda row=row: rows[row])
+        source = clip_source(rows)
+        for position in range(2):
+            source.samples(0, range(position, position + 1))
+
     for made in (index_path(path), clip_index_paths(clips)[0]):
-        whole = made.read_bytes()
-        for _ in cases(40):
-            made.write_bytes(damage(whole, rng))
-
-            def read() -> None:
-                rows = open_clip_set(path)
-                for row in range(len(rows)):
-                    refused(lambda row=row: rows[row])
-                source = clip_source(rows)
-                for position in range(2):
-                    source.samples(0, range(position, position + 1))
-
-            refused(read)
-        made.write_bytes(whole)
+        fuzz(made, 40, 17, read)
 
 
 def no_text_encoder() -> NoReturn:
@@ -605,10 +539,8 @@ class Cache:
     """A cache of four clips in two chunks, made from their rows."""
 
     def __init__(self, root: Path) -> None:
-        write_media(root)
-        path, self.folder = root / "data.jsonl", root / "cache"
-        path.write_text("".join(json.dumps(good_row(name)) + "\n" for name in GOOD))
-        self.clips = open_clip_set(path)
+        self.folder = root / "cache"
+        self.clips = open_clip_set(write_set(root))
         files = {"VAE": "a" * 64, "text encoder": "b" * 64, "tokenizer": "c" * 64, "teacher": "d" * 64}
         self.expected = cache_fingerprint(
             SAMPLING, files, teacher="dinov3-tiny", token_stride=(8, 8), text_length=64, dtype="float32"
@@ -649,30 +581,23 @@ def cached(tmp_path: Path) -> Cache:
 
 
 def test_headers_of_caches_that_are_damaged(cached: Cache) -> None:
-    rng, path, outcomes = random.Random(18), cached.folder / "cache.json", []
-    whole = path.read_bytes()
+    path = cached.folder / "cache.json"
     assert not refused(cached.read)
-    for number in cases(150):
-        if number % 2:
-            path.write_bytes(damage(whole, rng))
-        else:
-            path.write_text(json_text(distort(json.loads(whole), rng)))
-        outcomes.append(refused(cached.read))
+
+    def read() -> None:
         refused(lambda: LatentCache(cached.folder))
+        cached.read()
+
+    assert True in fuzz(path, 150, 18, read, is_json=True)
+    whole = path.read_bytes()
     for value in STRANGE:
         for key in ("rows", "chunk_rows", "fingerprint"):
             path.write_text(json_text(json.loads(whole) | {key: value}))
             assert refused(cached.read)
-    assert True in outcomes
 
 
 def test_chunks_with_damaged_bytes(cached: Cache) -> None:
-    rng, path, outcomes = random.Random(19), chunk_path(cached.folder, 0), []
-    whole = path.read_bytes()
-    for _ in cases(80):
-        path.write_bytes(damage(whole, rng))
-        outcomes.append(refused(cached.read))
-    assert True in outcomes
+    assert True in fuzz(chunk_path(cached.folder, 0), 80, 19, cached.read)
 
 
 def test_chunks_with_distorted_headers(cached: Cache) -> None:
@@ -697,9 +622,9 @@ def test_chunks_with_distorted_headers(cached: Cache) -> None:
 
 def damaged_set(root: Path, rng: random.Random, bad: int) -> Path:
     """A manifest of the good rows among others, most of which are distorted or name damaged files."""
-    write_media(root)
+    path = write_set(root)
     clip, picture = (root / "clip.mp4").read_bytes(), (root / "picture.png").read_bytes()
-    lines = [json_text(good_row(name)) for name in GOOD]
+    rows = [good_row(name) for name in GOOD]
     for number in range(bad):
         row = good_row(f"bad-{number}")
         if number % 3 == 0:
@@ -713,10 +638,8 @@ def damaged_set(root: Path, rng: random.Random, bad: int) -> Path:
             row["subjects"][0]["refs"] = [{"pair": "cross", "image": f"bad-{number}.png"}]
         else:
             row = distort(row, rng)
-        lines.insert(rng.randrange(len(lines) + 1), json_text(row))
-    path = root / "data.jsonl"
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
+        rows.insert(rng.randrange(len(rows) + 1), row)
+    return write_rows(path, rows)
 
 
 @pytest.mark.parametrize("seed", cases(2))
@@ -759,12 +682,11 @@ def test_good_rows_come_through_among_bad_ones(
 @pytest.mark.parametrize("key", ["end_frame", "width", "height", "fps", "crop_xyxy", "end_s"])
 @pytest.mark.parametrize("value", [1e-12, 2**31, 1e11])
 def test_numbers_that_no_video_has(tmp_path: Path, key: str, value: float) -> None:
-    write_media(tmp_path)
+    path = write_set(tmp_path)
     row = good_row("bad")
     video = {name: item for name, item in row["video"].items() if "frame" not in name or key != "end_s"}
     row["video"] = video | {key: [0, 0, value, value] if key == "crop_xyxy" else value}
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in (row, *map(good_row, GOOD))))
+    write_rows(path, [row, *map(good_row, GOOD)])
     refused(lambda: (check(path, workers=0), stats_table(collect_stats(path))))
     assert drawn(open_clip_set(path), 6)[0] >= {*GOOD}
     assert materialise(path, tmp_path / "out", pack=True).kept["clips"] >= len(GOOD)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 
 from refalign_ext.data.hashing import hash64, keyed_generator
-from refalign_ext.data.length import possible_frames
 from refalign_ext.data.sampling.buckets import assign, make_buckets
 from refalign_ext.data.sampling.order import Interleaver, Order, SetOrder
 from refalign_ext.data.sampling.sample_spec import (
@@ -66,43 +66,49 @@ def test_a_position_decides_everything() -> None:
 def test_cross_pairs_are_a_share_of_samples_and_the_other_kind_stands_in() -> None:
     both, only_regular, only_cross = (REGULAR, CROSS, GENERATED), (REGULAR,), (CROSS,)
     item = clip(both, both, only_regular, only_cross)
-    preferred = 0
-    for choice in drawn(item, 1000, cross_pairs=0.3):
-        pairs = {c.subject: item.subjects[c.subject].refs[c.reference].pair for c in choice.references}
-        assert pairs[2] == "regular" and pairs[3] == "cross"
-        assert (pairs[0] == "regular") == (pairs[1] == "regular")  # drawn for the sample, not for a subject
-        preferred += pairs[0] != "regular"
-    assert 250 < preferred < 350
-    for share, kinds in ((0.0, {"regular"}), (1.0, {"cross", "generated"})):
-        found = {
-            both[c.reference].pair
-            for choice in drawn(clip(both), 100, cross_pairs=share)
-            for c in choice.references
-        }
-        assert found == kinds
+
+    def pairs(count: int, share: float) -> list[dict[int, str]]:
+        """The kind of each subject's reference, by sample."""
+        specs = drawn(item, count, cross_pairs=share)
+        return [
+            {c.subject: item.subjects[c.subject].refs[c.reference].pair for c in s.references} for s in specs
+        ]
+
+    found = pairs(1000, 0.3)
+    for kinds in found:
+        assert kinds[2] == "regular" and kinds[3] == "cross"
+        assert (kinds[0] == "regular") == (kinds[1] == "regular")  # drawn for the sample, not for a subject
+    assert 250 < sum(kinds[0] != "regular" for kinds in found) < 350
+    assert {kinds[0] for kinds in pairs(100, 0.0)} == {"regular"}
+    assert {kinds[0] for kinds in pairs(100, 1.0)} == {"cross", "generated"}
 
 
 def test_references_are_shuffled_dropped_and_limited() -> None:
     item = clip(*[(REGULAR,)] * 5, ())
-    whole = drawn(item, 600)
-    assert all(sorted(c.subject for c in choice.references) == [0, 1, 2, 3, 4] for choice in whole)
-    firsts = Counter(choice.references[0].subject for choice in whole)
-    assert len(firsts) == 5 and min(firsts.values()) > 80
-    counts = Counter(len(choice.references) for choice in drawn(item, 600, reference_dropout=0.5))
-    assert set(counts) == {1, 2, 3, 4, 5}
-    assert sum(n * count for n, count in counts.items()) / 600 == pytest.approx(3, abs=0.2)
-    assert {len(choice.references) for choice in drawn(item, 50, reference_dropout=1.0)} == {1}
-    assert {len(choice.references) for choice in drawn(item, 50, max_references=2)} == {2}
+
+    def counts(count: int, **settings: object) -> Counter[int]:
+        return Counter(len(spec.references) for spec in drawn(item, count, **settings))
+
+    whole = drawn(item, 300)
+    assert all(sorted(one.subject for one in spec.references) == [0, 1, 2, 3, 4] for spec in whole)
+    firsts = Counter(spec.references[0].subject for spec in whole)
+    assert len(firsts) == 5 and min(firsts.values()) > 30
+    dropped = counts(600, reference_dropout=0.5)
+    assert set(dropped) == {1, 2, 3, 4, 5}
+    assert sum(n * count for n, count in dropped.items()) / 600 == pytest.approx(3, abs=0.2)
+    assert set(counts(50, reference_dropout=1.0)) == {1} and set(counts(50, max_references=2)) == {2}
+    with pytest.raises(ValueError, match="max_references is 9"):
+        counts(1, max_references=9)
     with pytest.raises(ValueError, match="clip a has no references"):
         drawn(clip(()), 1)
 
 
 def test_only_regular_pairs_are_augmented() -> None:
     item = clip((REGULAR,), (CROSS,), (GENERATED,))
-    for choice in drawn(item, 50):
-        by_subject = {c.subject: c.augmentation for c in choice.references}
-        assert by_subject[0] is not None and by_subject[1] is None and by_subject[2] is None
-    assert all(c.augmentation is None for choice in drawn(item, 20, augment=False) for c in choice.references)
+    for augment in (True, False):
+        for spec in drawn(item, 30, augment=augment):
+            augmented = {one.subject for one in spec.references if one.augmentation is not None}
+            assert augmented == ({0} if augment else set())
 
 
 def test_what_can_be_drawn_is_listed_whole() -> None:
@@ -120,14 +126,6 @@ def test_what_can_be_drawn_is_listed_whole() -> None:
     assert [c.augmentation for c in possible_references(item, endless)] == [None]
 
 
-def test_too_many_references_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_references is 9"):
-        Sampling((BUCKET,), max_references=9)
-
-
-# --- buckets
-
-
 def test_buckets_have_the_area_of_the_task_and_divide() -> None:
     buckets = make_buckets((832, 480), (81, 49), (4, 16, 16), (1.0, 9 / 16, 832 / 480))
     assert buckets[0] == Bucket(832, 480, 81) and buckets[1] == Bucket(832, 480, 49)
@@ -136,12 +134,9 @@ def test_buckets_have_the_area_of_the_task_and_divide() -> None:
         assert bucket.width % 16 == bucket.height % 16 == 0
         assert abs(bucket.width * bucket.height / (832 * 480) - 1) < 0.06
     assert make_buckets((48, 48), (9,), (4, 8, 8)) == (Bucket(48, 48, 9),)
-    for frames, ratios, message in (
-        ((80,), (), "bucket_frames"),
-        ((81,), (0.0,), "bucket_ratios"),
-    ):
+    for frames, ratio, message in ((80, 1.0, "bucket_frames"), (81, 0.0, "bucket_ratios")):
         with pytest.raises(ValueError, match=message):
-            make_buckets((832, 480), frames, (4, 16, 16), ratios)
+            make_buckets((832, 480), (frames,), (4, 16, 16), (ratio,))
 
 
 def test_clips_go_to_the_longest_bucket_they_fill_of_the_nearest_shape() -> None:
@@ -151,15 +146,6 @@ def test_clips_go_to_the_longest_bucket_they_fill_of_the_nearest_shape() -> None
     frames = np.array([33, 33, 17, 16, 1000])
     found = assign(widths, heights, frames, np.full(5, 30.0), sampling)
     assert found.tolist() == [0, 1, 2, -1, 0]
-
-
-def test_frames_at_a_rate_are_those_that_read_clip_counts() -> None:
-    frames, rates = np.array([31, 30, 16, 0, 10]), np.array([30.0, 30.0, 8.0, 30.0, 0.0])
-    assert possible_frames(frames, rates, 10.0, 1).tolist() == [11, 10, 20, 0, 0]
-    assert possible_frames(frames, rates, None, 3).tolist() == [11, 10, 6, 0, 4]
-
-
-# --- order
 
 
 def set_order(
@@ -218,18 +204,14 @@ def test_fallback_rows_are_others_of_the_bucket() -> None:
 def test_shards_are_read_nearly_in_sequence() -> None:
     shards = [range(start, start + 20) for start in range(0, 400, 20)]
     order = Order([set_order([300, 100], 2, shards, mixed_shards=3)])
-    by_bucket: dict[int, list[int]] = {1: [], 2: []}
-    recent, most = [], 0
-    for position in range(400):
-        entry = order.at(position)
-        by_bucket[entry.bucket.frames].append(entry.row)
-        recent = [*recent[-29:], entry.row // 20]
-        most = max(most, len(set(recent)))
-    assert sorted(by_bucket[1] + by_bucket[2]) == list(range(400))
-    assert most <= 9  # of 20: a few groups of 3, as buckets do not keep exactly the same pace
-    assert by_bucket[1] != sorted(by_bucket[1])
-    shards = list(dict.fromkeys(row // 20 for row in by_bucket[1]))
-    assert shards != sorted(shards)
+    entries = [order.at(position) for position in range(400)]
+    rows = [entry.row for entry in entries]
+    assert sorted(rows) == list(range(400))
+    # Of 20: a few groups of 3, as buckets do not keep exactly the same pace.
+    assert max(len({row // 20 for row in rows[start : start + 30]}) for start in range(370)) <= 9
+    first = [entry.row for entry in entries if entry.bucket.frames == 1]
+    visited = list(dict.fromkeys(row // 20 for row in first))
+    assert first != sorted(first) and visited != sorted(visited)
 
 
 def test_interleaving_is_exact_and_needs_no_walk() -> None:
@@ -264,15 +246,6 @@ def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
     assert sorted(second[:5]) == sorted(second[5:]) == list(range(5))
 
 
-def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
-    order = Order([set_order([50, 13], 4)], shift=3)
-    for start in range(3, 400, 4):
-        assert len({order.at(position).bucket for position in range(start, start + 4)}) == 1
-
-
-# --- split
-
-
 def holds(split: Split, group: str) -> bool:
     return bool(split.contains(np.array([hash64(group)], np.uint64))[0])
 
@@ -298,28 +271,16 @@ def test_references_from_the_other_side_are_never_used() -> None:
     there = next(name for name in names if not holds(split, name))
     ids, groups = (np.array([*map(hash64, names)], np.uint64) for names in (("b", "c"), (there, here)))
     rule = AllowedReferences(split, ids, groups)
-    item = clip(
-        (
-            reference("cross", source_group=there),
-            reference("cross", source_group=here),
-            reference("cross", source_id="b"),
-            reference("cross", source_id="c"),
-            reference("regular"),
-            reference("cross", source_id="a"),
-            reference("cross", source_id=there),  # not in the table: a group of its own
-        ),
-        group_id=here,
-    )
+    of_groups = [reference("cross", source_group=group) for group in (there, here)]
+    # Of the last the group is not known: it is one of its own.
+    of_ids = [reference("cross", source_id=name) for name in ("b", "c", "a", there)]
+    item = clip((*of_groups, *of_ids, REGULAR), group_id=here)
     verdicts = [rule.allows(item, one) for one in item.subjects[0].refs]
-    assert verdicts == [False, True, False, True, True, True, False]
-    sampling = Sampling((BUCKET,), cross_pairs=0.5)
-    used = {
-        draw_sample_spec(item, 0, BUCKET, sampling, p, allowed=lambda one: rule.allows(item, one))
-        .references[0]
-        .reference
-        for p in range(300)
-    }
-    assert used == {1, 3, 4, 5}
+    assert verdicts == [False, True, False, True, True, False, True]
+    sampling, allowed = Sampling((BUCKET,)), partial(rule.allows, item)
+    specs = [draw_sample_spec(item, 0, BUCKET, sampling, p, allowed=allowed) for p in range(300)]
+    used = {spec.references[0].reference for spec in specs}
+    assert used == {1, 3, 4, 6}
     only = clip((reference("cross", source_group=there),), group_id=here)
     with pytest.raises(ValueError, match="no references on its side of the split"):
         draw_sample_spec(only, 0, BUCKET, sampling, 0, allowed=lambda one: rule.allows(only, one))

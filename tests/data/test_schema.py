@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import pickle
@@ -30,81 +29,38 @@ from refalign_ext.data.schema import (
     to_dict,
 )
 
-MASK = {"size": [2, 2], "counts": "13"}
+# Every key of the schema once, in its order.
+FULL = r"""
+{"id": "dog-1", "source": "opens2v", "group_id": "cluster-7",
+ "video": {"path": "videos/dog.mp4", "start_frame": 10, "end_frame": 91, "fps": 23.976, "width": 1920,
+  "height": 1080, "crop_xyxy": [100, 0, 1820, 1000]},
+ "prompt": "A dog \u2028 runs, größer.", "prompt_alt": ["A dog."],
+ "scores": {"aesthetic": 5.25, "motion": 1, "tech": 0.5},
+ "subjects": [
+  {"subject_id": "1", "phrase": "a dog", "cls": "dog", "kind": "object",
+   "target": {"frame": 10, "bbox_xyxy": [1, 2.5, 30, 40], "box_space": "cropped_frame",
+    "mask_rle": {"size": [2, 2], "counts": "13"}},
+   "refs": [
+    {"pair": "regular", "video": {"path": "videos/dog.mp4", "start_s": 0.0, "end_s": 2.5}, "frame_frac": 0.25,
+     "bbox_xyxy": [0, 0, 5, 5], "box_space": "long768", "mask_rle": {"size": [2, 2], "counts": [1, 3]},
+     "bg": "white", "scores": {"gme": 0.7, "aes": 4.6, "sim": 0.61, "area_ratio": 0.1}, "source_id": "dog-1"},
+    {"pair": "generated", "image": "refs/dog.png", "bg": "raw"}]},
+  {"subject_id": "2", "kind": "human",
+   "target": {"frame_frac": 0, "bbox_xyxy": [0, 0, 1, 1], "box_space": "frame"},
+   "refs": [
+    {"pair": "cross", "video": {"path": "b.mkv", "start_frame": 3, "end_frame": 5, "crop_xyxy": [0, 0, 9, 9]},
+     "frame": 4, "bbox_xyxy": [0, 0, 5, 5], "box_space": "cropped_frame"}]}],
+ "meta": {"words": ["x", null, {}], "nested": {"a": []}}}
+"""
 
 
 def full_line() -> dict[str, Any]:
-    """Every key of the schema once, in its order."""
-    return {
-        "id": "dog-1",
-        "source": "opens2v",
-        "group_id": "cluster-7",
-        "video": {
-            "path": "videos/dog.mp4",
-            "start_frame": 10,
-            "end_frame": 91,
-            "fps": 23.976,
-            "width": 1920,
-            "height": 1080,
-            "crop_xyxy": [100, 0, 1820, 1000],
-        },
-        "prompt": "A dog \u2028 runs, größer.",
-        "prompt_alt": ["A dog."],
-        "scores": {"aesthetic": 5.25, "motion": 1, "tech": 0.5},
-        "subjects": [
-            {
-                "subject_id": "1",
-                "phrase": "a dog",
-                "cls": "dog",
-                "kind": "object",
-                "target": {
-                    "frame": 10,
-                    "bbox_xyxy": [1, 2.5, 30, 40],
-                    "box_space": "cropped_frame",
-                    "mask_rle": MASK,
-                },
-                "refs": [
-                    {
-                        "pair": "regular",
-                        "video": {"path": "videos/dog.mp4", "start_s": 0.0, "end_s": 2.5},
-                        "frame_frac": 0.25,
-                        "bbox_xyxy": [0, 0, 5, 5],
-                        "box_space": "long768",
-                        "mask_rle": {"size": [2, 2], "counts": [1, 3]},
-                        "bg": "white",
-                        "scores": {"gme": 0.7, "aes": 4.6, "sim": 0.61, "area_ratio": 0.1},
-                        "source_id": "dog-1",
-                    },
-                    {"pair": "generated", "image": "refs/dog.png", "bg": "raw"},
-                ],
-            },
-            {
-                "subject_id": "2",
-                "kind": "human",
-                "target": {"frame_frac": 0, "bbox_xyxy": [0, 0, 1, 1], "box_space": "frame"},
-                "refs": [
-                    {
-                        "pair": "cross",
-                        "video": {
-                            "path": "b.mkv",
-                            "start_frame": 3,
-                            "end_frame": 5,
-                            "crop_xyxy": [0, 0, 9, 9],
-                        },
-                        "frame": 4,
-                        "bbox_xyxy": [0, 0, 5, 5],
-                        "box_space": "cropped_frame",
-                    }
-                ],
-            },
-        ],
-        "meta": {"words": ["x", None, {}], "nested": {"a": []}},
-    }
+    return json.loads(FULL)
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """The full line with one value replaced or, given ..., removed; `path` is like `subjects.0.kind`."""
-    line = copy.deepcopy(full_line())
+    line = full_line()
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
     inner: Any = line
     for part in parents:
@@ -163,15 +119,11 @@ def test_simple_lines_are_cross_pairs_of_one_subject_each() -> None:
     ("changes", "message"),
     [
         ({"references": []}, "references: is missing"),
-        ({"references": None}, "references: is missing"),
         ({"references": "a.png"}, "references: expected a list"),
-        ({"references": ["a.png", 3]}, r"references\[1\]: expected text"),
         ({"references": ["a.png", "../b.png"]}, r"references\[1\]: '../b.png' lies outside"),
         ({"references": ["a.png"] * 9}, "references: expected a list of length <= 8"),
         ({"video": None}, "video: is missing"),
         ({"video": "/a.mp4"}, "video.path: '/a.mp4' is absolute"),
-        ({"id": " "}, "id: expected text that is not empty"),
-        ({"prompt": 3}, "prompt: expected text"),
         ({"caption": "x"}, "caption: unknown key"),
         ({"referneces": ["a.png"]}, "referneces: unknown key; did you mean 'references'"),
     ],
@@ -192,51 +144,29 @@ REFERENCE = "subjects.0.refs.0."
         ("id", 7, "id: expected text that is not empty.*, got 7"),
         ("id", "\ud800", "id: expected text"),
         ("source", "koala", "source: expected one of opens2v, phantom, custom, got 'koala'"),
-        ("source", ["opens2v"], "source: expected one of"),
         ("prompt", "", "prompt: expected text"),
-        ("prompt", ..., "prompt: is missing"),
-        ("prompt_alt", "x", "prompt_alt: expected a list"),
-        ("prompt_alt", ["x", 1], r"prompt_alt\[1\]: expected text"),
         ("promt", "x", "promt: unknown key; did you mean 'prompt'"),
         ("scores", {"aes": 1}, "scores.aes: unknown key; "),
-        ("scores.motion", "1", "scores.motion: expected a finite number, got '1'"),
         ("scores.motion", float("nan"), "scores.motion: expected a finite number"),
+        ("scores.motion", "1", "scores.motion: expected a finite number, got '1'"),
         ("scores.motion", 10**400, "scores.motion: expected a whole number <= 999"),
-        ("scores.motion", True, "scores.motion: expected a finite number"),
-        ("meta", [1], "meta: expected an object"),
         ("meta.words", {1, 2}, "meta: cannot be written as JSON"),
         ("meta.words", float("inf"), "meta: cannot be written as JSON"),
         ("video", ..., "video: is missing"),
-        ("video", 3, "video: expected an object"),
         ("video.path", ..., "video.path: is missing"),
         ("video.path", "a/../../b.mp4", "video.path: 'a/../../b.mp4' lies outside the manifest's folder"),
         ("video.path", "a\0.mp4", r"video.path: 'a\\x00.mp4' is not a file name"),
         ("video.start_frame", -1, "video.start_frame: expected a whole number >= 0"),
-        ("video.start_frame", 1.0, "video.start_frame: expected a whole number"),
         ("video.start_frame", True, "video.start_frame: expected a whole number"),
         ("video.start_s", 0, "video: the span is given in frames and in seconds"),
         ("video.end_frame", 10, "video.end_frame: 10 is not after the start 10; ends are exclusive"),
         ("video.fps", 0, "video.fps: expected a number above 0"),
         ("video.width", ..., "video: give width and height, or neither"),
-        ("video.height", 0, "video.height: expected a whole number >= 1"),
-        (
-            "video.crop_xyxy",
-            [0, 0, 1921, 10],
-            r"video.crop_xyxy: \[0, 0, 1921, 10\] exceeds the frame of 1920x1080",
-        ),
+        ("video.crop_xyxy", [0, 0, 1921, 10], "video.crop_xyxy: .* exceeds the frame of 1920x1080"),
         ("video.crop_xyxy", [0, 0, 10.5, 10], r"video.crop_xyxy\[2\]: expected four whole pixels"),
-        (
-            "video.crop_xyxy",
-            [-1, 0, 10, 10],
-            r"video.crop_xyxy\[0\]: expected four whole pixels, none negative",
-        ),
-        (
-            "video.crop_xyxy",
-            ...,
-            r"subjects\[0\].target.box_space: is cropped_frame, but its video has no crop",
-        ),
+        ("video.crop_xyxy", [-1, 0, 10, 10], r"video.crop_xyxy\[0\]: expected four whole pixels, none"),
+        ("video.crop_xyxy", ..., r"subjects\[0\].target.box_space: is cropped_frame, but its video"),
         ("subjects", ..., "subjects: is missing"),
-        ("subjects", [], "subjects: is missing"),
         ("subjects", {"a": 1}, "subjects.a: unknown key"),
         ("subjects.1", "x", r"subjects\[1\]: expected an object"),
         ("subjects.1.subject_id", "1", r"subjects\[1\].subject_id: is used twice"),
@@ -245,25 +175,13 @@ REFERENCE = "subjects.0.refs.0."
         ("subjects.1.refs", [], r"subjects\[1\].refs: is missing"),
         ("subjects.0.target.frame", 91, r"target.frame: 91 lies outside the span \[10, 91\)"),
         ("subjects.0.target.frame", ..., r"target.frame: a video needs one of frame and"),
-        ("subjects.0.target.frame_frac", 0.5, r"target.frame: a video needs one of frame and"),
         ("subjects.0.target.box_space", ..., r"subjects\[0\].target.box_space: is missing"),
         ("subjects.1.target.bbox_xyxy", ..., r"target.box_space: has no bbox_xyxy or mask_rle"),
-        (
-            "subjects.1.target",
-            {"frame": 10},
-            r"target: has neither bbox_xyxy nor mask_rle",
-        ),
-        (
-            REFERENCE + "pair",
-            "self",
-            r"subjects\[0\].refs\[0\].pair: expected one of regular, cross, generated",
-        ),
+        ("subjects.1.target", {"frame": 10}, "target: has neither bbox_xyxy nor mask_rle"),
+        (REFERENCE + "pair", "self", r"subjects\[0\].refs\[0\].pair: expected one of regular, cross,"),
         (REFERENCE + "box_space", ..., r"subjects\[0\].refs\[0\].box_space: is missing"),
-        (REFERENCE + "box_space", "long1024", r"subjects\[0\].refs\[0\].box_space: expected one of frame,"),
         (REFERENCE + "box_space", "cropped_frame", r"refs\[0\].box_space: is cropped_frame, but its video"),
         (REFERENCE + "bbox_xyxy", [0, 0, 5], r"refs\[0\].bbox_xyxy: expected four finite numbers"),
-        (REFERENCE + "bbox_xyxy", [[0, 0, 5, 5]], r"refs\[0\].bbox_xyxy: expected four finite numbers"),
-        (REFERENCE + "bbox_xyxy", [5, 0, 5, 5], r"refs\[0\].bbox_xyxy: expected x0 < x1 and y0 < y1"),
         (REFERENCE + "bbox_xyxy", [0, 6, 5, 5], r"refs\[0\].bbox_xyxy: expected x0 < x1 and y0 < y1"),
         (REFERENCE + "bbox_xyxy", [0, 0, float("inf"), 5], r"refs\[0\].bbox_xyxy\[2\]: expected four finite"),
         (REFERENCE + "mask_rle", "13", r"refs\[0\].mask_rle: expected an object"),
@@ -271,17 +189,10 @@ REFERENCE = "subjects.0.refs.0."
         (REFERENCE + "mask_rle.score", [1], r"refs\[0\].mask_rle.score: unknown key"),
         (REFERENCE + "mask_rle", ..., r"refs\[0\].mask_rle: is missing: bg \"white\""),
         (REFERENCE + "frame_frac", 1, r"refs\[0\].frame_frac: expected a number, at least 0 and below 1"),
-        (REFERENCE + "frame_frac", ..., r"refs\[0\].frame: a video needs one of"),
-        (REFERENCE + "frame", 3, r"refs\[0\].frame: a video needs one of"),
-        (REFERENCE + "video", ..., r"refs\[0\].image: a reference needs one of"),
         (REFERENCE + "image", "a.png", r"refs\[0\].image: a reference needs one of"),
         (REFERENCE + "video.end_s", 0, r"refs\[0\].video.end_s: 0 is not after the start 0"),
-        (REFERENCE + "video.end_frame", 5, r"refs\[0\].video: the span is given in frames and"),
-        (REFERENCE + "bg", "black", r"refs\[0\].bg: expected one of raw, white"),
-        (REFERENCE + "scores.gme", "high", r"refs\[0\].scores.gme: expected a finite number"),
         ("subjects.0.refs.1.frame", 0, r"refs\[1\].frame: a picture has no frames"),
         ("subjects.0.refs.1.image", "C:\\a.png", r"refs\[1\].image: 'C:.+' is absolute"),
-        ("subjects.1.refs.0.frame", 5, r"subjects\[1\].refs\[0\].frame: 5 lies outside the span \[3, 5\)"),
     ],
 )
 def test_wrong_lines_are_named(path: str, value: Any, message: str) -> None:
@@ -290,13 +201,15 @@ def test_wrong_lines_are_named(path: str, value: Any, message: str) -> None:
     assert str(error.value).startswith("data.jsonl, row 3: ") and "\n" not in str(error.value)
 
 
-def test_boxes_of_pictures_are_in_the_picture() -> None:
+@pytest.mark.parametrize("space", ["cropped_frame", "frame"])
+def test_boxes_of_pictures_are_in_the_picture(space: str) -> None:
     line = changed("subjects.0.refs.1.bbox_xyxy", [0, 0, 5, 5])
-    line["subjects"][0]["refs"][1]["box_space"] = "cropped_frame"
-    with pytest.raises(ValueError, match="a picture has no cropped_frame: use frame"):
-        parse(line, "")
-    line["subjects"][0]["refs"][1]["box_space"] = "frame"
-    assert parse(line, "").subjects[0].refs[1].bbox_xyxy == (0, 0, 5, 5)
+    line["subjects"][0]["refs"][1]["box_space"] = space
+    if space == "frame":
+        assert parse(line, "").subjects[0].refs[1].bbox_xyxy == (0, 0, 5, 5)
+    else:
+        with pytest.raises(ValueError, match="a picture has no cropped_frame: use frame"):
+            parse(line, "")
 
 
 @pytest.mark.parametrize(
@@ -317,54 +230,10 @@ def test_damaged_lines_are_value_errors(line: bytes, message: str) -> None:
         parse_line(line, "here")
 
 
-def test_mutated_lines_are_clips_or_value_errors() -> None:
-    rng = np.random.default_rng(0)
-    text = json.dumps(full_line(), ensure_ascii=False).encode()
-    wrong: list[Any] = [None, True, -1, 2.5, 1e300, "", "..", [], {}, [[]], {"a": 1}, [1, 2, 3, 4]]
-
-    def mutate(value: Any) -> Any:
-        if rng.random() < 0.03:
-            return wrong[rng.integers(len(wrong))]
-        if isinstance(value, dict):
-            return {key: mutate(item) for key, item in value.items() if rng.random() > 0.01}
-        return [mutate(item) for item in value] if isinstance(value, list) else value
-
-    refused = 0
-    for case in range(600):
-        if case % 2:
-            damaged = bytearray(text)
-            for _ in range(rng.integers(1, 4)):
-                damaged[rng.integers(len(damaged))] = rng.integers(32, 127)
-        else:
-            damaged = bytearray(json.dumps(mutate(full_line())).encode())
-        try:
-            clip = parse_line(bytes(damaged), "here")
-        except ValueError as error:
-            assert str(error).startswith("here: ")
-            refused += 1
-        else:
-            assert parse(json.loads(json.dumps(to_dict(clip))), "here") == clip
-    assert 300 < refused < 600
-
-
 def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
     for name in ("a.mp4", "a/b.mp4", "a/../b.mp4", "./a.mp4", "..a/b..mp4", "ä b.png"):
         assert relative_path_problem(name) is None
-    for name in (
-        "..",
-        "../a",
-        "a/../../b",
-        "/a",
-        "\\a",
-        "C:\\a",
-        "C:a",
-        "\\\\host\\a",
-        "..\\a",
-        "",
-        ".",
-        "a/..",
-        "\0",
-    ):
+    for name in ("..", "../a", "a/../../b", "/a", "C:\\a", "C:a", "\\\\host\\a", "..\\a", "", ".", "\0"):
         assert relative_path_problem(name) is not None
     root = tmp_path / "root"
     (root / "inner").mkdir(parents=True)
@@ -384,7 +253,6 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
         ((1, 2, 3, 4), "frame", (10, 10), (5, 5, 9, 9), (1, 2, 3, 4)),
         ((-0.5, 0, 10.9, 10), "frame", (10, 10), None, (0, 0, 10, 10)),
         ((0, 0, 12, 10), "frame", (10, 10), None, BoxProblem.BEYOND_WIDTH),
-        ((0, 0, 10, 12), "frame", (10, 10), None, BoxProblem.BEYOND_HEIGHT),
         ((-2, 0, 10, 10), "frame", (10, 10), None, BoxProblem.NEGATIVE),
         ((0, 5, 4, 5), "frame", (10, 10), None, BoxProblem.EMPTY),
         ((10.2, 0, 10.8, 5), "frame", (10, 10), None, BoxProblem.EMPTY),
@@ -400,7 +268,6 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
         ((100, 40, 600, 432), "long768", (1080, 1920), None, BoxProblem.BEYOND_WIDTH),
         # Downscale only: a smaller frame was shown as it is.
         ((100, 40, 300, 200), "long768", (640, 360), None, (100, 40, 300, 200)),
-        ((100, 40, 700, 200), "long768", (640, 360), None, BoxProblem.BEYOND_WIDTH),
         ((100, 40, 300, 200), "long768", (768, 432), (0, 0, 10, 10), (100, 40, 300, 200)),
     ],
 )
@@ -439,12 +306,8 @@ def test_written_manifests_are_read_by_row(tmp_path: Path) -> None:
     magic, count, size, changed_at = struct.unpack_from("<8sQQQ", stored)
     offsets = np.frombuffer(stored, "<u8", offset=32).tolist()
     lines = path.read_bytes().splitlines(keepends=True)
-    assert (magic, count, size, changed_at) == (
-        b"RAROWS1\n",
-        6,
-        path.stat().st_size,
-        path.stat().st_mtime_ns,
-    )
+    status = path.stat()
+    assert (magic, count, size, changed_at) == (b"RAROWS1\n", 6, status.st_size, status.st_mtime_ns)
     assert offsets == [sum(map(len, lines[:n])) for n in range(6)]
 
 
@@ -491,13 +354,7 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        b"A\nB\nC\n",
-        b"A\nB\nC",
-        b"\xef\xbb\xbfA\r\nB\r\nC\r\n",
-        b"\n\nA\n  \t\nB\n\r\n\nC\n\n  ",
-    ],
+    "text", [b"A\nB\nC", b"\xef\xbb\xbfA\r\nB\r\nC\r\n", b"\n\nA\n  \t\nB\n\r\n\nC\n\n  "]
 )
 def test_blank_lines_marks_and_missing_ends_are_no_rows(tmp_path: Path, text: bytes) -> None:
     rows = clips(3)
@@ -511,9 +368,9 @@ def test_blank_lines_marks_and_missing_ends_are_no_rows(tmp_path: Path, text: by
 
 def test_empty_manifests_have_no_rows(tmp_path: Path) -> None:
     assert write_manifest(tmp_path / "m.jsonl", []) == 0
-    assert list(ManifestReader(tmp_path / "m.jsonl")) == []
     (tmp_path / "blank.jsonl").write_bytes(b" \n\n")
-    assert len(ManifestReader(tmp_path / "blank.jsonl")) == 0
+    for name in ("m.jsonl", "blank.jsonl"):
+        assert list(ManifestReader(tmp_path / name)) == []
 
 
 def test_errors_name_the_file_and_the_row(tmp_path: Path) -> None:

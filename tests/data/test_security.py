@@ -8,7 +8,6 @@ import json
 import os
 import struct
 import tarfile
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -32,20 +31,27 @@ from refalign_ext.data.schema import VideoSpan
 from refalign_ext.data.shards import ShardInfo, scan_shard, sha256_of, shard_name, write_listing
 from refalign_ext.data.video_file import probe
 from refalign_ext.references import MAX_PIXELS, load_image
-from tests.helpers.clips import render
+from tests.helpers.clips import entry, render
 
 DATA = Path(refalign_ext.data.__file__).parent
 SECRET = b"nobody may read this"
 
 
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("media")
+    Image.new("RGB", (20, 30), "red").save(folder / "picture.png")
+    return {path.name: path.read_bytes() for path in (render(folder / "clip.mp4", 8), folder / "picture.png")}
+
+
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, media: dict[str, bytes]) -> Path:
     """A folder with a clip and a picture, beside things that are none of its business, and links to these."""
     for folder in ("set/inner", "outside"):
         (tmp_path / folder).mkdir(parents=True)
-    for place in (tmp_path / "set", tmp_path / "outside"):
-        render(place / "clip.mp4", frames=8)
-        Image.new("RGB", (20, 30), "red").save(place / "picture.png")
+    for folder in ("set", "outside"):
+        for name, data in media.items():
+            (tmp_path / folder / name).write_bytes(data)
     root = tmp_path / "set"
     (root / "linked.mp4").symlink_to(tmp_path / "outside" / "clip.mp4")
     (root / "linked.png").symlink_to("../outside/picture.png")
@@ -121,13 +127,7 @@ def test_references_that_are_cut_stay_inside_too(root: Path) -> None:
     entries = []
     for name in outside_names(root, "mp4"):
         reference = {"pair": "cross", "video": {"path": name}, "frame": 0, "bg": "raw"}
-        entry = {
-            "id": f"a{len(entries)}",
-            "source": "custom",
-            "video": {"path": "clip.mp4"},
-            "prompt": "A box.",
-        }
-        entries.append(entry | {"subjects": [{"subject_id": "1", "refs": [reference]}]})
+        entries.append(entry(f"a{len(entries)}", {"path": "clip.mp4"}, [reference]))
     path = write_lines(root, *map(json.dumps, entries))
     assert check(path, workers=0).bad_rows == len(entries)
     assert materialise(path, root / "out").kept == {"clips": 0, "references": 0}
@@ -135,14 +135,10 @@ def test_references_that_are_cut_stay_inside_too(root: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_tables_name_nothing_outside_of_their_folder(root: Path, kind: str) -> None:
-    rows: list[dict[str, Any]] = [
-        {"video": name, "ref1": "picture.png"} for name in outside_names(root, "mp4")
-    ]
+    rows = [{"video": name, "ref1": "picture.png"} for name in outside_names(root, "mp4")]
     rows += [{"video": "clip.mp4", "ref1": name} for name in outside_names(root, "png")]
     # Names that stay inside by way of the folder above are resolved here, but not kept in what is written.
-    rows = [
-        row for row in rows if "../set/" not in "".join(row.values()) and "\\" not in "".join(row.values())
-    ]
+    rows = [row for row in rows if not any(part in "".join(row.values()) for part in ("../set/", "\\"))]
     rows.append({"video": "clip.mp4", "ref1": "picture.png"})
     for number, row in enumerate(rows):
         row |= {"prompt": "A box.", "id": f"row-{number}"}
@@ -169,9 +165,7 @@ def test_folders_with_links_that_lead_out_or_in_circles(root: Path) -> None:
     (root / "pipe.ref1.png").symlink_to("picture.png")
     (root / "piped.mp4").write_bytes((root / "clip.mp4").read_bytes())
     os.mkfifo(root / "piped.txt")
-    start = time.monotonic()
     report = convert_folder(root, root / "data.jsonl")
-    assert time.monotonic() - start < 30, "it waited for a pipe"
     with ManifestReader(root / "data.jsonl") as clips:
         (clip,) = clips
     assert (clip.id, [ref.image for ref in clip.subjects[0].refs]) == ("clip", ["clip.ref1.png"])
@@ -181,12 +175,8 @@ def test_folders_with_links_that_lead_out_or_in_circles(root: Path) -> None:
 
 def test_names_that_are_not_utf8_are_dropped_and_told(root: Path) -> None:
     os.unlink(root / "pipe.mp4")
-    for name, data in (
-        (b"\xff.mp4", b"x"),
-        (b"\xff.txt", b"A box."),
-        (b"\xff.ref1.png", b"x"),
-        (b"clip.txt", b"A box."),
-    ):
+    files = {b"\xff.mp4": b"x", b"\xff.txt": b"A box.", b"\xff.ref1.png": b"x", b"clip.txt": b"A box."}
+    for name, data in files.items():
         Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_bytes(data)
     (root / "clip.ref1.png").symlink_to("picture.png")
     report = convert_folder(root, root / "data.jsonl")
@@ -386,43 +376,31 @@ FORBIDDEN_MODULES = {
     "yaml",
 }
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
-FORBIDDEN_CALLS = {
-    "load": {"torch", "np", "numpy", "joblib", "yaml"},
-    "extractall": None,
-    "extract": None,
-    "unpack_archive": None,
-    "system": {"os"},
-    "popen": {"os"},
-    "load_model": None,
-    "literal_eval": set(),
-}
+FORBIDDEN_METHODS = {"extractall", "extract", "unpack_archive", "load_model"}
+FORBIDDEN_FUNCTIONS = {f"{owner}.load" for owner in ("torch", "np", "numpy", "joblib", "yaml")}
+FORBIDDEN_FUNCTIONS |= {"os.system", "os.popen"}
+FORBIDDEN_ARGUMENTS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def offences(path: Path) -> list[str]:
     """Everything in a module that could run what a file holds, or write where an archive wants."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        what = None
-        if isinstance(node, ast.Import):
-            what = next(
-                (item.name for item in node.names if item.name.split(".")[0] in FORBIDDEN_MODULES), None
-            )
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FORBIDDEN_MODULES:
-            what = node.module
-        elif (
-            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_NAMES
-        ):
-            what = node.func.id
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            owners = FORBIDDEN_CALLS.get(node.func.attr, set())
-            owner = getattr(node.func.value, "id", "")
-            if owners is None or owner in owners:
-                what = f"{owner}.{node.func.attr}"
-        if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "shell", "trust_remote_code"):
-            what = None if isinstance(node.value, ast.Constant) and node.value.value is False else node.arg
-        if what:
-            found.append(f"{path.name}: {what}")
-    return found
+        match node:
+            case ast.Import():
+                found += [item.name for item in node.names if item.name.split(".")[0] in FORBIDDEN_MODULES]
+            case ast.ImportFrom(module=str(module)) if module.split(".")[0] in FORBIDDEN_MODULES:
+                found.append(module)
+            case ast.Call(func=ast.Name(id=name)) if name in FORBIDDEN_NAMES:
+                found.append(name)
+            case ast.Call(func=ast.Attribute(attr=name, value=owner)):
+                function = f"{getattr(owner, 'id', '')}.{name}"
+                if name in FORBIDDEN_METHODS or function in FORBIDDEN_FUNCTIONS:
+                    found.append(function)
+            case ast.keyword(arg=name, value=value) if name in FORBIDDEN_ARGUMENTS:
+                if not (isinstance(value, ast.Constant) and value.value is False):
+                    found.append(name)
+    return [f"{path.name}: {what}" for what in found]
 
 
 def test_nothing_in_the_data_path_runs_what_files_hold() -> None:
@@ -431,20 +409,20 @@ def test_nothing_in_the_data_path_runs_what_files_hold() -> None:
     assert [offence for path in modules for offence in offences(path)] == []
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import pickle",
-        "from dill import loads",
-        "torch.load(p)",
-        "eval(x)",
-        "tar.extractall(p)",
-        "f(allow_pickle=True)",
-    ],
-)
+CODE = [
+    "import pickle",
+    "from dill import loads",
+    "torch.load(p)",
+    "eval(x)",
+    "t.extractall(p)",
+    "f(allow_pickle=1)",
+]
+
+
+@pytest.mark.parametrize("code", CODE)
 def test_what_runs_code_is_found(tmp_path: Path, code: str) -> None:
     (tmp_path / "a.py").write_text(code)
-    assert offences(tmp_path / "a.py")
+    assert len(offences(tmp_path / "a.py")) == 1
 
 
 def test_a_pickle_is_no_chunk_of_a_cache(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -177,16 +176,6 @@ def test_choice_of_the_kernel(
     monkeypatch.setattr(seam, "FLASH_ATTN_3_AVAILABLE", 3 in installed)
     monkeypatch.setattr(seam, "FLASH_ATTN_2_AVAILABLE", 2 in installed)
     assert kernel_name(torch.device(device), dtype, head_dim, **options) == expected
-
-
-def test_the_kernel_is_logged_once(
-    qkv: tuple[torch.Tensor, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(seam, "_announced", set())
-    with caplog.at_level(logging.INFO, logger=seam.__name__):
-        attention(*qkv)
-        attention(*qkv)
-    assert [record.getMessage() for record in caplog.records] == ["attention is computed by SDPA"]
 
 
 def stand_in(returns_tuple: bool) -> SimpleNamespace:

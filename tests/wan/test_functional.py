@@ -86,9 +86,3 @@ def test_layouts_that_cannot_be_viewed_as_complex(freqs: torch.Tensor) -> None:
     expected = rotate(x, turns)
     assert torch.equal(rotate(shifted, turns), expected)
     assert torch.equal(rotate(transposed, turns), expected)
-
-
-def test_the_raw_table_needs_the_grid(freqs: torch.Tensor) -> None:
-    x, weight = random_inputs(torch.float32)
-    with pytest.raises(ValueError, match="grid_sizes"):
-        rms_norm_rotate(x, weight, EPS, HEADS, None, freqs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan.utils.solvers import SOLVER_NAMES, make_solver, shift_sigmas
+from wan.utils.solvers import SOLVERS, make_solver, shift_sigmas
 
 
 def grid(name: str, steps: int, shift: float) -> np.ndarray:
@@ -14,7 +14,7 @@ def grid(name: str, steps: int, shift: float) -> np.ndarray:
     return shift_sigmas(np.linspace(start, 0, steps + 1)[:-1], shift)
 
 
-@pytest.mark.parametrize("name", SOLVER_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 3, 20, 50])
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_grid(name: str, steps: int, shift: float) -> None:
@@ -59,7 +59,7 @@ def test_euler_steps_follow_the_formula() -> None:
     torch.testing.assert_close(sample, expected.float(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", SOLVER_NAMES)
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 def test_straight_flow_ends_at_the_data(name: str, steps: int) -> None:
     # On a straight path the velocity is noise - data everywhere, so every solver must land on the data exactly.
@@ -87,7 +87,7 @@ def test_convergence_to_the_exact_solution() -> None:
         exact = spread / ((1 - start) ** 2 * spread**2 + start**2).sqrt()
         return abs(sample.item() / exact.item() - 1)
 
-    for name in SOLVER_NAMES:
+    for name in SOLVERS:
         assert error(name, 40) < error(name, 20) / 1.6
     assert error("unipc", 20) < error("dpm++", 20) < error("euler", 20) / 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,13 +29,10 @@ except ImportError:
 FLASH_ATTN_3_AVAILABLE = flash_attn_interface is not None
 FLASH_ATTN_2_AVAILABLE = flash_attn is not None
 
-__all__ = ["attention", "flash_attention", "kernel_name"]
-
 logger = logging.getLogger(__name__)
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_HEAD_DIM = 256
-_announced: set[str] = set()
 
 # CPU training in half precision: SDPA's backward takes 2 to 2.5 times as long as softmax between two matmuls
 # while the score matrix is small (16 x 4 heads x 144 x 144, one thread: 26 against 10 ms, forward and
@@ -60,21 +58,18 @@ def kernel_name(
     """
     if device.type != "cuda" or dtype not in _HALF_DTYPES or head_dim > _FLASH_MAX_HEAD_DIM:
         return "SDPA"
-    usable = []
-    if FLASH_ATTN_3_AVAILABLE and dropout_p == 0.0:
-        usable.append("FlashAttention 3")
+    usable = [3] if FLASH_ATTN_3_AVAILABLE and dropout_p == 0.0 else []
     if FLASH_ATTN_2_AVAILABLE:
-        usable.append("FlashAttention 2")
-    if version is not None and f"FlashAttention {version}" in usable:
-        return f"FlashAttention {version}"
-    return usable[0] if usable else "SDPA"
+        usable.append(2)
+    if not usable:
+        return "SDPA"
+    return f"FlashAttention {version if version in usable else usable[0]}"
 
 
+@cache
 def announce_kernel(name: str) -> None:
     """Log once per process and kernel which implementation computes attention."""
-    if name not in _announced:
-        _announced.add(name)
-        logger.info("attention is computed by %s", name)
+    logger.info("attention is computed by %s", name)
 
 
 def flash_attention(
@@ -92,27 +87,13 @@ def flash_attention(
     dtype: torch.dtype = torch.bfloat16,
     version: int | None = None,
 ) -> torch.Tensor:
-    """Attention in half precision where a FlashAttention kernel can run, else `attention` in the input's
-    dtype.
-
-    Arguments and result as in `attention`. `dtype` (float16 or bfloat16) is what inputs of another dtype are
-    rounded to; the result has q's dtype again.
-    """
+    """`attention` that rounds other inputs to `dtype` (float16 or bfloat16) where a FlashAttention kernel can run."""
     if dtype not in _HALF_DTYPES:
         raise ValueError(
             f"flash_attention computes in float16 or bfloat16, not in {dtype}; use attention() instead"
         )
-    half = q.dtype if q.dtype in _HALF_DTYPES else dtype
-    if kernel_name(q.device, half, q.size(-1), dropout_p=dropout_p, version=version) == "SDPA":
-        half = q.dtype
-    options = dict(softmax_scale=softmax_scale, q_scale=q_scale, causal=causal, window_size=window_size)
-    out = attention(
-        *(q.to(half), k.to(half), v.to(half), q_lens, k_lens, dropout_p),
-        **options,
-        deterministic=deterministic,
-        fa_version=version,
-    )
-    return out.to(q.dtype)
+    options = (dropout_p, softmax_scale, q_scale, causal, window_size, deterministic, dtype)
+    return attention(q, k, v, q_lens, k_lens, *options, fa_version=version or 3)
 
 
 def attention(
@@ -157,26 +138,11 @@ def attention(
     Raises:
         ValueError: a length is less than 1 (keys), negative (queries) or longer than the tensor.
     """
-    if fa_version is not None and q.dtype not in _HALF_DTYPES:
-        rounded = kernel_name(q.device, dtype, q.size(-1), dropout_p=dropout_p, version=fa_version)
-        if rounded != "SDPA":
-            return flash_attention(
-                *(
-                    q,
-                    k,
-                    v,
-                    q_lens,
-                    k_lens,
-                    dropout_p,
-                    softmax_scale,
-                    q_scale,
-                    causal,
-                    window_size,
-                    deterministic,
-                ),
-                *(dtype, fa_version),
-            )
-
+    given = q.dtype
+    half = given if given in _HALF_DTYPES or fa_version is None else dtype
+    name = kernel_name(q.device, half, q.size(-1), dropout_p=dropout_p, version=fa_version)
+    if name != "SDPA":
+        q, k, v = q.to(half), k.to(half), v.to(half)
     num_queries, num_keys = q.size(1), k.size(1)
     queries = _lengths(q_lens, q.size(0), num_queries, "q_lens", minimum=0)
     keys = _lengths(k_lens, q.size(0), num_keys, "k_lens", minimum=1)
@@ -186,31 +152,22 @@ def attention(
     if q_scale is not None:
         q = q * q_scale
 
-    name = kernel_name(q.device, q.dtype, q.size(-1), dropout_p=dropout_p, version=fa_version)
-    if not torch.compiler.is_compiling():
-        announce_kernel(name)
     if name == "SDPA":
-        out = _sdpa(q, k, v, queries, keys, dropout_p, softmax_scale, causal, window_size)
+        mask = _mask(q.size(0), num_queries, k.size(1), queries, keys, causal, window_size, q.device)
+        out = _sdpa(q, k, v, mask, dropout_p, softmax_scale)
     else:
         options: dict[str, Any] = dict(
-            softmax_scale=softmax_scale, causal=causal, window_size=tuple(window_size)
+            softmax_scale=softmax_scale, causal=causal, deterministic=deterministic
         )
-        options["deterministic"] = deterministic
+        options["window_size"] = tuple(window_size)
         if name == "FlashAttention 2":
             options["dropout_p"] = dropout_p
-        out = _flash(
-            flash_attn_interface if name == "FlashAttention 3" else flash_attn,
-            q,
-            k,
-            v,
-            queries,
-            keys,
-            options,
-        )
+        module = flash_attn_interface if name == "FlashAttention 3" else flash_attn
+        out = _flash(module, q, k, v, queries, keys, options)
     if queries is not None and min(queries) < num_queries:
         valid = _valid_positions(queries, num_queries, q.device)
         out = out.masked_fill(~valid[:, :, None, None], 0.0)
-    return out
+    return out.to(given)
 
 
 def _lengths(lengths: Lengths, batch: int, limit: int, what: str, minimum: int) -> list[int] | None:
@@ -261,14 +218,10 @@ def _sdpa(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    queries: list[int] | None,
-    keys: list[int] | None,
+    mask: torch.Tensor | None,
     dropout_p: float,
     softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
 ) -> torch.Tensor:
-    mask = _mask(q.size(0), q.size(1), k.size(1), queries, keys, causal, window_size, q.device)
     if k.size(2) != q.size(2):
         k, v = (u.repeat_interleave(q.size(2) // u.size(2), dim=2) for u in (k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, L, C]

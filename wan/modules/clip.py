@@ -14,29 +14,25 @@ from wan.utils.weights import load_strict, read_state_dict
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
-_DEFAULTS: dict[str, int] = {
-    "image_size": 224,
-    "patch_size": 14,
-    "dim": 1280,
-    "dim_ffn": 5120,
-    "num_heads": 16,
-    "num_layers": 32,
-}
+_DEFAULTS = dict(image_size=224, patch_size=14, dim=1280, dim_ffn=5120, num_heads=16, num_layers=32)
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _UNUSED = ("textual.", "log_scale", "visual.head")
-_OUTER = {
-    "patch_embedding": "embeddings.patch_embedding",
-    "pre_norm": "pre_layrnorm",
-    "post_norm": "post_layernorm",
-}
-_BLOCK = {
-    "norm1": "layer_norm1",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp.0": "mlp.fc1",
-    "mlp.2": "mlp.fc2",
-}
+# upstream -> transformers, for parts of names, in this order
+_RENAMES = (
+    ("visual.", ""),
+    ("transformer.", "encoder.layers."),
+    ("attn.proj.", "self_attn.out_proj."),
+    ("mlp.0.", "mlp.fc1."),
+    ("mlp.2.", "mlp.fc2."),
+    ("norm1.", "layer_norm1."),
+    ("norm2.", "layer_norm2."),
+    ("pre_norm.", "pre_layrnorm."),
+    ("post_norm.", "post_layernorm."),
+    ("patch_embedding.", "embeddings.patch_embedding."),
+    ("cls_embedding", "embeddings.class_embedding"),
+    ("pos_embedding", "embeddings.position_embedding.weight"),
+)
 
 
 class CLIPModel:
@@ -131,30 +127,22 @@ def clip_state_dict_to_transformers(state_dict: Mapping[str, torch.Tensor]) -> d
     projection of the class token are left out; any other foreign name stays as it is.
     """
     renamed: dict[str, torch.Tensor] = {}
-    for name, tensor in state_dict.items():
-        if not name.startswith(_UNUSED):
-            renamed.update(_renamed(name, tensor))
+    for key, tensor in state_dict.items():
+        if key.startswith(_UNUSED):
+            continue
+        name = key
+        for ours, theirs in _RENAMES:
+            name = name.replace(ours, theirs)
+        if name == "embeddings.class_embedding":
+            tensor = tensor.flatten()
+        elif name == "embeddings.position_embedding.weight":
+            tensor = tensor.flatten(0, -2)
+        if ".attn.to_qkv." in name:
+            for head, rows in zip("qkv", tensor.chunk(3), strict=True):
+                renamed[name.replace("attn.to_qkv", f"self_attn.{head}_proj")] = rows
+        else:
+            renamed[name] = tensor
     return renamed
-
-
-def _renamed(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    if name == "visual.cls_embedding":
-        return {"embeddings.class_embedding": tensor.flatten()}
-    if name == "visual.pos_embedding":
-        return {"embeddings.position_embedding.weight": tensor.flatten(0, -2)}
-    module, _, kind = name.removeprefix("visual.").rpartition(".")
-    if module in _OUTER:
-        return {f"{_OUTER[module]}.{kind}": tensor}
-    _, _, inner = module.partition("transformer.")
-    index, _, part = inner.partition(".")
-    if part == "attn.to_qkv":
-        layer = f"encoder.layers.{index}.self_attn"
-        return {
-            f"{layer}.{head}_proj.{kind}": rows for head, rows in zip("qkv", tensor.chunk(3), strict=True)
-        }
-    if part in _BLOCK:
-        return {f"encoder.layers.{index}.{_BLOCK[part]}.{kind}": tensor}
-    return {name: tensor}
 
 
 def _fill_position_ids(model: CLIPVisionModel) -> None:

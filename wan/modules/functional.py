@@ -1,9 +1,7 @@
 """Root mean square norm and rotary position embedding, written so that little memory is moved.
 
-A block of the transformer spends most of its time outside the matmuls on reading and writing whole
-activations. PyTorch has a fused RMS norm only on CUDA; elsewhere the norm, its weight and the rotation read
-or write the queries nine times, and the keys as well. Here it is five: the norm's factor, one number per
-token, is folded into the table of rotations.
+PyTorch has a fused RMS norm only on CUDA; elsewhere the norm, its weight and the rotation read or write the queries
+nine times. Here it is five: the norm's factor, one number per token, is folded into the table of rotations.
 """
 
 from __future__ import annotations
@@ -14,16 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = [
-    "rms_norm",
-    "rms_norm_rotate",
-    "rope_apply",
-    "rope_multipliers",
-    "rope_params",
-    "rotate",
-    "sinusoidal_embedding_1d",
-]
-
 _HAS_FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
@@ -31,12 +19,8 @@ def sinusoidal_embedding_1d(dim: int, position: torch.Tensor) -> torch.Tensor:
     """Cosines, then sines, of `position` [B] at dim / 2 frequencies from 1 down to nearly 1 / 10000.
 
     Returns float64 [B, dim]. Devices without float64 (MPS) get the table by way of the CPU, in float32.
-
-    Raises:
-        ValueError: `dim` is odd.
     """
-    if dim % 2:
-        raise ValueError(f"the sinusoidal embedding needs an even dimension, got {dim}")
+    assert dim % 2 == 0
     device = torch.device("cpu") if position.device.type == "mps" else position.device
     exponents = torch.arange(dim // 2, dtype=torch.float64, device=device) / (dim // 2)
     angles = torch.outer(position.to(device).to(torch.float64), torch.pow(10000.0, -exponents))
@@ -48,12 +32,8 @@ def rope_params(max_seq_len: int, dim: int, theta: float = 10000.0) -> torch.Ten
     """Unit complex numbers, [max_seq_len, dim / 2] complex128 on the CPU.
 
     Position p turns pair i of a head's channels by p / theta^(2 i / dim).
-
-    Raises:
-        ValueError: `dim` is odd.
     """
-    if dim % 2:
-        raise ValueError(f"rotary embedding turns pairs of channels: {dim} channels is odd")
+    assert dim % 2 == 0
     frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float64, device="cpu"), frequencies)
     return torch.polar(torch.ones_like(angles), angles)
@@ -159,10 +139,7 @@ def rms_norm_rotate(
 def _prepared(freqs: torch.Tensor, grid_sizes: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     if not freqs.is_complex():
         return freqs
-    if grid_sizes is None:
-        raise ValueError(
-            "the raw table of rotations needs grid_sizes; pass them or the result of rope_multipliers"
-        )
+    assert grid_sizes is not None, "the raw table of rotations needs grid_sizes"
     dtype = torch.promote_types(x.dtype, torch.float32)
     return rope_multipliers(freqs, grid_sizes.tolist(), x.size(1), dtype, x.device)
 

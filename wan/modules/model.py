@@ -70,7 +70,6 @@ class WanRMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.dim = dim
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
@@ -129,14 +128,8 @@ class WanSelfAttention(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
-        self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.window_size = tuple(window_size)
-        self.qk_norm = qk_norm
-        self.eps = eps
 
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
@@ -194,14 +187,6 @@ class WanAttentionBlock(nn.Module):
             raise ValueError(
                 f"cross-attention {cross_attn_type!r} is not supported yet, only 't2v_cross_attn'"
             )
-        self.dim = dim
-        self.ffn_dim = ffn_dim
-        self.num_heads = num_heads
-        self.window_size = tuple(window_size)
-        self.qk_norm = qk_norm
-        self.cross_attn_norm = cross_attn_norm
-        self.eps = eps
-
         self.norm1 = WanLayerNorm(dim, eps)
         self.self_attn = WanSelfAttention(dim, num_heads, window_size, qk_norm, eps)
         self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
@@ -223,8 +208,7 @@ class WanAttentionBlock(nn.Module):
         context: torch.Tensor,
         context_lens: Lengths,
     ) -> torch.Tensor:
-        """One block; what `self_attn` and `cross_attn` return is what is added to the tokens (the former
-        gated).
+        """One block.
 
         Args:
             x: [B, L, dim] tokens, float32 (float64 in a float64 model).
@@ -239,10 +223,8 @@ class WanAttentionBlock(nn.Module):
             [B, L, dim] in x's dtype.
         """
         dtype = _matmul_dtype(self.ffn[0].weight)
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e).chunk(
-            6, dim=1
-        )  # [B, 1, dim] each
-
+        modulation = (self.modulation + e).chunk(6, dim=1)  # six [B, 1, dim]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         y = self.self_attn(self.norm1(x, scale1, shift1).to(dtype), seq_lens, grid_sizes, freqs)
         x = _gated_add(x, y, gate1)
         x = x + self.cross_attn(self.norm3(x).to(dtype), context, context_lens)
@@ -261,11 +243,6 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, out_dim: int, patch_size: tuple[int, int, int], eps: float = 1e-6) -> None:
         super().__init__()
-        self.dim = dim
-        self.out_dim = out_dim
-        self.patch_size = tuple(patch_size)
-        self.eps = eps
-
         self.norm = WanLayerNorm(dim, eps)
         self.head = FullPrecisionLinear(dim, math.prod(patch_size) * out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -283,17 +260,11 @@ class WanModel(ModelMixin, ConfigMixin):
         model_type: "t2v"; the image-to-video variants are not supported yet.
         patch_size: (frames, rows, columns) of latents per token.
         text_len: number of text tokens to which prompts are zero-padded.
-        in_dim: channels of the latents.
-        dim: width of the tokens.
-        ffn_dim: width of the feed-forward network.
-        freq_dim: size of the sinusoidal time embedding.
-        text_dim: width of the text encoder's output.
-        out_dim: channels of the prediction.
-        num_heads: attention heads; dim / num_heads must be even.
-        num_layers: number of blocks.
+        in_dim, out_dim: channels of the latents and of the prediction.
+        dim, ffn_dim, freq_dim, text_dim: widths of tokens, feed-forward network, time and text embedding.
+        num_heads, num_layers: attention heads, of which dim / num_heads must be even, and blocks.
         window_size: (left, right) extent of self-attention, -1 for no limit.
-        qk_norm: RMS-norm queries and keys.
-        cross_attn_norm: layer-norm the queries' input of the cross-attention.
+        qk_norm, cross_attn_norm: whether queries and keys, and the queries' input of cross-attention, are normed.
         eps: epsilon of all norms.
 
     Raises:
@@ -458,43 +429,33 @@ class WanModel(ModelMixin, ConfigMixin):
     def _check(
         self, x: Sequence[torch.Tensor], t: torch.Tensor, context: Sequence[torch.Tensor], seq_len: int
     ) -> None:
-        if not len(x) == len(context) == t.numel() or t.dim() != 1:
+        if t.dim() != 1 or not len(x) == len(context) == len(t):
             raise ValueError(
                 "latents, timesteps and prompts must be equally many, "
                 f"got {len(x)}, {tuple(t.shape)}, {len(context)}"
             )
         for latents, text in zip(x, context, strict=True):
-            sizes = tuple(latents.shape)
-            if latents.dim() != 4 or sizes[0] != self.in_dim:
-                raise ValueError(f"latents must be [{self.in_dim}, F, H, W], got {list(sizes)}")
-            if any(size % patch for size, patch in zip(sizes[1:], self.patch_size, strict=True)):
-                raise ValueError(
-                    f"latents of size {sizes[1:]} do not divide into patches of {self.patch_size}"
-                )
-            tokens = math.prod(sizes[1:]) // math.prod(self.patch_size)
+            shape = list(latents.shape)
+            if len(shape) != 4 or shape[0] != self.in_dim:
+                raise ValueError(f"latents must be [{self.in_dim}, F, H, W], got {shape}")
+            if any(size % patch for size, patch in zip(shape[1:], self.patch_size, strict=True)):
+                raise ValueError(f"latents {shape} do not divide into patches of {self.patch_size}")
+            tokens = math.prod(shape[1:]) // math.prod(self.patch_size)
             if not 0 < tokens <= seq_len:
                 raise ValueError(
                     f"latents of {tokens} tokens do not fit into seq_len {seq_len}; raise seq_len"
                 )
             if text.dim() != 2 or len(text) > self.text_len or text.size(1) != self.text_dim:
-                raise ValueError(
-                    f"text embeddings must be [at most {self.text_len}, {self.text_dim}], "
-                    f"got {list(text.shape)}"
-                )
+                limits = f"[at most {self.text_len}, {self.text_dim}]"
+                raise ValueError(f"text embeddings must be {limits}, got {list(text.shape)}")
 
     def _embed_patches(
         self, x: list[torch.Tensor], seq_len: int
     ) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
         """Tokens [B, seq_len, dim], zero-padded, and each sample's grid of tokens (frames, rows, columns)."""
-        if len({u.shape for u in x}) == 1:
-            embedded = list(self.patch_embedding(torch.stack(x)).split(1))
-            stacked = len(x) > 1
-        else:
-            embedded = [self.patch_embedding(u.unsqueeze(0)) for u in x]
-            stacked = False
-        grid_sizes = [tuple(u.shape[2:]) for u in embedded]
-        if stacked:
-            embedded = [torch.cat(embedded)]
+        batches = [torch.stack(x)] if len({u.shape for u in x}) == 1 else [u.unsqueeze(0) for u in x]
+        embedded = [self.patch_embedding(batch) for batch in batches]  # each [B or 1, dim, f, h, w]
+        grid_sizes = [tuple(sample.shape[1:]) for batch in embedded for sample in batch]
         tokens = [F.pad(u.flatten(2).transpose(1, 2), (0, 0, 0, seq_len - u[0, 0].numel())) for u in embedded]
         return torch.cat(tokens) if len(tokens) > 1 else tokens[0], grid_sizes
 

@@ -14,15 +14,9 @@ from wan.utils.weights import load_strict, read_state_dict
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-_DEFAULTS: dict[str, int] = {
-    "vocab": 256384,
-    "dim": 4096,
-    "dim_attn": 4096,
-    "dim_ffn": 10240,
-    "num_heads": 64,
-    "num_layers": 24,
-    "num_buckets": 32,
-}
+_DEFAULTS = dict(
+    vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24, num_buckets=32
+)
 _OUTER = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 _BLOCK = {
     "norm1": "layer.0.layer_norm",
@@ -85,7 +79,9 @@ class T5EncoderModel:
             with torch.device("meta"):
                 model = build_t5(config)
             state_dict = t5_state_dict_to_transformers(read_state_dict(checkpoint_path))
+            model.encoder.embed_tokens = None  # the library's second name for the first embedding
             load_strict(model, state_dict, str(checkpoint_path), dtype=dtype)
+            model.set_input_embeddings(model.shared)
         model.eval().requires_grad_(False)
         self.model = model.to(device) if shard_fn is None else shard_fn(model, sync_module_states=False)
 
@@ -108,22 +104,11 @@ class T5EncoderModel:
 
 
 def build_t5(config: Mapping[str, int] | None = None) -> UMT5EncoderModel:
-    """An untrained ``UMT5EncoderModel`` of a configuration, on the default device.
-
-    Args:
-        config: as for :class:`T5EncoderModel`.
-
-    Raises:
-        ValueError: ``dim_attn`` cannot be divided among the heads.
-    """
+    """An untrained ``UMT5EncoderModel`` of a configuration (see :class:`T5EncoderModel`), on the default device."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = {**_DEFAULTS, **(config or {})}
-    if config["dim_attn"] % config["num_heads"]:
-        raise ValueError(
-            f"text encoder configuration: dim_attn {config['dim_attn']} is not divisible by "
-            f"num_heads {config['num_heads']}; change one of them"
-        )
+    assert config["dim_attn"] % config["num_heads"] == 0
     model = UMT5EncoderModel(
         UMT5Config(
             vocab_size=config["vocab"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,30 +17,26 @@ if TYPE_CHECKING:
 TEMPORAL_STRIDE = 4
 """Frames per latent frame. AutoencoderKLWan encodes 4 frames at a time, so no other stride works."""
 
-_DEFAULTS: dict[str, Any] = {
-    "dim": 96,
-    "z_dim": 16,
-    "dim_mult": (1, 2, 4, 4),
-    "num_res_blocks": 2,
-    "attn_scales": (),
-    "temperal_downsample": (False, True, True),
-}
-_RESIDUAL = (
-    ("residual.0.gamma", "norm1.gamma"),
-    ("residual.2.weight", "conv1.weight"),
-    ("residual.2.bias", "conv1.bias"),
-    ("residual.3.gamma", "norm2.gamma"),
-    ("residual.6.weight", "conv2.weight"),
-    ("residual.6.bias", "conv2.bias"),
+_DEFAULTS: dict[str, Any] = dict(
+    dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temperal_downsample=(False, True, True)
 )
-_SHORTCUT = (("shortcut.weight", "conv_shortcut.weight"), ("shortcut.bias", "conv_shortcut.bias"))
-_ATTENTION = ("norm.gamma", "to_qkv.weight", "to_qkv.bias", "proj.weight", "proj.bias")
-_HEAD = (
-    ("head.0.gamma", "norm_out.gamma"),
-    ("head.2.weight", "conv_out.weight"),
-    ("head.2.bias", "conv_out.bias"),
+# diffusers -> upstream, for parts of names, in this order
+_RENAMES = (
+    ("post_quant_conv.", "conv2."),
+    ("quant_conv.", "conv1."),
+    (".conv1.", ".residual.2."),
+    (".conv2.", ".residual.6."),
+    (".norm1.", ".residual.0."),
+    (".norm2.", ".residual.3."),
+    (".conv_shortcut.", ".shortcut."),
+    (".conv_in.", ".conv1."),
+    (".norm_out.", ".head.0."),
+    (".conv_out.", ".head.2."),
+    (".mid_block.resnets.0.", ".middle.0."),
+    (".mid_block.attentions.0.", ".middle.1."),
+    (".mid_block.resnets.1.", ".middle.2."),
+    (".down_blocks.", ".downsamples."),
 )
-_CONVOLUTION = ("weight", "bias")
 
 
 class WanVAE:
@@ -70,17 +67,15 @@ class WanVAE:
             dtype: float32 or float64; anything narrower is raised to float32.
             device: where the model lives.
             config: ``vae`` section of a task's configuration (dim, z_dim, dim_mult, num_res_blocks,
-                attn_scales, temperal_downsample, mean, std); ``None`` means Wan2.1's own.
+                temperal_downsample, mean, std); ``None`` means Wan2.1's own.
 
         Raises:
-            ValueError: the configuration cannot be built; the checkpoint is unreadable or of another model.
+            ValueError: the checkpoint is unreadable or of another model.
         """
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self.config = _completed({"z_dim": z_dim} if config is None else config)
+        self.config = {**_DEFAULTS, **({"z_dim": z_dim} if config is None else config)}
         if vae_pth is None:
-            self.model = build_vae(self.config)
-            if self.dtype == torch.float64:
-                self.model.double()
+            self.model = build_vae(self.config).to(self.dtype)
         else:
             with torch.device("meta"):
                 self.model = build_vae(self.config)
@@ -134,23 +129,23 @@ class WanVAE:
         return [self._decode_one(latent) for latent in latents]
 
     def _encode_one(self, video: torch.Tensor) -> torch.Tensor:
-        device = self.device
-        with torch.autocast(device.type, enabled=False):
-            posterior = self.model.encode(video[None].to(device, self.dtype)).latent_dist  # [1, 3, T, H, W]
-            mean, scale = self._normalisation(device)
+        with torch.autocast(self.device.type, enabled=False):
+            posterior = self.model.encode(
+                video[None].to(self.device, self.dtype)
+            ).latent_dist  # [1, 3, T, H, W]
+            mean, scale = self._normalisation()
             return (posterior.mode()[0] - mean) * scale  # [z, t, h, w]
 
     def _decode_one(self, latent: torch.Tensor) -> torch.Tensor:
-        device = self.device
-        with torch.autocast(device.type, enabled=False):
-            mean, scale = self._normalisation(device)
-            latent = latent.to(device, self.dtype) / scale + mean  # [z, t, h, w]
+        with torch.autocast(self.device.type, enabled=False):
+            mean, scale = self._normalisation()
+            latent = latent.to(self.device, self.dtype) / scale + mean  # [z, t, h, w]
             return self.model.decode(latent[None]).sample[0].clamp(-1, 1)  # [3, T, H, W]
 
-    def _normalisation(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _normalisation(self) -> tuple[torch.Tensor, torch.Tensor]:
         # multiplying by the reciprocal rounds as upstream does
-        shape = (-1, 1, 1, 1)
-        return self.mean.to(device).view(shape), (1.0 / self.std.to(device)).view(shape)
+        mean, std = (values.to(self.device).view(-1, 1, 1, 1) for values in (self.mean, self.std))
+        return mean, 1.0 / std
 
     def _check_video(self, video: torch.Tensor) -> None:
         if video.ndim != 4 or video.shape[0] != 3 or 0 in video.shape:
@@ -159,33 +154,26 @@ class WanVAE:
         if (frames - 1) % self.stride[0]:
             nearest = round((frames - 1) / self.stride[0]) * self.stride[0] + 1
             raise ValueError(f"{frames} frames; must be {self.stride[0]}n+1, the nearest is {nearest}")
-        if height % self.stride[1] or width % self.stride[2]:
-            near_width, near_height = (
-                max(stride, round(size / stride) * stride)
-                for size, stride in ((width, self.stride[2]), (height, self.stride[1]))
-            )
+        unit = self.stride[1]
+        if height % unit or width % unit:
+            near_width, near_height = (max(unit, round(side / unit) * unit) for side in (width, height))
             raise ValueError(
-                f"video size {width}x{height} is not divisible by {self.stride[1]}; "
+                f"video size {width}x{height} is not divisible by {unit}; "
                 f"the nearest valid size is {near_width}x{near_height}"
             )
 
 
 def build_vae(config: Mapping[str, Any] | None = None) -> AutoencoderKLWan:
-    """An untrained ``AutoencoderKLWan`` of a configuration, on the default device.
-
-    Args:
-        config: as for :class:`WanVAE`.
-
-    Raises:
-        ValueError: the configuration contradicts itself or needs what the library does not offer.
-    """
+    """An untrained ``AutoencoderKLWan`` of a configuration (see :class:`WanVAE`), on the default device."""
     from diffusers import AutoencoderKLWan
 
-    config = _completed(config)
-    statistics = {}
-    for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std")):
-        if config.get(ours) is not None:
-            statistics[theirs] = [float(value) for value in config[ours]]
+    config = {**_DEFAULTS, **(config or {})}
+    assert 2 ** sum(map(bool, config["temperal_downsample"])) == TEMPORAL_STRIDE
+    statistics = {
+        theirs: [float(value) for value in config[ours]]
+        for ours, theirs in (("mean", "latents_mean"), ("std", "latents_std"))
+        if config.get(ours) is not None
+    }
     model = AutoencoderKLWan(
         base_dim=config["dim"],
         z_dim=config["z_dim"],
@@ -196,12 +184,7 @@ def build_vae(config: Mapping[str, Any] | None = None) -> AutoencoderKLWan:
         scale_factor_spatial=2 ** (len(config["dim_mult"]) - 1),
         **statistics,
     )
-    for name in ("latents_mean", "latents_std"):
-        if len(model.config[name]) != config["z_dim"]:
-            raise ValueError(
-                f"autoencoder configuration: {config['z_dim']} latent channels but {len(model.config[name])} "
-                f"statistics; give mean and std as many values as z_dim"
-            )
+    assert len(model.config.latents_mean) == len(model.config.latents_std) == config["z_dim"]
     return model
 
 
@@ -211,7 +194,10 @@ def vae_key_map(config: Mapping[str, Any] | None = None) -> dict[str, str]:
     Upstream numbers all blocks of a half in one row (``encoder.downsamples.N``, ``decoder.upsamples.N``),
     resampling included; diffusers keeps that in the encoder and nests the decoder by level.
     """
-    return dict(_key_pairs(_completed(config)))
+    with torch.device("meta"):
+        names = build_vae(config).state_dict()
+    resnets = {**_DEFAULTS, **(config or {})}["num_res_blocks"] + 1
+    return {_upstream_key(name, resnets): name for name in names}
 
 
 def vae_state_dict_to_diffusers(
@@ -240,76 +226,11 @@ def vae_state_dict_from_diffusers(
     return {names[name]: tensor for name, tensor in state_dict.items()}
 
 
-def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """``config`` with Wan2.1's values where it is silent, checked."""
-    complete = {**_DEFAULTS, **(config or {})}
-    levels = len(complete["dim_mult"])
-    if complete["attn_scales"]:
-        raise ValueError("autoencoder configuration: attn_scales must be empty, diffusers' decoder has none")
-    if len(complete["temperal_downsample"]) != levels - 1:
-        raise ValueError(
-            f"autoencoder configuration: {levels} levels in dim_mult need {levels - 1} values "
-            f"in temperal_downsample"
-        )
-    if 2 ** sum(bool(value) for value in complete["temperal_downsample"]) != TEMPORAL_STRIDE:
-        raise ValueError(
-            f"autoencoder configuration: temperal_downsample must be true twice (stride {TEMPORAL_STRIDE}), "
-            f"the encoder works on {TEMPORAL_STRIDE} frames at a time"
-        )
-    return complete
-
-
-def _key_pairs(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for ours, theirs in (("conv1", "quant_conv"), ("conv2", "post_quant_conv")):
-        yield from _prefixed(ours, theirs, _CONVOLUTION)
-    for half in ("encoder", "decoder"):
-        yield from _prefixed(f"{half}.conv1", f"{half}.conv_in", _CONVOLUTION)
-        yield from _prefixed(f"{half}.middle.0", f"{half}.mid_block.resnets.0", _RESIDUAL)
-        yield from _prefixed(f"{half}.middle.1", f"{half}.mid_block.attentions.0", _ATTENTION)
-        yield from _prefixed(f"{half}.middle.2", f"{half}.mid_block.resnets.1", _RESIDUAL)
-        yield from _prefixed(half, half, _HEAD)
-    yield from _encoder_pairs(config)
-    yield from _decoder_pairs(config)
-
-
-def _encoder_pairs(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    index, width = 0, 1
-    for level, multiplier in enumerate(config["dim_mult"]):
-        for _ in range(config["num_res_blocks"]):
-            names = _RESIDUAL if width == multiplier else _RESIDUAL + _SHORTCUT
-            yield from _prefixed(f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}", names)
-            index, width = index + 1, multiplier
-        if level < len(config["dim_mult"]) - 1:
-            names = _resampling(config["temperal_downsample"][level])
-            yield from _prefixed(f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}", names)
-            index += 1
-
-
-def _decoder_pairs(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    multipliers = list(config["dim_mult"])[::-1]
-    is_temporal = list(config["temperal_downsample"])[::-1]
-    index, width = 0, config["dim"] * multipliers[0]
-    for level, multiplier in enumerate(multipliers):
-        block = f"decoder.up_blocks.{level}"
-        for resnet in range(config["num_res_blocks"] + 1):
-            names = _RESIDUAL if width == config["dim"] * multiplier else _RESIDUAL + _SHORTCUT
-            yield from _prefixed(f"decoder.upsamples.{index}", f"{block}.resnets.{resnet}", names)
-            index, width = index + 1, config["dim"] * multiplier
-        if level < len(multipliers) - 1:
-            yield from _prefixed(
-                f"decoder.upsamples.{index}", f"{block}.upsamplers.0", _resampling(is_temporal[level])
-            )
-            index, width = index + 1, width // 2  # upsampling halves the channels
-
-
-def _resampling(is_temporal: bool) -> tuple[str, ...]:
-    spatial = ("resample.1.weight", "resample.1.bias")
-    return (*spatial, "time_conv.weight", "time_conv.bias") if is_temporal else spatial
-
-
-def _prefixed(
-    ours: str, theirs: str, names: Sequence[str] | Sequence[tuple[str, str]]
-) -> Iterator[tuple[str, str]]:
-    for name in names:
-        our_name, their_name = (name, name) if isinstance(name, str) else name
-        yield f"{ours}.{our_name}", f"{theirs}.{their_name}"
+def _upstream_key(name: str, resnets: int) -> str:
+    for theirs, ours in _RENAMES:
+        name = name.replace(theirs, ours)
+    match = re.match(r"decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)", name)
+    if match is None:
+        return name
+    level, resnet = int(match[1]), resnets if match[2] is None else int(match[2])
+    return f"decoder.upsamples.{level * (resnets + 1) + resnet}{name[match.end() :]}"

@@ -17,54 +17,51 @@ import torch
 
 from wan.configs import WAN_CONFIGS
 
-from .weights import INDEX_SUFFIX, load_strict, read_state_dict
+from .weights import (
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIX,
+    index_shards,
+    load_strict,
+    read_state_dict,
+)
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
     from wan.modules.model import WanModel
 
-__all__ = [
-    "DiTCheckpoint",
-    "build_dit",
-    "diffusers_config",
-    "diffusers_key",
-    "dit_arguments",
-    "dit_state_dict_from_diffusers",
-    "load_dit",
-    "read_dit_checkpoint",
-]
-
-_STEM = "diffusion_pytorch_model"
+DIT_STEM = "diffusion_pytorch_model"
 _PREFIXES = ("pipe.", "dit.", "model.", "module.", "diffusion_model.", "_orig_mod.", "_fsdp_wrapped_module.")
 _PROJECTOR = re.compile(r"blocks\.\d+\.input_mlp\.")
+_IMAGE_TO_VIDEO = ("img_emb.", "condition_embedder.image_embedder.")
 
-# diffusers -> upstream, for whole names of sub-modules (the inverse of diffusers' own conversion)
+# upstream -> diffusers, for whole names of modules; the first table outside the blocks, the second in each
 _TOP_LEVEL = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "proj_out": "head.head",
-    "scale_shift_table": "head.modulation",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
 }
 _IN_BLOCK = {
-    "norm2": "norm3",  # diffusers counts the norms in the order of their use
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-    "scale_shift_table": "modulation",
+    "norm3": "norm2",  # diffusers counts the norms in the order of their use
+    "norm2": "norm3",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "modulation": "scale_shift_table",
     **{
-        f"{theirs}.{layer}": f"{ours}.{name}"
-        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for layer, name in {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}.items()
-    },
-    **{
-        f"{theirs}.{norm}": f"{ours}.{norm}"
-        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-        for norm in ("norm_q", "norm_k")
+        f"{attention}.{layer}": f"{theirs}.{name}"
+        for attention, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for layer, name in (
+            *(("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")),
+            *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
+        )
     },
 }
+_KEY = re.compile(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?")
 
 # what makes two models' weights interchangeable, by the configuration's names
 _ARCHITECTURE = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "patch_size")
@@ -73,16 +70,19 @@ _ARGUMENTS = (*_ARCHITECTURE, "num_heads", "text_len", "window_size", "qk_norm",
 
 @dataclass(frozen=True)
 class DiTCheckpoint:
-    """Contents of a checkpoint of the diffusion transformer."""
+    """Contents of a checkpoint of the diffusion transformer.
+
+    Attributes:
+        state_dict: tensors under upstream's keys.
+        projectors: RefAlign's training-only `blocks.*.input_mlp.*`; usually empty.
+        config: `WanModel` arguments stated by the config.json beside the weights; None without such a file.
+        files: those that hold the tensors.
+    """
 
     state_dict: dict[str, torch.Tensor]
-    """Tensors under upstream's keys."""
     projectors: dict[str, torch.Tensor]
-    """RefAlign's training-only `blocks.*.input_mlp.*`; usually empty."""
     config: dict[str, Any] | None
-    """`WanModel` arguments stated by the config.json beside the weights; None without such a file."""
     files: list[Path]
-    """The files that hold the tensors."""
 
 
 def read_dit_checkpoint(path: str | Path) -> DiTCheckpoint:
@@ -100,41 +100,38 @@ def read_dit_checkpoint(path: str | Path) -> DiTCheckpoint:
         ValueError: nothing readable is there, two tensors claim the same name, or config.json is no JSON
             object.
     """
-    source = _resolve(Path(path))
-    tensors = read_state_dict(source)
-    stripped: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
+    source = _file_to_read(Path(path))
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in read_state_dict(source).items():
         name = _strip_prefixes(key)
-        if name in stripped:
+        if name in tensors:
             raise ValueError(
                 f"{source}: several tensors are named {name} once prefixes are removed; keep one model"
             )
-        stripped[name] = tensor
-    if any(key.startswith("condition_embedder.") for key in stripped):
-        stripped = dit_state_dict_from_diffusers(stripped)
-    projectors = {key: tensor for key, tensor in stripped.items() if _PROJECTOR.match(key)}
-    weights = {key: tensor for key, tensor in stripped.items() if key not in projectors}
+        tensors[name] = tensor
+    if any(key.startswith("condition_embedder.") for key in tensors):
+        tensors = dit_state_dict_from_diffusers(tensors)
+    projectors = {key: tensor for key, tensor in tensors.items() if _PROJECTOR.match(key)}
+    weights = {key: tensor for key, tensor in tensors.items() if key not in projectors}
     return DiTCheckpoint(weights, projectors, _read_config(source.parent / "config.json"), _files(source))
 
 
 def dit_state_dict_from_diffusers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename diffusers' WanTransformer3DModel keys to upstream's; names that have no counterpart are kept."""
-    return {_upstream_name(key): tensor for key, tensor in state_dict.items()}
+    tables = [{theirs: ours for ours, theirs in table.items()} for table in (_TOP_LEVEL, _IN_BLOCK)]
+    return {_renamed(key, *tables): tensor for key, tensor in state_dict.items()}
 
 
 def diffusers_key(key: str) -> str:
     """The name that diffusers' WanTransformer3DModel gives to a tensor of upstream's; foreign names are kept."""
-    block = re.match(r"blocks\.\d+\.", key)
-    start = block.group() if block else ""
-    table = _IN_BLOCK if block else _TOP_LEVEL
-    rest = key[len(start) :]
-    if block and rest.split(".")[0] == "norm2":
-        return f"{start}norm3.{rest.partition('.')[2]}"
-    theirs = {ours: name for name, ours in table.items()}
-    owner, _, parameter = rest.rpartition(".")
-    if rest in theirs:
-        return start + theirs[rest]
-    return f"{start}{theirs[owner]}.{parameter}" if owner in theirs else key
+    return _renamed(key, _TOP_LEVEL, _IN_BLOCK)
+
+
+def _renamed(key: str, top_level: Mapping[str, str], in_block: Mapping[str, str]) -> str:
+    match = _KEY.fullmatch(key)
+    assert match is not None
+    block, module, parameter = match.groups(default="")
+    return block + (in_block if block else top_level).get(module, module) + parameter
 
 
 def diffusers_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,8 +197,17 @@ def build_dit(
     _check_architecture(checkpoint, cfg, source)
     with torch.device("meta"):
         model = WanModel(**dit_arguments(cfg))
+    is_half = dtype in (torch.float16, torch.bfloat16)
+
+    def stored_dtype(key: str) -> torch.dtype | None:
+        return (
+            torch.float32
+            if is_half and not set(WanModel.float32_modules).isdisjoint(key.split("."))
+            else dtype
+        )
+
     tensors = {
-        key: tensor.to(device, _parameter_dtype(key, tensor, dtype, WanModel.float32_modules))
+        key: tensor.to(device, stored_dtype(key) or tensor.dtype)
         for key, tensor in checkpoint.state_dict.items()
     }
     return load_strict(model, tensors, str(source)).eval()
@@ -212,47 +218,45 @@ def dit_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {name: cfg[name] for name in _ARGUMENTS}
 
 
-def _resolve(path: Path) -> Path:
-    """The file to read; a path that needs no choice is returned as it is."""
-    if not path.is_dir():
-        return path
-    for pattern in (f"{_STEM}*{INDEX_SUFFIX}", f"{_STEM}*.safetensors"):
-        found = sorted(path.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise _ambiguous(path, found)
-    if (path / "transformer").is_dir():
-        return _resolve(path / "transformer")
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise _ambiguous(path, files)
-    raise ValueError(
-        f"{path}: no transformer ({_STEM}*.safetensors) in this folder; check the path or download it"
-    )
-
-
-def _ambiguous(folder: Path, files: list[Path]) -> ValueError:
-    names = ", ".join(file.name for file in files[:4]) + (" and more" if len(files) > 4 else "")
-    return ValueError(f"{folder}: {len(files)} files may be the transformer ({names}); name the one to read")
-
-
 def checkpoint_files(path: str | Path) -> list[Path]:
     """The files that `read_dit_checkpoint` would read, for naming and hashing them; empty if it would refuse."""
     try:
-        source = _resolve(Path(path))
+        source = _file_to_read(Path(path))
         return _files(source) if source.is_file() else []
-    except (ValueError, KeyError, OSError):
+    except (ValueError, OSError):
         return []
+
+
+def _file_to_read(path: Path) -> Path:
+    """The file or index that a path stands for."""
+    if not path.is_dir():
+        return path
+    for suffix in (INDEX_SUFFIX, SAFETENSORS_SUFFIX):
+        if found := sorted(path.glob(f"{DIT_STEM}*{suffix}")):
+            return _only(path, found)
+    if (path / "transformer").is_dir():
+        return _file_to_read(path / "transformer")
+    suffixes = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
+    return _only(path, sorted(file for file in path.iterdir() if file.suffix in suffixes))
+
+
+def _only(folder: Path, files: list[Path]) -> Path:
+    if not files:
+        raise ValueError(
+            f"{folder}: no transformer ({DIT_STEM}*.safetensors) in this folder; check the path or download it"
+        )
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4]) + (" and more" if len(files) > 4 else "")
+        raise ValueError(
+            f"{folder}: {len(files)} files may be the transformer ({names}); name the one to read"
+        )
+    return files[0]
 
 
 def _files(source: Path) -> list[Path]:
     if not source.name.endswith(INDEX_SUFFIX):
         return [source]
-    shards = json.loads(source.read_text(encoding="utf-8"))["weight_map"].values()
-    return [source.parent / shard for shard in sorted(set(shards))]
+    return [source.parent / shard for shard in sorted(set(index_shards(source).values()))]
 
 
 def _strip_prefixes(key: str) -> str:
@@ -262,30 +266,15 @@ def _strip_prefixes(key: str) -> str:
     return key.replace("._orig_mod.", ".").replace("._fsdp_wrapped_module.", ".")
 
 
-def _upstream_name(key: str) -> str:
-    block = re.match(r"blocks\.\d+\.", key)
-    start = block.group() if block else ""
-    table = _IN_BLOCK if block else _TOP_LEVEL
-    rest = key[len(start) :]
-    if block and rest.split(".")[0] == "norm3":
-        return f"{start}norm2.{rest.partition('.')[2]}"
-    owner, _, parameter = rest.rpartition(".")
-    if rest in table:
-        return start + table[rest]
-    return f"{start}{table[owner]}.{parameter}" if owner in table else key
-
-
 def _read_config(path: Path) -> dict[str, Any] | None:
     """`WanModel` arguments from an upstream or a diffusers config.json."""
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a model's config.json holds a JSON object; download it again")
-    stated = {key: value for key, value in content.items() if not key.startswith("_")}
+        stated = {key: value for key, value in content.items() if not key.startswith("_")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object; download it again") from error
     if "attention_head_dim" not in stated:
         return stated
     renamed = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
@@ -296,81 +285,53 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config
 
 
-def _parameter_dtype(
-    key: str, tensor: torch.Tensor, dtype: torch.dtype | None, float32_modules: tuple[str, ...]
-) -> torch.dtype:
-    if dtype is None:
-        return tensor.dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and not set(float32_modules).isdisjoint(key.split(".")) else dtype
-
-
 def _architecture(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
     """The configuration that these weights have, or None if they are not a Wan transformer's."""
-    blocks = {int(match.group(1)) for key in weights if (match := re.match(r"blocks\.(\d+)\.", key))}
-    names = (
-        "patch_embedding.weight",
-        "text_embedding.0.weight",
-        "time_embedding.0.weight",
-        "head.head.weight",
-    )
-    if not blocks or not {*names, "blocks.0.ffn.0.weight"} <= weights.keys():
+    try:
+        width, channels, *patch = weights["patch_embedding.weight"].shape
+        frames, rows, columns = patch
+        return {
+            "dim": width,
+            "ffn_dim": len(weights["blocks.0.ffn.0.weight"]),
+            "num_layers": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+            "in_dim": channels,
+            "out_dim": len(weights["head.head.weight"]) // (frames * rows * columns),
+            "freq_dim": weights["time_embedding.0.weight"].shape[1],
+            "text_dim": weights["text_embedding.0.weight"].shape[1],
+            "patch_size": (frames, rows, columns),
+        }
+    except (LookupError, ValueError):
         return None
-    patch, text, time, head = (weights[name].shape for name in names)
-    if len(patch) != 5 or any(len(shape) != 2 for shape in (text, time, head)):
-        return None
-    return {
-        "dim": patch[0],
-        "ffn_dim": weights["blocks.0.ffn.0.weight"].shape[0],
-        "num_layers": max(blocks) + 1,
-        "in_dim": patch[1],
-        "out_dim": head[0] // (patch[2] * patch[3] * patch[4]),
-        "freq_dim": time[1],
-        "text_dim": text[1],
-        "patch_size": tuple(patch[2:]),
-    }
 
 
 def _check_architecture(checkpoint: DiTCheckpoint, cfg: Mapping[str, Any], path: str | Path) -> None:
-    wanted = {name: cfg[name] for name in _ARCHITECTURE} | {"patch_size": tuple(cfg["patch_size"])}
-    found = _architecture(checkpoint.state_dict)
-    task = next((name for name, known in WAN_CONFIGS.items() if known is cfg), None) or _tasks_of(wanted)
-    task = task or "the model asked for"
-    if any(
-        key.startswith(("img_emb.", "condition_embedder.image_embedder.")) for key in checkpoint.state_dict
-    ):
+    wanted, found = _stated_architecture(cfg), _architecture(checkpoint.state_dict)
+    tasks = [name for name, known in WAN_CONFIGS.items() if known is cfg] or _tasks_of(wanted)
+    task = ", ".join(tasks) or "the model asked for"
+    if any(key.startswith(_IMAGE_TO_VIDEO) for key in checkpoint.state_dict):
         raise ValueError(
             f"{path}: image-to-video weights, which are not supported yet; use text-to-video weights"
         )
     if found is None:
         raise ValueError(f"{path}: not the weights of a Wan transformer; use the file made for {task}")
     if found != wanted:
-        known = _tasks_of(found)
+        known = ", ".join(_tasks_of(found))
         if known:
             raise ValueError(f"{path}: these weights fit {known}, not {task}; change the task or the file")
-        differing = [
-            f"{name} {found[name]} instead of {wanted[name]}"
-            for name in wanted
-            if found[name] != wanted[name]
-        ]
-        raise ValueError(
-            f"{path}: these weights fit no known task ({task} was asked for: {', '.join(differing)})"
+        differing = ", ".join(
+            f"{name} {found[name]} instead of {value}"
+            for name, value in wanted.items()
+            if found[name] != value
         )
+        raise ValueError(f"{path}: these weights fit no known task ({task} was asked for: {differing})")
     stated = (checkpoint.config or {}).get("num_heads", cfg["num_heads"])
     if stated != cfg["num_heads"]:
         raise ValueError(f"{path}: config.json says {stated} attention heads, {task} has {cfg['num_heads']}")
 
 
-def _tasks_of(architecture: Mapping[str, Any]) -> str:
-    """Names of the tasks with this architecture, for messages."""
-    fitting = [
-        task
-        for task, cfg in WAN_CONFIGS.items()
-        if all(
-            tuple(cfg[name]) == architecture[name]
-            if name == "patch_size"
-            else cfg[name] == architecture[name]
-            for name in _ARCHITECTURE
-        )
-    ]
-    return ", ".join(fitting)
+def _stated_architecture(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: cfg[name] for name in _ARCHITECTURE} | {"patch_size": tuple(cfg["patch_size"])}
+
+
+def _tasks_of(architecture: Mapping[str, Any]) -> list[str]:
+    return [task for task, cfg in WAN_CONFIGS.items() if _stated_architecture(cfg) == architecture]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 
 import torch
 
-DEVICE_NAMES = ("auto", "cuda", "mps", "cpu")
-DTYPE_NAMES = ("auto", "bf16", "fp32")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PACKAGES = ("diffusers", "transformers", "safetensors", "tokenizers", "numpy", "pillow", "av")
 
 
@@ -30,7 +29,7 @@ def resolve_device(device: torch.device | str | None = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}: choose one of {', '.join(DEVICE_NAMES)}") from None
+        raise ValueError(f"unknown device {device!r}: choose one of auto, cuda, mps, cpu") from None
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
@@ -50,10 +49,9 @@ def resolve_dtype(name: torch.dtype | str, device: torch.device) -> torch.dtype:
     """
     if isinstance(name, torch.dtype):
         return name
-    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    known["auto"] = torch.bfloat16 if device.type == "cuda" else torch.float32
+    known = DTYPES | {"auto": DTYPES["bf16" if device.type == "cuda" else "fp32"]}
     if name not in known:
-        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPE_NAMES)}")
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(known)}")
     return known[name]
 
 
@@ -89,22 +87,19 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def bytes(self) -> int | None:
-        """The peak in bytes, or None where the system does not tell."""
+    def bytes(self) -> int:
+        """The peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        try:
-            import resource
-        except ImportError:
-            return None
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
     def describe(self) -> str:
         """One line for a log."""
-        peak = self.bytes()
         where = f"on {self.device}" if self.device.type == "cuda" else "resident in this process"
-        return f"peak memory: {peak / 2**30:.2f} GiB {where}" if peak is not None else "peak memory: unknown"
+        return f"peak memory: {self.bytes() / 2**30:.2f} GiB {where}"
 
 
 def describe_versions() -> dict[str, str]:
@@ -112,8 +107,6 @@ def describe_versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     versions["torch"] = str(torch.__version__)  # names the build, which the package's metadata may leave out
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions

@@ -6,12 +6,11 @@ with (by up to 6e-3 for UniPC and 7e-2 for Euler), so every grid is written down
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-
-SOLVER_NAMES = ("unipc", "dpm++", "euler")
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -64,14 +63,8 @@ def make_solver(
 ) -> Solver:
     """Builds a solver with the grid the released models are sampled with.
 
-    Grids before the shift, each followed by a final 0 (N = num_steps):
-        unipc: `linspace(float32(1 - 1 / num_train_timesteps), 0, N + 1)[:-1]`, as upstream
-            wan/utils/fm_solvers_unipc.py with the shift given to `set_timesteps`.
-        dpm++: `linspace(1, 0, N + 1)[:-1]`, as upstream wan/utils/fm_solvers.py through `get_sampling_sigmas`.
-        euler: `linspace(1, 0, N + 1)[:-1]`, as RefAlign (paper, section "Inference").
-
     Args:
-        name: "unipc", "dpm++" or "euler".
+        name: of a row of `SOLVERS`.
         num_steps: number of model evaluations, at least 1.
         shift: how far the grid leans towards high noise; above 0.
         num_train_timesteps: the time that stands for sigma = 1.
@@ -84,16 +77,14 @@ def make_solver(
         raise ValueError(f"the number of sampling steps is {num_steps}: give 1 or more")
     if not shift > 0:
         raise ValueError(f"the sampling shift is {shift}: give a number above 0 (5.0 is usual)")
-    if name == "unipc":
-        return _make_unipc(num_steps, shift, num_train_timesteps, device)
-    if name == "dpm++":
-        return _make_dpm(num_steps, shift, num_train_timesteps, device)
-    if name == "euler":
-        return _make_euler(num_steps, shift, num_train_timesteps, device)
-    raise ValueError(f"unknown solver {name!r}: choose one of {', '.join(SOLVER_NAMES)}")
+    if name not in SOLVERS:
+        raise ValueError(f"unknown solver {name!r}: choose one of {', '.join(SOLVERS)}")
+    scheduler = SOLVERS[name](num_steps, shift, num_train_timesteps)
+    return Solver(name, scheduler, scheduler.timesteps.to(device=device, dtype=torch.float32))
 
 
-def _make_unipc(num_steps: int, shift: float, num_train_timesteps: int, device: torch.device | str) -> Solver:
+def _unipc(num_steps: int, shift: float, num_train_timesteps: int) -> Any:
+    """Upstream's wan/utils/fm_solvers_unipc.py, with the shift given to `set_timesteps`."""
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
@@ -105,10 +96,11 @@ def _make_unipc(num_steps: int, shift: float, num_train_timesteps: int, device: 
     # Upstream rounds its largest noise level to float32 and lays the grid out in float64.
     largest = float(np.float32(1 - 1 / num_train_timesteps))
     scheduler.set_timesteps(sigmas=np.linspace(largest, 0, num_steps + 1)[:-1])
-    return Solver("unipc", scheduler, scheduler.timesteps.to(device=device, dtype=torch.float32))
+    return scheduler
 
 
-def _make_dpm(num_steps: int, shift: float, num_train_timesteps: int, device: torch.device | str) -> Solver:
+def _dpm(num_steps: int, shift: float, num_train_timesteps: int) -> Any:
+    """Upstream's wan/utils/fm_solvers.py through `get_sampling_sigmas`."""
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler(
@@ -121,12 +113,18 @@ def _make_dpm(num_steps: int, shift: float, num_train_timesteps: int, device: to
     sigmas = shift_sigmas(np.linspace(1, 0, num_steps + 1)[:-1], shift)
     scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32))
     scheduler.timesteps = torch.from_numpy((sigmas * num_train_timesteps).astype(np.int64))
-    return Solver("dpm++", scheduler, scheduler.timesteps.to(device=device, dtype=torch.float32))
+    return scheduler
 
 
-def _make_euler(num_steps: int, shift: float, num_train_timesteps: int, device: torch.device | str) -> Solver:
+def _euler(num_steps: int, shift: float, num_train_timesteps: int) -> Any:
+    """RefAlign's grid (paper, section "Inference")."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, num_steps + 1)[:-1])
-    return Solver("euler", scheduler, scheduler.timesteps.to(device=device, dtype=torch.float32))
+    return scheduler
+
+
+SOLVERS: dict[str, Callable[[int, float, int], Any]] = {"unipc": _unipc, "dpm++": _dpm, "euler": _euler}
+"""By name: (num_steps, shift, num_train_timesteps) -> a diffusers scheduler whose grid is laid out. A new solver is a
+row here, and its name one in `refalign_ext.request.SOLVERS`, which --help reads without torch."""

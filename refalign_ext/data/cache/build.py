@@ -18,7 +18,6 @@ from refalign_ext.data.cache.files import (
     CacheHeader,
     ChunkRecord,
     chunk_path,
-    default_folder,
     open_chunk,
     read_header,
     write_chunk,
@@ -59,7 +58,7 @@ class CacheSummary:
 def build_cache(
     config: TrainConfig,
     data: str | Path,
-    out: str | Path | None = None,
+    folder: Path,
     *,
     sampling: Sampling,
     device: torch.device,
@@ -69,29 +68,24 @@ def build_cache(
     chunk_rows: int = 32,
     retry_failed: bool = False,
 ) -> CacheSummary:
-    """Makes a cache or goes on with one: chunks that are as they should be are kept.
-
-    Nothing is loaded onto the device if this share of the cache is complete.
+    """Makes a cache or goes on with one; nothing is loaded onto the device if this share of it is complete.
 
     Args:
         config: the run that the cache is for: its task, checkpoint folder and teacher count.
         data: a manifest, or a folder that `data materialise` packed.
-        out: the folder of the cache; None: where training looks for it, beside the data.
         sampling: the run's; its `clip_variants` must be above 0.
         share: the chunks to make; None: as torchrun's environment says, else all.
-        workers: processes that decode.
         dtype: of latents and teacher features; "bfloat16" halves the files and rounds what training sees.
         chunk_rows: rows of a chunk: what a run that is killed loses at most, and holds in memory.
         retry_failed: make chunks again in which something could not be loaded.
 
     Raises:
-        ValueError: for settings and files that do not fit, or if `out` holds a cache of something else.
-        OSError: if `out` cannot be written.
+        ValueError: for settings and files that do not fit, or if `folder` holds a cache of something else.
+        OSError: if `folder` cannot be written.
     """
     loader = RowLoader(open_clip_set(data), sampling)
     encoders = Encoders(config, device, dit=False, cached_prompts=0)
     fingerprint = cache_fingerprint(sampling, **encoders.fingerprint(), dtype=dtype)
-    folder = default_folder(Path(data)) if out is None else Path(out)
     header = CacheHeader(fingerprint, len(loader.clip_set), chunk_rows)
     share = share or Share.from_environment()
     return fill_cache(

@@ -61,12 +61,9 @@ class CacheHeader:
 
 @dataclass(frozen=True)
 class ChunkRecord:
-    """What a chunk's header says.
+    """What a chunk's header says: what it was made from, (id, digest) of each row, and what could not be loaded.
 
-    Attributes:
-        fingerprint: what it was made from.
-        rows: (id, digest) of each row; the id is empty if the row could not be read.
-        failures: why something could not be loaded, by its tensor's name or, for a whole row, its place.
+    The id is empty if the row could not be read. `failures` says why, by tensor's name or, for a whole row, its place.
     """
 
     fingerprint: Fingerprint

@@ -81,18 +81,10 @@ def cache_fingerprint(
         text_length: tokens at which a prompt is cut.
         dtype: of latents and features, "float32" or "bfloat16"; None: a run that reads takes either.
     """
-    settings = {
-        "buckets": sorted([b.width, b.height, b.frames] for b in sampling.buckets),
-        "fps": sampling.fps,
-        "stride": sampling.stride,
-        "clip_variants": sampling.clip_variants,
-        "reference_variants": sampling.reference_variants,
-        "prompt_alternatives": sampling.prompt_alternatives,
-        "augment": sampling.augment,
-        "seed": sampling.seed,
-        "token_stride": list(token_stride),
-        "text_length": text_length,
-    }
+    taken = ("fps", "stride", "clip_variants", "reference_variants", "prompt_alternatives", "augment", "seed")
+    settings = {name: getattr(sampling, name) for name in taken}
+    settings["buckets"] = sorted([b.width, b.height, b.frames] for b in sampling.buckets)
+    settings |= {"token_stride": list(token_stride), "text_length": text_length}
     if teacher is not None:
         settings["teacher"] = teacher
     if dtype is not None:

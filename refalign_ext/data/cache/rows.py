@@ -23,11 +23,9 @@ from refalign_ext.errors import one_line
 
 @dataclass(frozen=True)
 class LoadedRow:
-    """One row.
+    """One row; its id is empty if it could not be read.
 
     Attributes:
-        clip_id: empty if the row could not be read.
-        digest: its `row_digest`, or that of why it could not be read.
         prompts: all that its samples may have.
         pixels: its variants by the names of their latents: clips [3, T, H, W] and references [3, H, W], uint8.
         failures: why the others could not be loaded, by name; of the whole row by its place.

@@ -42,21 +42,16 @@ def convert_folder(
     rows tell their size, rate and frames. What was found out is kept in `.<out>.draft.clip_index`.
 
     Args:
-        source: the folder, or a .csv, .tsv or .jsonl file.
-        out: the manifest. Paths in it are relative to its folder, so all media have to lie there or below.
-        prompt_suffix: of the files that hold prompts; folders only.
+        source: the folder, or a .csv, .tsv or .jsonl file; all media have to lie in the folder of `out` or below.
         columns: names of a table's columns by what they hold, where they are not found by themselves.
         media_root: the folder that file names in a table are relative to; None: that of the table.
         group: "folder": clips of one folder are never split between training and validation; "none": any may be.
         pair: "cross" for pictures that were not cut out of the clip, "regular" if they were.
         length: how long a clip must be; None: training leaves out what is too short for it.
-        selection: `max_references` (the first ones of a clip), `max_cross` (of a subject) and `min_frames` (of the file)
-            apply.
-        workers: processes that probe videos; 0: this one.
+        selection: `max_references` (the first ones), `max_cross` (of a subject) and `min_frames` (of the file) apply.
 
     Raises:
-        ValueError: if there is no such source, an option cannot be, `out` lies elsewhere than the clips, or no clip can
-            be used: with the reason and what to do.
+        ValueError: if an option cannot be or no clip can be used: with the reason and what to do.
         FileLocked: (a ValueError) if another process writes the same manifest.
     """
     from tqdm import tqdm
@@ -130,8 +125,7 @@ def _probed_clip(
     clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
     if record["state"] != USABLE or not fps > 0:
         raise _why_unusable(rows, row, clip)
-    selection.check_clip(frames, clip.scores)
-    if length and not length.fits(frames, fps):
+    if selection.clip_problem(frames, clip.scores) or (length and not length.fits(frames, fps)):
         raise Unusable("too_short", f"{frames} frames at {fps:.3g} fps")
     subjects = _selected(clip, selection, report)
     return replace(clip, video=_filled_in(clip.video, record), subjects=subjects)

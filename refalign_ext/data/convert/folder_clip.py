@@ -7,6 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,41 +72,35 @@ class ClipMaker:
 
     def _subjects(self, values: Mapping[str, Any]) -> tuple[Subject, ...]:
         """Subjects by their numbers; those without a picture are left out."""
-        matches = [(match, values[key]) for key in values if (match := NUMBERED.fullmatch(key))]
-        named = [
-            (int(match["subject"]), match["picture"], value)
-            for match, value in matches
-            if not match["phrase"]
-        ]
+        named: list[tuple[int, str, Any]] = []  # subject, picture, name of a file or list of names
+        for key, value in values.items():
+            if (match := NUMBERED.fullmatch(key)) and not match["phrase"]:
+                named.append((int(match["subject"]), match["picture"], value))
         following = max((number for number, *_ in named), default=0) + 1
-        listed = enumerate(_listed(values.get("references")), following)
-        named += [(number, "", value) for number, value in listed]
+        named += [
+            (number, "", value) for number, value in enumerate(_listed(values.get("references")), following)
+        ]
         pictures: dict[int, list[Reference]] = defaultdict(list)
         for number, _, value in sorted(named, key=lambda item: item[:2]):
             for name in value if isinstance(value, list) else [value]:
                 try:
-                    pictures[number].append(self._reference(name))
+                    reference = self._reference(name)
+                    pictures[number].append(reference)
                 except Unusable as problem:
                     self.report.drop("references", problem.reason, str(problem))
-        found = [(number, tuple(pictures[number])) for number in sorted(pictures) if pictures[number]]
+        phrases: dict[int, str] = {}
+        for number in pictures:
+            with suppress(Unusable):  # a file that costs nothing but itself
+                phrases[number] = self._text(values.get(f"ref{number}_phrase"))
         return tuple(
-            Subject(str(number), phrase=self._phrase(values.get(f"ref{number}_phrase")), refs=refs)
-            for number, refs in found
+            Subject(str(number), phrase=phrases.get(number) or None, refs=tuple(pictures[number]))
+            for number in sorted(pictures)
         )
-
-    def _phrase(self, value: Any) -> str | None:
-        try:
-            return self._text(value) or None
-        except Unusable:  # a file that costs nothing but itself
-            return None
 
     def _reference(self, name: Any) -> Reference:
         inside = self._inside(name, "not_a_file_name")
-        try:
-            has_content = (self.root / inside).is_file() and (self.root / inside).stat().st_size
-        except OSError:
-            has_content = False
-        if not has_content:
+        path = self.root / inside
+        if not (os.path.isfile(path) and os.path.getsize(path)):
             raise Unusable("file_missing", inside)
         return Reference(pair=self.pair, image=inside, bg="raw")
 

@@ -51,14 +51,11 @@ def convert_phantom(
     Args:
         pairs: the filtered parquet with `video_id` or `vid`, `video_caption` and `cross_pair`.
         info: the parquet of the meta info with `vid` or `video_id`, `width`, `height`, `fps` or `num_frames`, and scores.
-        out: the manifest; `video_root`, the folder of the videos, has to lie in its folder.
+        video_root: the folder of the videos, inside the folder of `out`.
         video_name: of a clip's video there: "{vid}.mp4", or with {uuid}, {start}, {end} in any folders.
         regular: boxes in the clip itself become regular references too.
         both_ways: where a reference lies in a clip that has a row itself, the pair is seen from there as well.
-        only_existing: drop clips and references whose video is not there.
         length: how long clips must be; None: `PHANTOM_LENGTH`.
-        selection: as its attributes say, similarity being the entry's `scores`.
-        share: this machine's share of the pieces; workers: processes, 0 for this one.
 
     Returns:
         The report of all, or, if other shares are not done yet, of this share with `next_step` set.
@@ -68,18 +65,9 @@ def convert_phantom(
     """
     root = manifest_root(out)
     videos = folder_inside(video_root, root, "--video_root")
-    fields = set(re.findall(r"\{(.*?)\}", video_name))
-    if not ("vid" in fields or {"uuid", "start", "end"} <= fields) or fields - {
-        "vid",
-        "uuid",
-        "start",
-        "end",
-    }:
+    fields, times = set(re.findall(r"\{(.*?)\}", video_name)), {"uuid", "start", "end"}
+    if not ("vid" in fields or times <= fields) or not fields <= times | {"vid"}:
         raise ValueError(f"--video_name {video_name!r}: give {{vid}}, or {{uuid}}, {{start}} and {{end}}")
-    if selection.overflow != "drop":
-        raise ValueError(
-            f"--overflow {selection.overflow}: boxes that overflow are wrong as a whole, only drop is possible"
-        )
     relative = "" if videos == root else videos.relative_to(root).as_posix()
     rules = RowRules(root, relative, video_name, regular, only_existing, length or PHANTOM_LENGTH, selection)
     columns, _, rows = find_columns(pairs, ("video_id", "vid"), ("video_caption",), ("cross_pair",))

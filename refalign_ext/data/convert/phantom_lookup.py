@@ -20,7 +20,6 @@ from refalign_ext.data.convert.staging import fingerprint, staged_report, stagin
 from refalign_ext.data.schema import ClipScores
 
 MAX_REVERSE_PAIRS = 64  # that one clip is given
-_OPTIONAL = ("fps", "num_frames", "aesthetic_score", "motion_score", "clarity_score")
 _TABLES = "CREATE TABLE info (vid TEXT, info TEXT); CREATE TABLE reverse_pair (vid TEXT, pair TEXT);"
 # Sorting once at the end is far quicker than keeping names that come in any order sorted.
 _INDICES = "CREATE INDEX info_by_vid ON info (vid); CREATE INDEX reverse_pair_by_vid ON reverse_pair (vid);"
@@ -62,14 +61,6 @@ class ClipInfo(NamedTuple):
     scores: ClipScores
 
 
-class ReversePair(NamedTuple):
-    """A pair that another clip lists: `here` is its reference, in this clip; `there` its own subject, in that one."""
-
-    phrase: str
-    here: Detection
-    there: Detection
-
-
 class ClipLookup:
     """Looks clips up in an open file that `stage_lookup` made."""
 
@@ -82,21 +73,17 @@ class ClipLookup:
         row = self._staged.execute("SELECT info FROM info WHERE vid = ? LIMIT 1", (vid,)).fetchone()
         return None if row is None else msgspec.convert(json.loads(row[0]), ClipInfo)
 
-    def reverse_pairs(self, vid: str) -> list[ReversePair]:
-        """The pairs of other clips whose reference lies in this clip, in the order of the rows."""
+    def reverse_pairs(self, vid: str) -> list[tuple[str, Detection, Detection]]:
+        """(phrase, where in this clip, where in theirs) of other clips' pairs whose reference lies in this clip."""
         query = "SELECT pair FROM reverse_pair WHERE vid = ? ORDER BY rowid LIMIT ?"
         rows = self._staged.execute(query, (vid, MAX_REVERSE_PAIRS))
-        return [msgspec.convert(json.loads(text), ReversePair) for (text,) in rows]
+        return [msgspec.convert(json.loads(text), tuple[str, Detection, Detection]) for (text,) in rows]
 
 
 def stage_lookup(pairs: Path, columns: list[str], info: Path, folder: Path, both_ways: bool) -> Path:
     """Copies what `ClipLookup` needs into an indexed file in `folder`, unless it is there; returns the file.
 
     Processes that do this at once do it twice, and none disturbs another.
-
-    Args:
-        columns: of the parquet `pairs`: the clip's name, and the cross pairs.
-        both_ways: whether reverse pairs are needed.
 
     Raises:
         ValueError: if the file `info` is no parquet or lacks columns; OSError: if the staged file cannot be written.
@@ -105,7 +92,7 @@ def stage_lookup(pairs: Path, columns: list[str], info: Path, folder: Path, both
 
     needed = [("vid", "video_id"), ("width",), ("height",), ("fps", "num_frames")]
     (vid_column, *_), names, count = find_columns(info, *needed)
-    keys = ["width", "height", *(name for name in _OPTIONAL if name in names)]
+    keys = [name for name in _NativeInfo.__struct_fields__ if name in names]
     mark = fingerprint({"both_ways": both_ways, "format": 3}, [info, pairs])
     target = folder / f"lookup-{mark[:12]}.sqlite"
     if staged_report(target, mark):
@@ -116,9 +103,8 @@ def stage_lookup(pairs: Path, columns: list[str], info: Path, folder: Path, both
         for _, (vid, *values) in tqdm(rows, "meta info", count, unit="row", dynamic_ncols=True, disable=None):
             # What is not known may be NaN.
             row = _clip_info(vid, {key: value for key, value in zip(keys, values) if value == value})
-            staged.executemany(
-                "INSERT INTO info VALUES (?, ?)", [] if row is None else [(vid, json.dumps(row))]
-            )
+            if row is not None:
+                staged.execute("INSERT INTO info VALUES (?, ?)", (vid, json.dumps(row)))
         count = find_columns(pairs)[2] if both_ways else 0
         for _, (vid, cell) in read_rows(pairs, columns, range(count)):
             staged.executemany("INSERT INTO reverse_pair VALUES (?, ?)", _reverse_pairs(vid, cell))

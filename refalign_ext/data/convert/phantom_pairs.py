@@ -42,13 +42,7 @@ class _Phrase(msgspec.Struct):
 
 
 class Detection(NamedTuple):
-    """A subject in a frame of a clip.
-
-    Attributes:
-        vid: the clip; frame_frac: the frame, a share in [0, 1) of its frames.
-        box: in pixels of "long768", see `refalign_ext.data.boxes`.
-        cls: the detector's name of what it is; score: similarity to the subject.
-    """
+    """A subject in a frame, a share in [0, 1) of its clip's; the box is in pixels of "long768", the score a similarity."""
 
     vid: str
     frame_frac: float

@@ -67,7 +67,6 @@ class ClipDataset(Dataset):
     """Samples by their entry in the order; what one is depends on nothing else.
 
     Args:
-        clip_sets: by their number.
         allowed: which references may be used, for each set; None: all.
         caches: latents of each set, None where there are none.
         needs_features: whether the teacher's features are wanted: where the cache has none, pixels are loaded.
@@ -110,17 +109,16 @@ class ClipDataset(Dataset):
         if latents is None:
             clip_set = self.clip_sets[entry.set_index]
             pixels = video_uint8(clip_set, row, clip, bucket, spec.clip_variant, self.sampling)
-        references = tuple(self._load_reference(entry, row, clip, reference) for reference in spec.references)
+        references = tuple(self._load_reference(entry, row, clip, one) for one in spec.references)
         return LoadedSample(entry, spec, clip.id, pixels, latents, references)
 
     def _load_reference(
-        self, entry: OrderEntry, row: int, clip: Clip, reference: ReferenceSpec
+        self, entry: OrderEntry, row: int, clip: Clip, spec: ReferenceSpec
     ) -> LoadedReference:
         cache, clip_set = self.caches[entry.set_index], self.clip_sets[entry.set_index]
-        latents, features = None, None
-        if cache is not None:
-            latents, features = cache.reference(clip.id, entry.bucket, reference) or (None, None)
-        if latents is not None and not (self.needs_features and features is None):
-            return LoadedReference(None, latents, features if self.needs_features else None)
-        pixels = load_reference(clip_set, row, clip, reference, entry.bucket, self.sampling)
-        return LoadedReference(to_uint8(pixels), latents, features)
+        cached = None if cache is None else cache.reference(clip.id, entry.bucket, spec)
+        latents, features = cached or (None, None)
+        pixels = None
+        if latents is None or (self.needs_features and features is None):
+            pixels = to_uint8(load_reference(clip_set, row, clip, spec, entry.bucket, self.sampling))
+        return LoadedReference(pixels, latents, features if self.needs_features else None)

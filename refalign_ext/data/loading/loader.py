@@ -50,7 +50,7 @@ class ClipLoader:
             dataset,
             batch_sampler=_batches(order, self.position, batch_size, self._step),
             num_workers=workers,
-            collate_fn=unchanged,
+            collate_fn=list,
             worker_init_fn=begin_worker,
             multiprocessing_context=start_method if workers else None,
         )
@@ -80,15 +80,9 @@ class ClipLoader:
 
 
 def _batches(order: Order, start: int, batch_size: int, step: int) -> Iterator[list[OrderEntry]]:
-    """What each batch of one data rank consists of, from a global position on."""
     while True:
         yield [order.at(start + offset) for offset in range(batch_size)]
         start += step
-
-
-def unchanged(samples: list[LoadedSample]) -> list[LoadedSample]:
-    """Collates nothing: a batch is a list."""
-    return samples
 
 
 @contextmanager

@@ -92,11 +92,7 @@ class ClipSource:
         self._bad_clips = BadClips(max_bad_share)
 
     def prepare(self) -> None:
-        """Looks at every clip once, in parallel; what it finds is kept beside each set.
-
-        Raises:
-            ValueError: if a set has no clip to use, or more than `max_bad_share` of them are bad.
-        """
+        """Looks at every clip once, in parallel; raises ValueError if too few of a set can be used."""
         if self._dataset is not None:
             return
         limits = {"max_bad_share": self.max_bad_share, "fallback_dir": self.fallback_dir}

@@ -86,10 +86,8 @@ class SetOrder:
 
     Args:
         buckets: of every row, as positions in `shapes`, -1 where the row is not used; at least one is.
-        shapes: the buckets.
-        shard_ranges: rows that are stored together. With several, these are shuffled, and rows only within a few of them.
-        batch_size: samples of a batch.
-        mixed_shards: how many of them rows are shuffled among.
+        shard_ranges: rows that are stored together. With several, these are shuffled, and rows only within
+            `mixed_shards` of them.
         seed, name: what the order depends on.
     """
 

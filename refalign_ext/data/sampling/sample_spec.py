@@ -29,9 +29,6 @@ class Bucket:
         """(width, height) in pixels."""
         return self.width, self.height
 
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
-
 
 @dataclass(frozen=True)
 class ReferenceSpec:
