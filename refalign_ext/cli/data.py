@@ -137,7 +137,7 @@ def cache_command(out: Path | None, device: str, settings: tuple[str, ...], **op
     """Run the VAE, text encoder and teacher over a data set once, so that training does not have to.
 
     SETTINGS are those of the training that it is for, as train_refalign.py takes them: --data (one set), --recipe,
-    --task, --ckpt_dir, --sampling.clip_variants and so on; without the last, one stretch of every clip is kept.
+    --task, --ckpt_dir, --sampling.clip_variants and so on; without the last, one span of every clip is kept.
     """
     from refalign_ext.backbone import resolve_device
     from refalign_ext.config import configure
