@@ -17,22 +17,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 
-from refalign_ext.sprites.ablations.report import interval_text, number_of
+from refalign_ext.sprites.ablations.report import interval_text
 from refalign_ext.sprites.ablations.summary import are_comparable, paired_difference
 
 
 def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:
-    """A line for each figure of both arms: percentage points, and the flow-matching error as it is.
-
-    Args:
-        table: what `table.json` holds.
-
-    Raises:
-        ValueError: for an arm that the table lacks.
-    """
+    """A line for each figure of both arms of a `table.json`: percentage points, and the flow-matching error as it is."""
     for letter in (first, second):
         if letter not in table["arms"]:
-            raise ValueError(f"{letter}: this table has {', '.join(table['arms'])}")
+            raise click.UsageError(f"{letter}: this table has {', '.join(table['arms'])}")
     arms = [table["arms"][letter] for letter in (first, second)]
     lines = []
     for job, metrics in arms[0]["figures"].items():
@@ -42,7 +35,7 @@ def pairs(table: dict[str, Any], first: str, second: str) -> list[str]:
             figures = [arm["figures"][job][metric] or {"by_seed": {}} for arm in arms]
             difference = paired_difference(*(figure["by_seed"] for figure in figures))
             if difference is not None:
-                text, seeds = interval_text(difference, number_of(job)), ", ".join(difference["seeds"])
+                text, seeds = interval_text(difference, job), ", ".join(difference["seeds"])
                 lines.append(f"{job} {metric}: {text}, seeds {seeds}")
     return lines
 
@@ -56,11 +49,7 @@ def main(folder: Path, first: str, second: str) -> None:
     path = folder / "table.json"
     if not path.is_file():
         raise click.UsageError(f"{path} is not there: write it with `python -m refalign_ext ablate`")
-    try:
-        lines = pairs(json.loads(path.read_text(encoding="utf-8")), first, second)
-    except ValueError as error:
-        raise click.UsageError(f"{path}: {error}") from error
-    click.echo("\n".join(lines))
+    click.echo("\n".join(pairs(json.loads(path.read_text(encoding="utf-8")), first, second)))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def cores_needed(seconds: dict[str, float], size: tuple[int, int], frames: int) 
     return lines
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> list[str]:
+def measure_loading(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """The lines of a section of RESULTS.md."""
     size, frames = tuple(arguments.size), arguments.frame_num
     sampling = Sampling((Bucket(*size, frames),), fps=16.0, clip_variants=1, reference_variants=1)
@@ -205,7 +205,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        show_section(measure(arguments, Path(folder)), write=False)
+        show_section(measure_loading(arguments, Path(folder)), write=False)
 
 
 if __name__ == "__main__":

@@ -8,36 +8,26 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.upstream.source import SourceTree, dotted
+from refalign_ext.upstream.source import SourceTree, defaults_of, dotted
 
 NAME = "import-without-cuda"
-FOLDER = "wan/modules/"
+FOLDER = "wan/modules"
 
 
 def edit(tree: SourceTree) -> bool:
-    places = []
+    is_needed = False
     for name in tree.texts:
         # Code of tasks that refalign_ext never imports (modules/animate, modules/s2v) stays as it is.
-        if not name.startswith(FOLDER) or "/" in name[len(FOLDER) :]:
+        if name.rpartition("/")[0] != FOLDER:
             continue
         source = tree.file(name)
         for function in ast.walk(source.tree):
             if not isinstance(function, ast.FunctionDef):
                 continue
-            positional = [*function.args.posonlyargs, *function.args.args]
-            defaults = function.args.defaults
-            pairs = list(zip(positional[len(positional) - len(defaults) :], defaults, strict=True))
-            pairs += [
-                (p, d) for p, d in zip(function.args.kwonlyargs, function.args.kw_defaults) if d is not None
-            ]
-            for parameter, default in pairs:
+            for parameter, default in defaults_of(function).items():
                 if isinstance(default, ast.Call) and dotted(default.func).startswith("torch.cuda."):
-                    places.append((source, function, parameter.arg, default))
-    for source, function, parameter, default in places:
-        asked = source.segment(default)
-        source.replace(default, "None")
-        source.insert_at_start(
-            function,
-            f"if {parameter} is None:\n    {parameter} = {asked} if torch.cuda.is_available() else 'cpu'\n",
-        )
-    return bool(places)
+                    asked = f"{source.segment(default)} if torch.cuda.is_available() else 'cpu'"
+                    source.replace(default, "None")
+                    source.insert_at_start(function, f"if {parameter} is None:\n    {parameter} = {asked}\n")
+                    is_needed = True
+    return is_needed

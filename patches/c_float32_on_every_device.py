@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 
-from refalign_ext.upstream.source import PlaceNotFound, SourceFile, SourceTree, dotted, parameters_of
+from refalign_ext.upstream.source import SourceFile, SourceTree, dotted, parameters_of
 
 NAME = "float32-on-every-device"
 FILE = "wan/modules/model.py"
@@ -31,9 +31,7 @@ def edit(tree: SourceTree) -> bool:
         call for call in ast.walk(norm) if isinstance(call, ast.Call) and ast.unparse(call.func) == _SUPER
     ]
     if len(inner) != 1 or [ast.unparse(item) for item in inner[0].args] != ["x.float()"]:
-        raise PlaceNotFound(
-            f"{source.name}, line {norm.lineno}: WanLayerNorm.forward does not call {_SUPER}(x.float())"
-        )
+        raise source.changed(norm, f"WanLayerNorm.forward does not call {_SUPER}(x.float())")
     source.replace(inner[0], _NORM)
     return count > 0
 
@@ -52,9 +50,7 @@ def _edit(source: SourceFile) -> int:
         # A function inside another is walked with both.
         for expression in {item for item in opened if _is_float32_autocast(item)} - found:
             if "x" not in parameters_of(function):
-                raise PlaceNotFound(
-                    f"{source.name}, line {expression.lineno}: autocast in {function.name}, which has no argument x"
-                )
+                raise source.changed(expression, f"autocast in {function.name}, which has no argument x")
             source.replace(expression, _TEXT)
             found.add(expression)
     return len(found)

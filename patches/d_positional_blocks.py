@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 
 from refalign_ext.upstream.model_source import block_call, block_parameters, model_forward
-from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of, dotted
+from refalign_ext.upstream.source import SourceTree, calls_of, dotted
 
 NAME = "positional-blocks"
 
@@ -21,17 +21,15 @@ def edit(tree: SourceTree) -> bool:
         return False
     parameters = block_parameters(tree)
     if len(call.args) != 1 or len(unpacked) != 1 or len(call.keywords) != 1 or not unpacked[0]:
-        raise PlaceNotFound(f"{source.name}, line {call.lineno}: blocks are not called as block(x, **kwargs)")
+        raise source.changed(call, "blocks are not called as block(x, **kwargs)")
     held = _keys(tree, unpacked[0])
     missing = [name for name in parameters[1:7] if name not in held]
     if missing:
-        raise PlaceNotFound(
-            f"{source.name}, line {call.lineno}: {unpacked[0]} does not hold {', '.join(missing)} for the blocks"
-        )
+        raise source.changed(call, f"{unpacked[0]} does not hold {', '.join(missing)} for the blocks")
     rest = [name for name in parameters[1:] if name in held]
     if parameters[1 : 1 + len(rest)] != rest or set(held) - set(rest):
-        raise PlaceNotFound(
-            f"{source.name}, line {call.lineno}: {unpacked[0]} holds {', '.join(held)}, blocks take {', '.join(parameters)}"
+        raise source.changed(
+            call, f"{unpacked[0]} holds {', '.join(held)}, blocks take {', '.join(parameters)}"
         )
     lines = [source.segment(call.args[0]), *(f"{unpacked[0]}['{name}']" for name in rest)]
     indent = " " * (source.indentation(call) + 4)
@@ -47,4 +45,4 @@ def _keys(tree: SourceTree, name: str) -> list[str]:
             calls = calls_of(node.value, "dict")
             if calls and all(keyword.arg for keyword in calls[0].keywords):
                 return [keyword.arg for keyword in calls[0].keywords if keyword.arg]
-    raise PlaceNotFound(f"{source.name}, line {forward.lineno}: {name} is not made by dict(...)")
+    raise source.changed(forward, f"{name} is not made by dict(...)")

@@ -15,7 +15,7 @@ from refalign_ext.upstream.model_source import (
     model_forward,
     require_positional,
 )
-from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of, dotted, names_of
+from refalign_ext.upstream.source import SourceTree, calls_of, dotted, names_of
 
 NAME = "sequence-parallel"
 
@@ -68,14 +68,14 @@ def edit(tree: SourceTree) -> bool:
         return False
     calls = [call for name in ("flash_attention", "attention") for call in calls_of(forward, name)]
     if len(calls) != 1:
-        raise PlaceNotFound(
-            f"{source.name}, line {forward.lineno}: WanSelfAttention.forward calls attention in {len(calls)} places, not one"
+        raise source.changed(
+            forward, f"WanSelfAttention.forward calls attention in {len(calls)} places, not one"
         )
     given = {keyword.arg: keyword.value for keyword in calls[0].keywords}
     if set(given) != {"q", "k", "v", "k_lens", "window_size"} or calls[0].args:
-        raise PlaceNotFound(
-            f"{source.name}, line {calls[0].lineno}: attention is called with ({', '.join(map(str, given))}), "
-            "not (q, k, v, k_lens, window_size)"
+        raise source.changed(
+            calls[0],
+            f"attention is called with ({', '.join(map(str, given))}), not (q, k, v, k_lens, window_size)",
         )
     _, owner = tree.locate(source.name, "WanSelfAttention")
     _, make = tree.function(source.name, "WanSelfAttention.__init__", ("window_size",))
@@ -100,9 +100,8 @@ def edit(tree: SourceTree) -> bool:
     ]
     is_known = any("grid_sizes" in names_of(node) for node in model_forward_node.body)
     if len(tables) != 1 or not is_known:
-        raise PlaceNotFound(
-            f"{model_source.name}, line {model_forward_node.lineno}: WanModel.forward does not hand self.freqs and "
-            "grid_sizes to its blocks"
+        raise model_source.changed(
+            model_forward_node, "WanModel.forward does not hand self.freqs and grid_sizes to its blocks"
         )
     model_source.insert_before(model_source.find("WanModel"), _ROTATIONS)
     model_source.replace(tables[0], "_rotations(self.freqs, grid_sizes, seq_len)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 
 from refalign_ext.upstream.model_source import model_forward
-from refalign_ext.upstream.source import PlaceNotFound, SourceTree, calls_of
+from refalign_ext.upstream.source import SourceTree, calls_of
 
 NAME = "one-timestep"
 
@@ -32,9 +32,9 @@ def edit(tree: SourceTree) -> bool:
         and [ast.unparse(item) for item in call.args[1].elts][1:] == ["seq_len"]
     ]
     if len(spread) != 1 or len(folded) != 1:
-        raise PlaceNotFound(
-            f"{source.name}, line {forward.lineno}: WanModel.forward spreads t in {len(spread)} and folds it in "
-            f"{len(folded)} places, not one each"
+        raise source.changed(
+            forward,
+            f"WanModel.forward spreads t in {len(spread)} and folds it in {len(folded)} places, not one each",
         )
     source.replace(spread[0], "t.unsqueeze(1)")
     source.replace(folded[0].args[1].elts[1], "-1")

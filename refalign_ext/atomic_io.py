@@ -89,12 +89,9 @@ class FileLocked(ValueError):
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Holds a lock on what is to be `target` that ends with the process.
+    """Holds a lock on what is to be `target` that ends with the process; raises FileLocked if another has it.
 
     The empty file `<target>.lock` stays, since another process may have opened it.
-
-    Raises:
-        FileLocked: (a ValueError) if another process has it.
     """
     with target.with_name(target.name + ".lock").open("w") as file:
         try:

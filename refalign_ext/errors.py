@@ -21,14 +21,10 @@ _MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", 
 
 
 def describe_error(error: BaseException, memory_advice: str) -> str | None:
-    """One line for the user, or None for a bug, whose traceback should be shown.
+    """One line for the user, `memory_advice` if memory ran out, or None for a bug, whose traceback should be shown.
 
     Mistakes are those of the command line (click), a ValueError or FloatingPointError raised in `wan`, `refalign_ext` or an
     entry script, an OSError (files, and as ConnectionError ranks that are gone) and memory that ran out.
-
-    Args:
-        error: what ended the program.
-        memory_advice: the line for a device or machine that ran out of memory.
     """
     if os.environ.get("REFALIGN_TRACEBACK") == "1":
         traceback.print_exception(error)

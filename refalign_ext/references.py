@@ -94,8 +94,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def letterbox(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scales a picture, up or down, to fit into `size` (width, height) and centres it on white.
 
-    The aspect ratio is kept to within a pixel: one side fits exactly, the other is rounded down, and the filter is
-    Lanczos, so that pixels are those of the official release's `short_resize_and_crop_pil`.
+    One side fits exactly, the other is rounded down, and the filter is Lanczos: pixels are those of the official
+    release's `short_resize_and_crop_pil`.
     """
     width, height = size
     if image.width * height > image.height * width:
@@ -146,9 +146,7 @@ def reference_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def remove_background(image: Image.Image) -> Image.Image:
-    """Replaces what lies behind the subject by white, with rembg's default network (no remote code).
-
-    rembg fetches that network's weights on first use.
+    """Replaces what lies behind the subject by white, with rembg's default network, whose weights it fetches itself.
 
     Raises:
         ValueError: when rembg is not installed or its weights cannot be had.

@@ -10,11 +10,8 @@ import torch
 
 from refalign_ext.backbone import WAN_CONFIGS
 from refalign_ext.config import (
-    ACTIVATION_CHECKPOINTING,
     OPTIMIZERS,
-    PRECISIONS,
     RECIPES,
-    SCHEDULES,
     TIMESTEPS,
     AlignmentConfig,
     TrainConfig,
@@ -22,10 +19,10 @@ from refalign_ext.config import (
     setting_fields,
     with_overrides,
 )
-from refalign_ext.distributed.parallelize import TrainedModules, recompute_activations
+from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.teachers import TEACHERS
 from refalign_ext.timesteps import TIMESTEP_RECIPES
-from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale
+from refalign_ext.training.optimizers import build_optimizers
 
 
 def differing_fields(one: TrainConfig, other: TrainConfig) -> set[str]:
@@ -74,13 +71,6 @@ def test_timesteps_are_those_of_the_part() -> None:
     assert set(TIMESTEPS) == set(TIMESTEP_RECIPES)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_known(schedule: str) -> None:
-    config = TrainConfig(schedule=schedule, steps=10, decay_share=0.5)
-    last = learning_rate_scale(9, config)
-    assert last == 1 if schedule == "constant" else 0 < last < 0.3
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_is_known(optimizer: str) -> None:
     model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(2, 3)])})
@@ -89,21 +79,6 @@ def test_every_optimizer_is_known(optimizer: str) -> None:
         for one in build_optimizers(TrainedModules(model, None), TrainConfig(optimizer=optimizer))
     }
     assert kinds == {"adamw", optimizer}
-
-
-def test_every_way_of_activation_checkpointing_is_known() -> None:
-    class Model:
-        asked: list[tuple] = []
-
-        def enable_gradient_checkpointing(self, *given: object) -> None:
-            self.asked.append(given)
-
-    assert set(ACTIVATION_CHECKPOINTING) == {"none", "full", "selective"}
-    model = Model()
-    for mode in ACTIVATION_CHECKPOINTING:
-        recompute_activations(model, mode)
-    assert [len(given) for given in model.asked] == [0, 1]
-    assert PRECISIONS == ("fp32", "bf16")
 
 
 def test_every_field_is_documented() -> None:
@@ -148,66 +123,29 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        (
-            "timesteps",
-            "uniform",
-            "timesteps is 'uniform': choose one of paper, release, release_ungated, logit_normal",
-        ),
+        ("timesteps", "uniform", "timesteps is 'uniform': choose one of paper, release, release_ungated"),
         ("alignment.tap", "ffn", "alignment.tap is 'ffn': choose one of block, self_attn"),
-        ("optimizer", "sgd", "choose one of adamw, muon"),
-        ("schedule", "step", "choose one of constant, linear, cosine"),
-        ("precision", "fp16", "choose one of fp32, bf16"),
-        ("data_schedule", "turns", "choose one of mixed, stages"),
-        ("sampling.cross_pairs", 1.5, "sampling.cross_pairs is 1.5: it is a share"),
-        ("sampling.stride", 0, "sampling.stride is 0: it must be at least 1"),
-        ("validation_share", 1.0, "validation_share is 1.0"),
-        ("batch_size", 0, "batch_size is 0: it must be at least 1"),
-        ("global_batch_size", -1, "global_batch_size is -1: it must be at least 0"),
         ("activation_checkpointing", "some", "is 'some': choose one of none, full, selective"),
+        ("sampling.cross_pairs", 1.5, "sampling.cross_pairs is 1.5"),
+        ("drop_text", -0.1, "drop_text is -0.1"),
+        ("batch_size", 0, "batch_size is 0: it must be at least 1"),
         ("ulysses_size", -1, "ulysses_size is -1"),
-        ("ring_size", -2, "ring_size is -2"),
-        ("max_skipped_steps", 0, "max_skipped_steps is 0: it must be at least 1"),
-        ("spike_factor", -1.0, "spike_factor is -1.0"),
-        ("spike_factor", float("nan"), "spike_factor is nan"),
-        ("validate_every", -1, "validate_every is -1"),
-        ("validation_clips", 0, "validation_clips is 0"),
-        ("timeout_minutes", 0.0, "timeout_minutes is 0.0"),
-        ("timeout_minutes", float("inf"), "timeout_minutes is inf"),
-        ("lora_rank", -1, "lora_rank is -1"),
-        ("lora_alpha", -1.0, "lora_alpha is -1.0"),
-        ("steps", 0, "steps is 0"),
-        ("save_every", 0, "save_every is 0"),
-        ("keep_last", 0, "keep_last is 0"),
-        ("log_every", 0, "log_every is 0"),
-        ("cache_clips", 0, "cache_clips is 0"),
-        ("cache_views", 0, "cache_views is 0"),
-        ("cache_free_clips", 0, "cache_free_clips is 0"),
-        ("free_colors", 1.5, "free_colors is 1.5"),
-        ("preview_clips", 0, "preview_clips is 0"),
-        ("preview_every", -1, "preview_every is -1: it must be at least 0"),
-        ("warmup_steps", -1, "warmup_steps is -1"),
-        ("seed", -1, "seed is -1"),
-        ("seed", 2**63, "below 2\\*\\*63"),
-        ("learning_rate", -1.0, "learning_rate is -1.0"),
-        ("learning_rate", float("nan"), "learning_rate is nan: give a finite number"),
+        ("alignment.weight", -1.0, "alignment.weight is -1.0"),
+        ("spike_factor", float("nan"), "spike_factor is nan: give a finite number"),
+        ("betas", (0.9, float("nan")), "betas is .*finite"),
         ("muon_learning_rate", float("inf"), "muon_learning_rate is inf"),
-        ("weight_decay", -0.1, "weight_decay is -0.1"),
-        ("clip_norm", -1.0, "clip_norm is -1.0"),
+        ("seed", 2**63, "below 2\\*\\*63"),
         ("betas", (0.9,), "betas is"),
         ("betas", (0.9, 1.0), "betas is"),
-        ("betas", (0.9, float("nan")), "betas is .*finite"),
-        ("drop_text", -0.1, "drop_text is -0.1: it is a share"),
-        ("drop_both", 0.9, "exceed 1"),
-        ("regular_pairs", 1.1, "regular_pairs is 1.1"),
         ("ema_decay", 1.0, "ema_decay is 1.0"),
         ("decay_share", 0.0, "decay_share is 0.0"),
+        ("timeout_minutes", 0.0, "timeout_minutes is 0.0"),
+        ("validation_share", 1.0, "validation_share is 1.0"),
         ("subject_counts", (1.0, 2.0), "subject_counts is"),
         ("subject_counts", (0.0, 0.0, 0.0), "subject_counts is"),
         ("subject_counts", (1.0, -1.0, 1.0), "subject_counts is"),
+        ("drop_both", 0.9, "exceed 1"),
         ("alignment.depth", 0, "set alignment.weight to 0"),
-        ("alignment.weight", -1.0, "alignment.weight is -1.0"),
-        ("alignment.negative_weight", -1.0, "alignment.negative_weight is -1.0"),
-        ("alignment.margin", float("nan"), "alignment.margin is nan"),
     ],
 )
 def test_bad_values_are_named(name: str, value: object, message: str) -> None:
@@ -218,12 +156,9 @@ def test_bad_values_are_named(name: str, value: object, message: str) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "global_batch_size", "data_size", "passes"),
     [
-        (1, 0, 1, 1),
         (3, 0, 8, 1),
-        (1, 128, 1, 128),
         (2, 128, 8, 8),
         (4, 128, 32, 1),
-        (5, 35, 7, 1),
         (1, 6, 2, 3),
     ],
 )
@@ -239,22 +174,16 @@ def test_accumulation_makes_the_global_batch(
     ("batch_size", "global_batch_size", "data_size", "near"),
     [
         (1, 128, 3, "126 or 129"),
-        (8, 128, 5, "120 or 160"),
         (2, 5, 1, "4 or 6"),
         (4, 2, 2, "8"),
-        (16, 128, 16, "256"),
     ],
 )
 def test_a_global_batch_that_does_not_divide_names_the_nearest(
     batch_size: int, global_batch_size: int, data_size: int, near: str
 ) -> None:
     config = TrainConfig(batch_size=batch_size, global_batch_size=global_batch_size)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"global_batch_size is {global_batch_size}: .*such as {near}$"):
         config.accumulation(data_size)
-    line = str(caught.value)
-    assert line.startswith(f"global_batch_size is {global_batch_size}: {data_size} data-parallel groups run ")
-    assert f"run {batch_size * data_size} samples at once" in line
-    assert line.endswith(f"give a multiple of it, such as {near}") and "\n" not in line
     for size in near.split(" or "):
         other = dataclasses.replace(config, global_batch_size=int(size))
         assert other.accumulation(data_size) * batch_size * data_size == int(size)

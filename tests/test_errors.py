@@ -40,6 +40,10 @@ def in_a_loader() -> None:
         next(loader)
 
 
+def test_a_mistake_found_by_a_loader_process() -> None:
+    assert "papr" in describe_error(caught(in_a_loader), "advice")
+
+
 @pytest.mark.parametrize("carrier", [None, in_a_process])
 def test_our_own_value_errors_are_mistakes_and_those_of_libraries_bugs(carrier) -> None:
     ours, numpys = (config.recipe, "papr"), (np.concatenate, [])
@@ -48,10 +52,6 @@ def test_our_own_value_errors_are_mistakes_and_those_of_libraries_bugs(carrier) 
         assert isinstance(error, ValueError)
         line = describe_error(error, "advice")
         assert ("papr" in line and "\n" not in line) if is_mistake else line is None
-
-
-def test_a_mistake_found_by_a_loader_process() -> None:
-    assert "papr" in describe_error(caught(in_a_loader), "advice")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,7 @@ def test_an_allocation_that_fails_is_memory() -> None:
     assert describe_error(caught(torch.empty, 1 << 50), "advice") == "advice"
 
 
-def test_the_traceback_on_request(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_traceback_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("REFALIGN_TRACEBACK", "1")
     assert describe_error(caught(config.recipe, "papr"), "advice")
     assert "in recipe" in capsys.readouterr().err

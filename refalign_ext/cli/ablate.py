@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,32 +32,12 @@ QUICK_SETTINGS = {
 @click.command(context_settings={"show_default": True, "ignore_unknown_options": True})
 @click.option("--table", type=click.Choice(list(TABLES)), required=True, help="What is compared.")
 @click.option("--arm", "letters", multiple=True, help="Only this arm of the table; may be repeated.")
-@click.option("--seeds", type=click.IntRange(1), help=f"Runs of every arm.  [default: {USUAL['seeds']}]")
-@click.option(
-    "--steps", type=click.IntRange(1), help=f"Optimizer steps of an arm.  [default: {USUAL['steps']}]"
-)
-@click.option(
-    "--start_steps",
-    type=click.IntRange(1),
-    help=f"Of the text-to-video model that all arms start from.  [default: {USUAL['start_steps']}]",
-)
-@click.option(
-    "--clips",
-    type=click.IntRange(2),
-    help=f"Clips judged with one subject, and as many with two.  [default: {USUAL['clips']}]",
-)
-@click.option(
-    "--sample_steps",
-    type=click.IntRange(1),
-    default=10,
-    help="Sampling steps of judged clips and previews.",
-)
-@click.option(
-    "--out",
-    type=PATH,
-    default=Path("outputs/ablations"),
-    help="Folder of all tables; several processes may share it.",
-)
+@click.option("--seeds", type=click.IntRange(1), help="Runs of every arm.  [default: 3]")
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps of an arm.  [default: 1500]")
+@click.option("--start_steps", type=click.IntRange(1), help="Of the model all start from.  [default: 2000]")
+@click.option("--clips", type=click.IntRange(2), help="Clips judged for each figure.  [default: 128]")
+@click.option("--sample_steps", type=click.IntRange(1), default=10, help="Sampling steps of judged clips.")
+@click.option("--out", type=PATH, default=Path("outputs/ablations"), help="Folder of all tables, to share.")
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True),
@@ -66,26 +47,15 @@ QUICK_SETTINGS = {
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option(
-    "--quick",
-    is_flag=True,
-    help="Tiny numbers, to see that everything works: A and one other arm unless --arm names some.",
+    "--quick", is_flag=True, help="Tiny numbers, to see that everything works; A and one other arm."
 )
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 def ablate(
     table: str,
     letters: tuple[str, ...],
-    seeds: int | None,
-    steps: int | None,
-    start_steps: int | None,
-    clips: int | None,
-    sample_steps: int,
-    out: Path,
-    start: Path | None,
-    teachers: Path | None,
-    device: str,
-    threads: int | None,
     quick: bool,
     settings: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Train, generate and judge the arms of one of the paper's tables, or of `recipes` or `copying` (docs/ablations.md).
 
@@ -96,26 +66,18 @@ def ablate(
     from refalign_ext.sprites.ablations.study import Study
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    if start is not None and start_steps is not None:
+    if options["start"] is not None and options["start_steps"] is not None:
         raise ValueError("--start is trained already: leave --start_steps out")
-    usual = QUICK if quick else USUAL
+    for name, usual in (QUICK if quick else USUAL).items():
+        options[name] = options[name] or usual
     arms = TABLES[table].chosen(letters)
     if quick and not letters:
         arms = TABLES[table].quick()
     study = Study(
         table,
-        out,
-        seeds=seeds or usual["seeds"],
-        steps=steps or usual["steps"],
-        start_steps=start_steps or usual["start_steps"],
-        clips=clips or usual["clips"],
-        sample_steps=sample_steps,
-        device=device,
-        threads=threads,
         settings={**(QUICK_SETTINGS if quick else {}), **read_settings(settings)},
-        start=start,
-        teachers=teachers,
         teacher_steps=2 if quick else None,
+        **options,
     )
     runs = [(arm, seed) for seed in range(1, study.seeds + 1) for arm in arms]
     with stops_on_request("stopped; the same command goes on from there"):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+FOLDER = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("checkpoint", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write; new or empty.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to write; new or empty.")
 @click.option(
     "--layout",
     type=click.Choice(["upstream", "diffusers"]),
     default="upstream",
-    help="Whose names and config.json.",
+    help="Whose names and config.",
 )
-@click.option(
-    "--projectors/--no-projectors",
-    default=False,
-    help="Keep the projectors, to go on training with alignment.",
-)
+@click.option("--projectors/--no-projectors", default=False, help="Keep the projectors, to train on.")
 @click.option("--raw", is_flag=True, help="The trained weights instead of their moving average.")
 @click.option(
     "--adapter",
@@ -28,9 +27,7 @@ import click
     help="Of a LoRA run, the adapter alone (upstream: peft's folder) instead of the merged model.",
 )
 @click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="Of a LoRA run, the model it was trained on, if it is not where the settings say.",
+    "--base", type=FOLDER, help="Of a LoRA run, its base model, if it is not where the settings say."
 )
 @click.option(
     "--shard_gigabytes",
@@ -39,14 +36,7 @@ import click
     help="Largest size of a file (10^9 bytes).",
 )
 def export(
-    checkpoint: Path,
-    out: Path,
-    layout: str,
-    projectors: bool,
-    raw: bool,
-    adapter: bool,
-    base: Path | None,
-    shard_gigabytes: float,
+    checkpoint: Path, out: Path, adapter: bool, projectors: bool, shard_gigabytes: float, **options: Any
 ) -> None:
     """Write the model in a training CHECKPOINT as safetensors, without loading it on a device."""
     from refalign_ext.checkpoint.export import export_adapter, export_checkpoint
@@ -54,16 +44,10 @@ def export(
     if adapter and projectors:
         raise ValueError("--adapter and --projectors exclude each other: export the merged model with them")
     if adapter:
-        files = export_adapter(checkpoint, out, layout=layout, raw=raw, base=base)
+        files = export_adapter(checkpoint, out, **options)
     else:
         files = export_checkpoint(
-            checkpoint,
-            out,
-            layout=layout,
-            projectors=projectors,
-            raw=raw,
-            base=base,
-            shard_gigabytes=shard_gigabytes,
+            checkpoint, out, projectors=projectors, shard_gigabytes=shard_gigabytes, **options
         )
     size = sum(file.stat().st_size for file in files)
     click.echo(f"{out}: {len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e9:.2f} GB")

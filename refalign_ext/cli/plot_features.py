@@ -30,9 +30,7 @@ _EXISTING = click.Path(path_type=Path, exists=True)
 @click.option("--task", default="r2v-tiny", help="A reference-to-video task.")
 @click.option("--ckpt_dir", type=_EXISTING, help="Checkpoint folder; r2v-tiny has its own.")
 @click.option("--dit_ckpt", type=_EXISTING, help="Another DiT than the folder's, such as a checkpoint.")
-@click.option(
-    "--compare", type=_EXISTING, help="A second DiT to show beside it, such as one trained without RA."
-)
+@click.option("--compare", type=_EXISTING, help="A second DiT to show beside it, such as one without RA.")
 @click.option("--labels", help="Names of the two (or the one) in pictures: 'with RA,without RA'.")
 @click.option(
     "--ref",
@@ -42,30 +40,18 @@ _EXISTING = click.Path(path_type=Path, exists=True)
     help="A picture; give it twice or more. r2v-tiny without pictures: clips of subjects held out from its training.",
 )
 @click.option("--prompt", default="", help="Goes with --ref.")
-@click.option(
-    "--timestep",
-    "timesteps",
-    type=Numbers(),
-    default="750",
-    help="Noise levels up to 1000, a picture each; 750 is the mean of the release's training.",
-)
+@click.option("--timestep", "timesteps", type=Numbers(), default="750", help="Noise levels up to 1000.")
 @click.option("--blocks", type=Blocks(), default="all", help="all, or numbers from 0 such as 0,4,8.")
 @click.option("--tap", type=click.Choice(["block", "self_attn"]), default="block", help="Where in a block.")
 @click.option("--clips", type=click.IntRange(1), default=16, help="Sprite clips; the first one is drawn.")
 @click.option("--subjects", type=click.IntRange(2, 3), default=3, help="Subjects of a sprite clip.")
 @click.option("--views", type=click.IntRange(1), default=4, help="Views of each sprite subject.")
-@click.option(
-    "--frame_num", type=click.IntRange(1), help="Frames of the video that goes with --ref; fewer are faster."
-)
-@click.option(
-    "--most_tokens", type=click.IntRange(2), default=400, help="Of each reference; more are thinned out."
-)
+@click.option("--frame_num", type=click.IntRange(1), help="Frames of --ref's video; fewer are faster.")
+@click.option("--most_tokens", type=click.IntRange(2), default=400, help="Of each reference.")
 @click.option("--seed", type=click.IntRange(0), default=1000)
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
 @click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("outputs/features"), help="Folder to write."
-)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("outputs/features"), help="Folder.")
 def plot_features(
     task: str,
     ckpt_dir: Path | None,

@@ -15,13 +15,9 @@ from refalign_ext.errors import EXPECTED_ERRORS, describe_error
 
 
 class Program(click.Command):
-    """A command that ends with exit code 2 and one line after a mistake, 1 and a traceback after a bug.
+    """A command that ends with exit code 2 and one line after a mistake, 1 and a traceback after a bug."""
 
-    Attributes:
-        memory_advice: the line for a device or machine that ran out of memory.
-    """
-
-    memory_advice = "out of memory"
+    memory_advice = "out of memory"  # the line for a device or machine that ran out of memory
 
     def run(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the program; returns its exit code."""

@@ -12,12 +12,7 @@ from refalign_ext.config import GROUPS, TrainConfig, setting_fields
 
 
 class Numbers(click.ParamType):
-    """Numbers with commas between them, such as 1,3,5: a tuple.
-
-    Args:
-        kind: int or float.
-        may_be_empty: whether an empty text is the empty tuple.
-    """
+    """Numbers with commas between them, such as 1,3,5: a tuple; an empty text is one only where it may be."""
 
     name = "numbers"
 
@@ -42,11 +37,11 @@ def setting_options() -> list[click.Parameter]:
     options = []
     for name, field in setting_fields().items():
         group, _, attribute = name.rpartition(".")
-        options.append(_option(name, hints[group][attribute], field.metadata["text"]))
+        options.append(_setting_option(name, hints[group][attribute], field.metadata["text"]))
     return options
 
 
-def _option(name: str, hint: Any, text: str) -> click.Option:
+def _setting_option(name: str, hint: Any, text: str) -> click.Option:
     words = [f"--{name}", name.replace(".", "__")]  # click wants an identifier as well
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -64,10 +59,6 @@ def given_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(words: Sequence[str]) -> dict[str, Any]:
-    """Settings written as for train_refalign.py, from the rest of another command's line.
-
-    Raises:
-        click.UsageError: naming the word that is none.
-    """
+    """Settings written as for train_refalign.py, from the rest of another command's line (or a click.UsageError)."""
     command = click.Command("settings", params=setting_options(), add_help_option=False)
     return given_settings(command.make_context("settings", list(words)).params)

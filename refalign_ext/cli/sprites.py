@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from refalign_ext.cli.program import stops_on_request
 from refalign_ext.cli.settings import Numbers, read_settings
 from refalign_ext.cli.sprites_parts import train_teacher, train_text, train_vae
+
+if TYPE_CHECKING:
+    from refalign_ext.sprites.judged import JudgedFolder
 
 _EXISTING = click.Path(path_type=Path, exists=True)
 _PATH = click.Path(path_type=Path)
@@ -39,22 +43,20 @@ def assemble(
     """Write trained parts into the embedded model's folder, in Wan2.1's layout and formats."""
     from refalign_ext.sprites import embedded_model as embedded
 
-    if text is not None:
-        embedded.write_text_encoder(folder, text)
-    if vae is not None:
-        embedded.write_vae(folder, vae)
-    if teacher is not None:
-        embedded.write_teacher(folder, teacher)
-    if dit is not None:
-        embedded.write_dit(folder, dit)
+    for trained, write in (
+        (text, embedded.write_text_encoder),
+        (vae, embedded.write_vae),
+        (teacher, embedded.write_teacher),
+        (dit, embedded.write_dit),
+    ):
+        if trained is not None:
+            write(folder, trained)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     click.echo(f"{folder}: {size / 1e6:.1f} MB")
 
 
 @sprites.command(context_settings={**_SHOW_DEFAULTS, "ignore_unknown_options": True})
-@click.option(
-    "--out", type=_PATH, default=Path("outputs/make"), help="Folder of all parts; goes on from there."
-)
+@click.option("--out", type=_PATH, default=Path("outputs/make"), help="Folder of all parts; resumes.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option("--device", default="auto", help="For the DiT; the other parts train on the CPU.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
@@ -101,27 +103,34 @@ def make(
     click.echo(f"wrote {folder}; judge it with: python -m refalign_ext sprites report --ckpt_dir {folder}")
 
 
-def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--device", default="cpu", help="Where to generate: cpu, cuda, mps or auto."),
-        click.option("--sample_shift", type=float, help="Shift of the noise levels instead of the task's."),
-        click.option("--sample_steps", type=click.IntRange(1), help="Sampling steps instead of the task's."),
-        click.option("--dit_ckpt", type=_EXISTING, help="Another DiT, such as a checkpoint."),
-        click.option(
-            "--ckpt_dir", type=_EXISTING, default=Path("assets/r2v-tiny"), help="Checkpoint folder."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
+_MODEL_OPTIONS = (
+    click.option("--ckpt_dir", type=_EXISTING, default=Path("assets/r2v-tiny"), help="Checkpoint folder."),
+    click.option("--dit_ckpt", type=_EXISTING, help="Another DiT, such as a checkpoint."),
+    click.option("--sample_steps", type=click.IntRange(1), help="Sampling steps instead of the task's."),
+    click.option("--sample_shift", type=float, help="Shift of the noise levels instead of the task's."),
+    click.option("--device", default="cpu", help="Where to generate: cpu, cuda, mps or auto."),
+)
 _split_option = click.option(
     "--split", type=click.Choice(["held_out", "palette", "train"]), default="held_out", help="Which subjects."
 )
 
 
-@sprites.command(context_settings=_SHOW_DEFAULTS)
-@_model_options
+def _judging_command(function: Callable[..., None]) -> click.Command:
+    """A command that gets `folder`, opened from the options that all judging shares, instead of their values."""
+
+    @wraps(function)
+    def run(ckpt_dir: Path, dit_ckpt: Path | None, device: str, **settings: Any) -> None:
+        from refalign_ext.sprites.judged import JudgedFolder
+
+        function(JudgedFolder(ckpt_dir, dit_ckpt=dit_ckpt, device=device), **settings)
+
+    command = run
+    for option in reversed(_MODEL_OPTIONS):
+        command = option(command)
+    return sprites.command(context_settings=_SHOW_DEFAULTS)(command)
+
+
+@_judging_command
 @click.option("--what", type=click.Choice(["real", "reconstruction", "generation"]), default="generation")
 @click.option("--clips", type=click.IntRange(1), default=200)
 @click.option("--subjects", type=click.IntRange(1, 3), default=1)
@@ -137,76 +146,54 @@ _split_option = click.option(
 @click.option("--ref_guide_scale", type=float)
 @click.option("--text_guide_scale", type=float)
 @click.option("--out", type=_PATH, default=Path("outputs/judge"))
-def judge(ckpt_dir: Path, dit_ckpt: Path | None, device: str, what: str, out: Path, **settings: Any) -> None:
+def judge(folder: JudgedFolder, what: str, out: Path, **settings: Any) -> None:
     """Judge real clips, VAE reconstructions or generated clips; writes a table (json) and a picture."""
-    from refalign_ext.sprites.evaluate import Job
-    from refalign_ext.sprites.judged import JudgedFolder
+    from refalign_ext.sprites.evaluate import JudgingJob
+    from refalign_ext.sprites.judge import percent
 
-    job = Job(**settings)
+    job = JudgingJob(**settings)
     shuffled = "-shuffled" if job.references == "shuffled" else ""
     stem = out / f"{what}-{job.subjects}-{job.split}-{job.pair}{shuffled}-{job.seed}"
-    judged = JudgedFolder(ckpt_dir, dit_ckpt=dit_ckpt, device=device).judge(what, job, stem)
-    click.echo(
-        f"{what}, {job.clips} clips of {job.subjects} subject(s), split {job.split}, {job.pair} pairs, seed {job.seed}"
-    )
+    judged = folder.judge(what, job, stem)
+    click.echo(f"{what}, {job.clips} clips of {job.subjects} subject(s): percent with 95% intervals")
     for name, row in judged.table.items():
         if row is not None:
-            click.echo(
-                f"  {name:13s} {row['share']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  of {row['count']}"
-            )
+            click.echo(f"  {name:13s} {percent(row):>16s}  of {row['count']}")
     click.echo(f"{'wrote' if judged.is_new else 'read from'} {stem}.json and .png")
 
 
-@sprites.command(context_settings=_SHOW_DEFAULTS)
-@_model_options
+@_judging_command
 @click.option("--clips", type=click.IntRange(1), default=500, help="Clips of each row.")
-@click.option(
-    "--seed", type=click.IntRange(0), default=1000, help="Training is steered by seed 7, not by this."
-)
+@click.option("--seed", type=click.IntRange(0), default=1000, help="Training is steered by another one, 7.")
 @click.option("--out", type=_PATH, default=Path("outputs/report"), help="Folder to write.")
-def report(
-    ckpt_dir: Path, dit_ckpt: Path | None, device: str, clips: int, out: Path, **settings: Any
-) -> None:
+def report(folder: JudgedFolder, clips: int, out: Path, **settings: Any) -> None:
     """Judge all that the embedded model has to do, against its gates; rows that were judged before are kept."""
-    from refalign_ext.sprites.evaluate import Job
-    from refalign_ext.sprites.judged import JudgedFolder
+    from refalign_ext.sprites.evaluate import JudgingJob
     from refalign_ext.sprites.report import make_report
 
-    judge = JudgedFolder(ckpt_dir, dit_ckpt=dit_ckpt, device=device)
-    path = make_report(judge, Job(clips, **settings), out)
+    path = make_report(folder, JudgingJob(clips, **settings), out)
     click.echo(path.read_text(encoding="utf-8").partition("\n![")[0].rstrip())
     click.echo(f"wrote {path}, {path.with_suffix('.json')} and {path.parent / 'rows'}")
 
 
-@sprites.command(context_settings=_SHOW_DEFAULTS)
-@_model_options
+@_judging_command
 @click.option("--image_scales", type=Numbers(), default="0,1,3,5,7", help="Pulls of the references in eq. 5.")
 @click.option("--text_scales", type=Numbers(), default="0,1,3,5,7", help="Pulls of the prompt in eq. 5.")
 @click.option("--clips", type=click.IntRange(1), default=60, help="Clips of each cell.")
 @click.option("--subjects", type=click.IntRange(1, 3), default=1)
 @_split_option
-@click.option(
-    "--seed", type=click.IntRange(0), default=7, help="Not that of the report, to choose scales by."
-)
+@click.option("--seed", type=click.IntRange(0), default=7, help="Not that of the report.")
 @click.option("--out", type=_PATH, default=Path("outputs/guidance"), help="Folder to write.")
 def guidance(
-    ckpt_dir: Path,
-    dit_ckpt: Path | None,
-    device: str,
-    image_scales: list[float],
-    text_scales: list[float],
-    out: Path,
-    **settings: Any,
+    folder: JudgedFolder, image_scales: list[float], text_scales: list[float], out: Path, **settings: Any
 ) -> None:
     """Judge a grid of guidance scales: identity should rise with one, motion with the other; resumes cell by cell."""
-    from refalign_ext.sprites.evaluate import Job
+    from refalign_ext.sprites.evaluate import JudgingJob
     from refalign_ext.sprites.guidance_grid import judge_grid
-    from refalign_ext.sprites.judged import JudgedFolder
 
-    judge = JudgedFolder(ckpt_dir, dit_ckpt=dit_ckpt, device=device)
-    judge_grid(judge, Job(**settings), image_scales, text_scales, out)
+    judge_grid(folder, JudgingJob(**settings), image_scales, text_scales, out)
     text = (out / "guidance.md").read_text(encoding="utf-8")
-    click.echo(text.partition("\n**")[0].rstrip())
+    click.echo(text.partition("\n![")[0].rstrip())
     click.echo(f"wrote {out / 'guidance.md'}, .json and .png")
 
 

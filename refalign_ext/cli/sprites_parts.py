@@ -14,13 +14,9 @@ _SHOW_DEFAULTS = {"show_default": True}
 
 
 @click.command("train-vae", context_settings=_SHOW_DEFAULTS)
-@click.option(
-    "--image_steps", type=click.IntRange(0), default=200, help="Steps on single images before clips join."
-)
+@click.option("--image_steps", type=click.IntRange(0), default=200, help="Steps before clips join images.")
 @click.option("--steps", type=click.IntRange(1), default=2400, help="Steps on pictures.")
-@click.option(
-    "--place_steps", type=click.IntRange(1), default=700, help="Steps on pictures and places, after them."
-)
+@click.option("--place_steps", type=click.IntRange(1), default=700, help="Steps on places, after them.")
 @click.option("--out", type=_PATH, default=Path("outputs/vae"), help="Folder for the state.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--size", default=48, help="Side of the rendered frames in pixels.")
@@ -35,42 +31,24 @@ def train_vae(out: Path, **settings: Any) -> None:
     click.echo(f"wrote {out / 'vae.pt'}")
 
 
+_USUAL = TeacherSettings()
+
+
 @click.command("train-teacher", context_settings=_SHOW_DEFAULTS)
-@click.option(
-    "--kind",
-    type=click.Choice(list(KINDS)),
-    default=TeacherSettings.kind,
-    help="What it is and learns from.",
-)
-@click.option(
-    "--size",
-    type=click.Choice(list(HIDDEN)),
-    default=TeacherSettings.size,
-    help="A quarter, 0.8 M or four times.",
-)
-@click.option(
-    "--steps", type=click.IntRange(0), default=TeacherSettings.steps, help="0 writes an untrained one."
-)
-@click.option(
-    "--batch_size",
-    type=click.IntRange(2),
-    default=TeacherSettings.batch_size,
-    help="Subjects a step; dinov3 sees each twice.",
-)
+@click.option("--kind", type=click.Choice(list(KINDS)), default=_USUAL.kind, help="What it learns from.")
+@click.option("--size", type=click.Choice(list(HIDDEN)), default=_USUAL.size, help="Tiny: 0.8 M parameters.")
+@click.option("--steps", type=click.IntRange(0), default=_USUAL.steps, help="0 writes an untrained one.")
+@click.option("--batch_size", type=click.IntRange(2), default=_USUAL.batch_size, help="Subjects a step.")
 @click.option("--out", type=_PATH, default=Path("outputs/teacher"))
-@click.option("--seed", type=click.IntRange(0), default=TeacherSettings.seed)
-@click.option("--learning_rate", default=TeacherSettings.learning_rate, help="Of AdamW.")
-@click.option(
-    "--muon_learning_rate",
-    default=TeacherSettings.muon_learning_rate,
-    help="Of Muon, on the blocks' matrices.",
-)
+@click.option("--seed", type=click.IntRange(0), default=_USUAL.seed)
+@click.option("--learning_rate", default=_USUAL.learning_rate, help="Of AdamW.")
+@click.option("--muon_learning_rate", default=_USUAL.muon_learning_rate, help="Of Muon, on blocks' matrices.")
 def train_teacher(out: Path, **settings: Any) -> None:
     """Train a teacher, write it as a transformers folder, and read back what it knows."""
     from refalign_ext.sprites import train_teacher as training
 
     training.train_teacher(TeacherSettings(**settings), out)
-    click.echo(f"wrote {out / 'teacher'}, log.txt and features.png")
+    click.echo(f"wrote {out / 'teacher'} and log.txt")
 
 
 @click.command("train-text", context_settings=_SHOW_DEFAULTS)

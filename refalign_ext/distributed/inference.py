@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.distributed.mesh import DATA, Parallel
-from refalign_ext.distributed.parallelize import can_shard_on_cpu
+from refalign_ext.distributed.parallelize import require_sharding
 from refalign_ext.distributed.sequence_parallel import attach_sequence_parallel
 from refalign_ext.distributed.xfuser_backend import attach_xfuser
 from refalign_ext.parallelism import SingleProcess
@@ -43,11 +43,8 @@ class VideoRanks(SingleProcess):
         t5_fsdp: bool = False,
         sequence_backend: str = "auto",
     ) -> None:
-        if (dit_fsdp or t5_fsdp) and parallel.device.type == "cpu" and not can_shard_on_cpu():
-            raise ValueError(
-                f"torch {torch.__version__} shards weights on GPUs only: leave out --dit_fsdp and --t5_fsdp, or install a "
-                "newer one"
-            )
+        if dit_fsdp or t5_fsdp:
+            require_sharding(parallel.device, "leave out --dit_fsdp and --t5_fsdp")
         self.parallel = parallel
         self.shards_model, self.shards_text_encoder = dit_fsdp, t5_fsdp
         self.sequence_backend = sequence_backend

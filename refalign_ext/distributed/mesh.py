@@ -19,13 +19,18 @@ SHARDS = "shards"  # data, ring and ulysses flattened: over this FSDP shards and
 SEQUENCE = "sequence"  # ring and ulysses flattened: these ranks share one sample
 
 
+def gather_from_ranks(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank. Small things only: they are pickled between our ranks."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def failure_on_any_rank(reason: str | None) -> str | None:
     """Why something failed (None: it did not), on the first rank on which it did; the same on all ranks."""
-    if not dist.is_initialized():
-        return reason
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    return next((text for text in reasons if text is not None), None)
+    return next((text for text in gather_from_ranks(reason) if text is not None), None)
 
 
 class Parallel:
@@ -59,8 +64,7 @@ class Parallel:
         """
         if sizes.world == 1:
             return cls.single(device)
-        chosen: list[Any] = [None] * sizes.world
-        dist.all_gather_object(chosen, sizes)
+        chosen = gather_from_ranks(sizes)
         if len(set(chosen)) > 1:
             raise ValueError(
                 f"the ranks would divide the work differently ({', '.join(sorted({str(choice) for choice in chosen}))}), "
@@ -122,12 +126,8 @@ class Parallel:
         return self.sum(values) / self.sizes.world
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """`value` of every rank, in rank order, on every rank. Small things only: they are pickled between our ranks."""
-        if self.is_alone:
-            return [value]
-        gathered: list[Any] = [None] * self.sizes.world
-        dist.all_gather_object(gathered, value)
-        return gathered
+        """`value` of every rank, see `gather_from_ranks`."""
+        return [value] if self.is_alone else gather_from_ranks(value)
 
     def broadcast_from_rank0(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, however long it takes; its ValueError is raised on every rank."""

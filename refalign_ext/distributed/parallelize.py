@@ -66,10 +66,8 @@ def parallelize(
     Raises:
         ValueError: if the heads do not divide among the Ulysses ranks, or where this torch cannot shard.
     """
-    if not parallel.is_alone and parallel.device.type == "cpu" and not can_shard_on_cpu():
-        raise ValueError(
-            f"torch {torch.__version__} shards weights on GPUs only: train in one process, or install a newer one"
-        )
+    if not parallel.is_alone:
+        require_sharding(parallel.device, "train in one process")
     attach_sequence_parallel(backbone, parallel)
     recompute_activations(backbone.model, config.activation_checkpointing)
     if config.compile:
@@ -160,7 +158,7 @@ def shard_dit(model: nn.Module, parallel: Parallel, *, precision: str, cpu_offlo
     options = _sharding_options(parallel, cpu_offload)
     if precision == "bf16":
         for name in _FLOAT32_PARTS:
-            fully_shard(getattr(model, name), mp_policy=_full_precision(), **options)
+            fully_shard(getattr(model, name), mp_policy=_FULL_PRECISION, **options)
     for index, block in enumerate(model.blocks):
         # The last block's weights are needed first in the backward pass: freeing them would only mean gathering them again.
         is_last = index == len(model.blocks) - 1
@@ -173,23 +171,30 @@ def shard_projectors(
     projectors: ReferenceProjectors, parallel: Parallel, *, cpu_offload: bool = False
 ) -> None:
     """FSDP2 for the projectors, a root of their own; their small matrices stay in float32 under autocast."""
-    fully_shard(projectors, mp_policy=_full_precision(), **_sharding_options(parallel, cpu_offload))
+    fully_shard(projectors, mp_policy=_FULL_PRECISION, **_sharding_options(parallel, cpu_offload))
 
 
-def _full_precision() -> MixedPrecisionPolicy:
-    return MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+_FULL_PRECISION = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _sharding_options(parallel: Parallel, cpu_offload: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"mesh": parallel.shards}
-    if cpu_offload:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda")
-    return options
+    if not cpu_offload:
+        return {"mesh": parallel.shards}
+    policy = CPUOffloadPolicy(pin_memory=parallel.device.type == "cuda")
+    return {"mesh": parallel.shards, "offload_policy": policy}
 
 
 def can_shard_on_cpu() -> bool:
     """Whether FSDP2 of this torch runs on CPUs; that of 2.6 asks a CPU for a stream it does not have."""
     return hasattr(torch.cpu.Stream, "record_event")
+
+
+def require_sharding(device: torch.device, remedy: str) -> None:
+    """Raises ValueError where FSDP2 of this torch does not run."""
+    if device.type == "cpu" and not can_shard_on_cpu():
+        raise ValueError(
+            f"torch {torch.__version__} shards weights on GPUs only: {remedy}, or install a newer one"
+        )
 
 
 def reshard_all(trained: nn.Module) -> None:

@@ -64,12 +64,9 @@ def stop_process_group(*, together: bool = False) -> None:
 def _store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
     """The rendezvous store under a prefix that rank 0 chooses and only the processes of this start know.
 
-    torchrun keeps one store for all its restarts. Under the same keys, ranks that it starts again would read the addresses
-    of those that died, and wait for them. Its count of restarts does not tell starts apart: on several machines it differs.
-    So every rank leaves a new name for itself, and rank 0 replies until every rank has acknowledged.
-
-    Raises:
-        RuntimeError: if ranks are missing when the time is over.
+    torchrun keeps one store for all its restarts: under the same keys, restarted ranks would wait for those that died. Its
+    count of restarts differs between machines. So every rank leaves a new name for itself, and rank 0 replies until every
+    rank has acknowledged.
     """
     if rank > 0:
         name = secrets.token_hex(8)
@@ -94,19 +91,6 @@ def _store_of_this_start(store: dist.Store, rank: int, world_size: int, timeout_
     return dist.PrefixStore(f"refalign/{prefix}", store)
 
 
-def is_first_to_fail() -> bool:
-    """True on one of the ranks that fail, the one to tell the user: what follows elsewhere follows from it.
-
-    Before the ranks have met they all fail alike, and rank 0 tells.
-    """
-    if not dist.is_initialized():
-        return environment_rank() == 0
-    try:
-        return dist.distributed_c10d._get_default_store().add("refalign_failures", 1) == 1
-    except (dist.DistError, RuntimeError):
-        return True  # the rank that holds the store is gone: better twice than not at all
-
-
 def report_error_once(report: Callable[[], None]) -> None:
     """Have the first of the ranks that end early tell the user.
 
@@ -118,12 +102,14 @@ def report_error_once(report: Callable[[], None]) -> None:
             time.sleep(_SECONDS_TO_REPORT)
         report()
         return
-    is_first = is_first_to_fail()
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        is_first = store.add("refalign_failures", 1) == 1
+    except (dist.DistError, RuntimeError):
+        is_first = True  # the rank that holds the store is gone: better twice than not at all
     if is_first:
         report()
-    # The store may be gone, or the first rank before it could tell.
-    with suppress(dist.DistError, RuntimeError):
-        store = dist.distributed_c10d._get_default_store()
+    with suppress(dist.DistError, RuntimeError):  # the store or the first rank may be gone
         if is_first:
             store.set("refalign_reported", "")
         else:
@@ -153,8 +139,8 @@ def lost_rank(error: BaseException, timeout_seconds: float) -> str | None:
         text = str(cause).lower() if isinstance(cause, RuntimeError) else ""
         if any(sign in text for sign in _NO_ANSWER):
             return (
-                f"a rank did not answer for {timeout_seconds / 60:g} minutes (--timeout_minutes): it hangs or is "
-                "much slower than the others"
+                f"a rank did not answer for {timeout_seconds / 60:g} minutes (training: --timeout_minutes): it hangs "
+                "or is much slower than the others"
             )
         if any(sign in text for sign in _LOST):
             return (

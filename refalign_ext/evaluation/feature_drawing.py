@@ -28,10 +28,8 @@ def embed(tokens: Tensor, method: str, seed: int) -> tuple[np.ndarray, str]:
     """Tokens [S, D] as points [S, 2] by t-SNE (cosine distance) or PCA, and what to write under them.
 
     Raises:
-        ValueError: for another method or fewer than four tokens.
+        ValueError: for fewer than four tokens.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if len(tokens) < 4:
         raise ValueError(f"{len(tokens)} tokens are too few to draw: give pictures that show more than white")
     values = tokens.float().numpy()
@@ -48,7 +46,7 @@ def embed(tokens: Tensor, method: str, seed: int) -> tuple[np.ndarray, str]:
     return model.fit_transform(values), f"perplexity {perplexity:.0f}"
 
 
-def draw(
+def draw_tokens(
     path: Path,
     timestep: float,
     shown: Sample,
@@ -143,7 +141,7 @@ def _draw_curves(
             means = [row["mean"] for row in rows]
             axes.errorbar(blocks, means, errors, marker="o", markersize=3, capsize=2, label=label)
         axes.plot(blocks, [row["chance"] for row in rows], color="grey", linestyle=":", label="chance")
-        axes.set_title(METRICS[metric], fontsize=8)
+        axes.set_title(METRICS[metric][0], fontsize=8)
         axes.set_xlabel("block", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.set_ylim(bottom=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,9 +18,15 @@ from refalign_ext.backbone import (
     resolve_device,
 )
 from refalign_ext.checkpoint.reading import read_any_dit
-from refalign_ext.evaluation.feature_drawing import draw
-from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode, reference_tokens
-from refalign_ext.evaluation.separability import Numbers, Place, SampleTokens, difference, summary
+from refalign_ext.evaluation.feature_drawing import draw_tokens
+from refalign_ext.evaluation.features import MAX_TIMESTEP, Sample, encode_samples, reference_tokens
+from refalign_ext.evaluation.separability import (
+    Numbers,
+    Place,
+    SampleTokens,
+    compare_tokens,
+    summarize_tokens,
+)
 from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import prepare_reference
 from refalign_ext.tasks import TASKS, find_task
@@ -30,20 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlotRequest:
-    """What to plot.
+    """What to plot; see the options of `plot-features`.
 
     Attributes:
-        task: a reference-to-video task.
-        ckpt_dir: folder with VAE, text encoder and, where a checkpoint is None, the DiT.
-        checkpoints: one or two DiTs by the name that pictures show.
-        references: pictures of one sample; none: clips of the sprite world, for r2v-tiny.
-        prompt: for pictures.
-        timesteps: noise levels in (0, 1000].
+        checkpoints: one or two DiTs by the name that pictures show; None is that in `ckpt_dir`.
         blocks: counted from 0; None: all.
-        tap: see `ReferenceBackbone.forward`.
-        clips, subjects, views: of the sprite world.
-        frame_num: of the video that goes with pictures; None: the task's.
-        most_tokens: of each reference.
+        frame_num: of the video that goes with `references`; None: the task's.
     """
 
     task: str
@@ -75,8 +74,8 @@ def plot_features(
     Writes `features.json` and, for each noise level, `features-t<level>.png` to `out`.
 
     Returns:
-        What `features.json` holds: settings, tokens left out, and for each checkpoint the figures of `summary` by
-        noise level and block; with two checkpoints also their difference, first minus second.
+        What `features.json` holds: settings, tokens left out, and for each checkpoint the figures of
+        `summarize_tokens` by noise level and block; with two checkpoints also their difference, first minus second.
 
     Raises:
         ValueError: naming the flag that does not fit, missing files or weights that do not fit.
@@ -84,7 +83,10 @@ def plot_features(
     from tqdm import tqdm
 
     config = WAN_CONFIGS[find_task(request.task, family="r2v", refused=REFUSED_TASKS).name]
-    blocks = _checked_blocks(request, config)
+    blocks = tuple(range(config.num_layers)) if request.blocks is None else tuple(sorted(set(request.blocks)))
+    if not blocks or not 0 <= blocks[0] <= blocks[-1] < config.num_layers:
+        given = ",".join(map(str, request.blocks or ()))
+        raise ValueError(f"--blocks {given}: {request.task} has the blocks 0 to {config.num_layers - 1}")
     for timestep in request.timesteps:
         if not 0 < timestep <= MAX_TIMESTEP:
             raise ValueError(f"--timestep {timestep:g}: noise levels lie above 0 and up to 1000 (pure noise)")
@@ -93,14 +95,27 @@ def plot_features(
     shape = latent_shape(tuple(config.size), frames, config)
     pipeline: R2VPipeline | None = None
     tokens: dict[str, dict[Place, list[SampleTokens]]] = {}
-    passes = sum(len(sample.views) for sample in samples)
     for name, checkpoint in request.checkpoints.items():
         if pipeline is None:
-            pipeline = _load(request, checkpoint)
-            encoded, count = encode(pipeline, samples, most_tokens=request.most_tokens, seed=request.seed)
+            device = resolve_device(request.device)
+            pipeline = R2VPipeline.from_pretrained(
+                request.ckpt_dir,
+                task=request.task,
+                device=device,
+                dtype=request.dtype,
+                dit_ckpt=checkpoint,
+                offload_model=device.type == "cuda",
+                read_dit=read_any_dit,
+            )
+            encoded, count = encode_samples(
+                pipeline, samples, most_tokens=request.most_tokens, seed=request.seed
+            )
         else:
-            _replace_model(pipeline, checkpoint or request.ckpt_dir)
-        with tqdm(total=passes, desc=name, unit="pass") as bar:
+            del pipeline.backbone  # both models at once may not fit
+            source = checkpoint or request.ckpt_dir
+            model = build_dit(read_any_dit(source), config, source, device="cpu", dtype=pipeline.dtype)
+            pipeline.backbone = ReferenceBackbone(model.eval().requires_grad_(False))
+        with tqdm(total=sum(len(sample.views) for sample in samples), desc=name, unit="pass") as bar:
             tokens[name] = reference_tokens(
                 pipeline,
                 encoded,
@@ -112,45 +127,34 @@ def plot_features(
                 passed=bar.update,
             )
     numbers = {
-        name: {place: summary(found) for place, found in places.items()} for name, places in tokens.items()
+        name: {place: summarize_tokens(found) for place, found in places.items()}
+        for name, places in tokens.items()
     }
-    settings = {key: _plain(value) for key, value in asdict(request).items()}
     entry = {
-        "settings": settings | {"blocks": list(blocks)},
+        "settings": json.loads(json.dumps({**asdict(request), "blocks": blocks}, default=str)),
         "tokens": count,
-        "checkpoints": {name: _table(found) for name, found in numbers.items()},
+        "checkpoints": {name: _by_timestep(found) for name, found in numbers.items()},
     }
     if len(tokens) == 2:
         first, second = tokens.values()
-        gaps = {place: difference(first[place], second[place]) for place in first}
-        entry["difference"] = _table(gaps)
+        entry["difference"] = _by_timestep(
+            {place: compare_tokens(first[place], second[place]) for place in first}
+        )
     left_out = f"{count['white']} white, {count['thinned']} to thin out"
     footer = f"{count['kept']} of {count['total']} reference tokens; left out: {left_out}"
     for timestep in request.timesteps:
         path = out / f"features-t{timestep:g}.png"
-        draw(path, timestep, samples[0], tokens, numbers, seed=request.seed, footer=footer)
+        draw_tokens(path, timestep, samples[0], tokens, numbers, seed=request.seed, footer=footer)
     write_json(out / "features.json", entry)
     return entry
-
-
-def _checked_blocks(request: PlotRequest, config: EasyDict) -> tuple[int, ...]:
-    blocks = tuple(range(config.num_layers)) if request.blocks is None else request.blocks
-    wrong = [block for block in blocks if not 0 <= block < config.num_layers]
-    if wrong or not blocks:
-        raise ValueError(
-            f"--blocks {','.join(map(str, blocks))}: {request.task} has the blocks 0 to {config.num_layers - 1}"
-        )
-    return tuple(sorted(set(blocks)))
 
 
 def _samples(
     request: PlotRequest, config: EasyDict, make_samples: Callable[..., list[Sample]]
 ) -> list[Sample]:
+    if len(request.references) == 1:
+        raise ValueError("--ref: references are told apart between two pictures or more: give another one")
     if request.references:
-        if len(request.references) < 2:
-            raise ValueError(
-                "--ref: references are told apart between two pictures or more: give another one"
-            )
         images = [prepare_reference(path, tuple(config.size)) for path in request.references]
         return [Sample(request.prompt, [images])]
     if TASKS[request.task].bundled is None:
@@ -160,38 +164,9 @@ def _samples(
     )
 
 
-def _load(request: PlotRequest, checkpoint: Path | None) -> R2VPipeline:
-    device = resolve_device(request.device)
-    return R2VPipeline.from_pretrained(
-        request.ckpt_dir,
-        task=request.task,
-        device=device,
-        dtype=request.dtype,
-        dit_ckpt=checkpoint,
-        offload_model=device.type == "cuda",
-        read_dit=read_any_dit,
-    )
-
-
-def _replace_model(pipeline: R2VPipeline, source: Path) -> None:
-    """Another checkpoint's weights instead of the model's, without holding both models."""
-    del pipeline.backbone
-    model = build_dit(read_any_dit(source), pipeline.config, source, device="cpu", dtype=pipeline.dtype)
-    pipeline.backbone = ReferenceBackbone(model.eval().requires_grad_(False))
-
-
-def _plain(value: Any) -> Any:
-    """A setting for JSON."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _table(numbers: dict[Place, Numbers]) -> dict[str, Any]:
+def _by_timestep(numbers: dict[Place, Numbers]) -> dict[str, dict[str, Numbers]]:
     """The figures of a checkpoint for JSON: timestep -> block -> figure."""
-    entry: dict[str, Any] = {}
+    entry: dict[str, dict[str, Numbers]] = {}
     for (timestep, block), found in sorted(numbers.items()):
         entry.setdefault(f"{timestep:g}", {})[str(block)] = found
     return entry

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,26 +25,17 @@ from refalign_ext.pipeline import R2VPipeline
 from refalign_ext.references import reference_to_tensor
 from refalign_ext.tasks import Conditions
 
-if TYPE_CHECKING:
-    pass
-
 WHITE_LEVEL = 250 / 127.5 - 1  # in [-1, 1]; a patch is white if nothing in it is darker
 MAX_TIMESTEP = 1000.0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt with references.
-
-    Attributes:
-        prompt: what happens.
-        views: for each view the prepared pictures of all references in the same order.
-        video: the clip that shows them, [3, F, H, W] in [-1, 1]; None where there is none.
-    """
+    """One prompt with references."""
 
     prompt: str
-    views: list[list[Image.Image]]
-    video: Tensor | None = None
+    views: list[list[Image.Image]]  # for each view the prepared pictures of all references in the same order
+    video: Tensor | None = None  # the clip that shows them, [3, F, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -65,17 +55,13 @@ class EncodedViews:
 
 
 def tokens_with_content(image: Image.Image, stride: tuple[int, int]) -> Tensor:
-    """Which tokens of a prepared reference show more than white, [N] boolean, row by row.
-
-    Args:
-        stride: rows and columns of pixels per token.
-    """
+    """Which tokens of a prepared reference show more than white, [N] boolean; `stride`: pixels per token."""
     pixels = reference_to_tensor(image)  # [3, H, W]
     darkest = (-F.max_pool2d(-pixels, stride, stride)).amin(0)  # [rows, columns]
     return (darkest < WHITE_LEVEL).flatten()
 
 
-def encode(
+def encode_samples(
     pipeline: R2VPipeline, samples: Sequence[Sample], *, most_tokens: int, seed: int
 ) -> tuple[list[EncodedViews], dict[str, int]]:
     """Encodes texts, references and clips, and chooses the tokens that count.
@@ -142,8 +128,6 @@ def reference_tokens(
     noise in one Euler step from level to level.
 
     Args:
-        blocks: which ones, counted from 0.
-        timesteps: noise levels in (0, 1000], 1000 being pure noise.
         shape: the video latents' [C, F, h, w].
         tap: see `ReferenceBackbone.forward`.
         seed: of the noise, which is the same for every checkpoint.

@@ -5,20 +5,15 @@ All numbers are about directions, that is, about tokens scaled to unit length: r
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-METRICS = {
-    "variance_ratio": "variance between / within references",
-    "neighbor_accuracy": "nearest token is of the same reference",
-    "subject_accuracy": "nearest token in other views is of the same subject",
-}
+from refalign_ext.evaluation.intervals import mean_and_error
 
 Place = tuple[float, int]  # noise level and block
 Numbers = dict[str, dict[str, float | None] | None]  # by the names of METRICS
@@ -36,6 +31,11 @@ class SampleTokens:
     tokens: Tensor
     references: Tensor
     views: Tensor
+
+    def by_view(self) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and references of each view."""
+        chosen = [self.views == view for view in self.views.unique()]
+        return [(self.tokens[own], self.references[own]) for own in chosen]
 
 
 def variance_ratio(tokens: Tensor, labels: Tensor) -> float:
@@ -83,59 +83,8 @@ def neighbor_accuracy(tokens: Tensor, labels: Tensor, views: Tensor | None = Non
     return float((labels[nearest] == labels).float().mean()), float(chance)
 
 
-def sample_numbers(sample: SampleTokens) -> dict[str, tuple[float, float] | None]:
-    """A sample's figures, each with its chance level; views are averaged, None needs more views.
-
-    The chance level of `variance_ratio` is (references - 1) / (tokens - references).
-    """
-    several = len(sample.views.unique()) > 1
-    ratios, accuracies = [], []
-    for view in sample.views.unique():
-        tokens, labels = sample.tokens[sample.views == view], sample.references[sample.views == view]
-        count = len(labels.unique())
-        ratios.append((variance_ratio(tokens, labels), (count - 1) / max(len(labels) - count, 1)))
-        accuracies.append(neighbor_accuracy(tokens, labels))
-    return {
-        "variance_ratio": _mean_pair(ratios),
-        "neighbor_accuracy": _mean_pair(accuracies),
-        "subject_accuracy": (
-            neighbor_accuracy(sample.tokens, sample.references, sample.views) if several else None
-        ),
-    }
-
-
-def summary(samples: Sequence[SampleTokens]) -> Numbers:
-    """Mean over samples of every figure with its standard error (None for one sample) and chance level."""
-    rows = [sample_numbers(sample) for sample in samples]
-    found: Numbers = {}
-    for name in METRICS:
-        values = [row[name] for row in rows if row[name] is not None]
-        if not values:
-            found[name] = None
-            continue
-        mean, error = _mean_and_error([value for value, _ in values])
-        chance = float(np.mean([level for _, level in values]))
-        found[name] = {"mean": mean, "standard_error": error, "chance": chance, "samples": len(values)}
-    return found
-
-
-def difference(first: Sequence[SampleTokens], second: Sequence[SampleTokens]) -> Numbers:
-    """First minus second checkpoint, paired by sample: mean and standard error of every figure."""
-    pairs = list(zip(map(sample_numbers, first), map(sample_numbers, second), strict=True))
-    found: Numbers = {}
-    for name in METRICS:
-        gaps = [a[name][0] - b[name][0] for a, b in pairs if a[name] is not None and b[name] is not None]
-        mean, error = _mean_and_error(gaps) if gaps else (None, None)
-        found[name] = {"mean": mean, "standard_error": error} if gaps else None
-    return found
-
-
 def _unit(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens of unit length in float32 and the number of tokens of each label."""
-    if tokens.ndim != 2 or labels.shape != tokens.shape[:1]:
-        raise ValueError(
-            f"tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} must be [S, D] and [S]"
-        )
     counts = labels.unique(return_counts=True)[1]
     if len(counts) < 2 or int(counts.min()) < 2:
         raise ValueError(
@@ -144,11 +93,57 @@ def _unit(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.normalize(tokens.float(), dim=1), counts
 
 
-def _mean_pair(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return float(np.mean([value for value, _ in values])), float(np.mean([level for _, level in values]))
+def _variance(sample: SampleTokens) -> tuple[float, float]:
+    rows = []
+    for tokens, labels in sample.by_view():
+        count = len(labels.unique())
+        rows.append((variance_ratio(tokens, labels), (count - 1) / max(len(labels) - count, 1)))
+    return _mean_pair(rows)
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    if len(values) < 2:
-        return float(np.mean(values)), None
-    return float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+def _neighbors(sample: SampleTokens) -> tuple[float, float]:
+    return _mean_pair([neighbor_accuracy(tokens, labels) for tokens, labels in sample.by_view()])
+
+
+def _subjects(sample: SampleTokens) -> tuple[float, float] | None:
+    if len(sample.views.unique()) < 2:
+        return None
+    return neighbor_accuracy(sample.tokens, sample.references, sample.views)
+
+
+def _mean_pair(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return mean(value for value, _ in rows), mean(chance for _, chance in rows)
+
+
+Metric = Callable[[SampleTokens], tuple[float, float] | None]
+# Name -> title in plots, and a sample's figure with its chance level (averaged over views; None needs more views).
+METRICS: dict[str, tuple[str, Metric]] = {
+    "variance_ratio": ("variance between / within references", _variance),
+    "neighbor_accuracy": ("nearest token is of the same reference", _neighbors),
+    "subject_accuracy": ("nearest token in other views is of the same subject", _subjects),
+}
+
+
+def summarize_tokens(samples: Sequence[SampleTokens]) -> Numbers:
+    """Mean over samples of every figure with its standard error (None for one sample) and chance level."""
+    found: Numbers = {}
+    for name, (_, metric) in METRICS.items():
+        rows = [row for row in map(metric, samples) if row is not None]
+        found[name] = None
+        if rows:
+            center, error = mean_and_error([value for value, _ in rows])
+            chance = mean(level for _, level in rows)
+            found[name] = {"mean": center, "standard_error": error, "chance": chance, "samples": len(rows)}
+    return found
+
+
+def compare_tokens(first: Sequence[SampleTokens], second: Sequence[SampleTokens]) -> Numbers:
+    """First minus second checkpoint, paired by sample: mean and standard error of every figure."""
+    found: Numbers = {}
+    for name, (_, metric) in METRICS.items():
+        pairs = zip(map(metric, first), map(metric, second), strict=True)
+        gaps = [one[0] - other[0] for one, other in pairs if one is not None and other is not None]
+        found[name] = None
+        if gaps:
+            found[name] = dict(zip(("mean", "standard_error"), mean_and_error(gaps), strict=True))
+    return found

@@ -18,44 +18,31 @@ import torch
 
 from refalign_ext.lora import select_layers
 
-# Dense bf16 tensor throughput with float32 accumulation, without sparsity, from the vendors' data sheets and architecture
-# white papers. The first entry of which all words occur in the device's name counts.
-_PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("B200",), 2250e12),
-    (("H200", "NVL"), 835e12),
-    (("H200",), 989e12),
-    (("GH200",), 989e12),
-    (("H100", "NVL"), 835e12),
-    (("H100", "PCIe"), 756e12),
-    (("H100",), 989e12),
-    (("H800", "PCIe"), 756e12),
-    (("H800",), 989e12),
-    (("H20",), 148e12),
-    (("A100",), 312e12),
-    (("A800",), 312e12),
-    (("L40S",), 362e12),
-    (("L40",), 181e12),
-    (("L4",), 121e12),
-    (("L20",), 119.5e12),
-    (("A40",), 149.7e12),
-    (("A30",), 165e12),
-    (("A10",), 125e12),
-    (("RTX", "6000", "Ada"), 364.2e12),
-    (("RTX", "A6000"), 154.8e12),
-    (("RTX", "5090"), 209.5e12),
-    (("RTX", "4090"), 165.2e12),
-    (("RTX", "3090"), 71e12),
-    (("MI325X",), 1307.4e12),
-    (("MI300X",), 1307.4e12),
-)
-_OTHER_CHIPS = (
-    "MIG",
-    "Laptop",
-    "Max-Q",
-    "4090 D",
-    "5090 D",
-    "3090 Ti",
-)  # a part or a variant of a listed one
+# Dense bf16 TFLOP/s with float32 accumulation, without sparsity, from the vendors' data sheets and white papers. The name
+# with the most words, all of which occur in the device's name, counts.
+_PEAKS: dict[float, tuple[str, ...]] = {
+    2250: ("B200",),
+    1307.4: ("MI325X", "MI300X"),
+    989: ("H200", "GH200", "H100", "H800"),
+    835: ("H200 NVL", "H100 NVL"),
+    756: ("H100 PCIe", "H800 PCIe"),
+    364.2: ("RTX 6000 Ada",),
+    362: ("L40S",),
+    312: ("A100", "A800"),
+    209.5: ("RTX 5090",),
+    181: ("L40",),
+    165.2: ("RTX 4090",),
+    165: ("A30",),
+    154.8: ("RTX A6000",),
+    149.7: ("A40",),
+    148: ("H20",),
+    125: ("A10",),
+    121: ("L4",),
+    119.5: ("L20",),
+    71: ("RTX 3090",),
+}
+# Parts and variants of listed devices.
+_OTHER_CHIPS = ("mig", "laptop", "max-q", "4090 d", "5090 d", "3090 ti")
 
 
 class Linear(NamedTuple):
@@ -114,21 +101,24 @@ class ModelShape:
 
     @property
     def block_parameters(self) -> int:
-        """All parameters of one block."""
+        """All parameters of one block: matrices, biases, norms, modulation."""
         biases = sum(layer.outputs for layer in self.block_linears.values())
         norms = 4 * self.dim * self.qk_norm + 2 * self.dim * self.cross_attn_norm
-        modulation = 6 * self.dim
-        return self.block_matrix_parameters + biases + norms + modulation
+        return self.block_matrix_parameters + biases + norms + 6 * self.dim
+
+    @property
+    def full_precision_parameters(self) -> int:
+        """Parameters that stay in float32 in bf16 training: time embedding and head."""
+        dim = self.dim
+        time = (self.freq_dim + 1) * dim + 7 * (dim + 1) * dim
+        return time + (dim + 1) * self.patch_elements * self.out_dim + 2 * dim
 
     @property
     def outer_parameters(self) -> int:
-        """All parameters outside the blocks: embeddings of patches, text and time, and the head."""
-        dim, patch = self.dim, self.patch_elements
-        patches = (self.in_dim * patch + 1) * dim
-        text = (self.text_dim + 1) * dim + (dim + 1) * dim
-        time = (self.freq_dim + 1) * dim + (dim + 1) * dim + (dim + 1) * 6 * dim
-        head = (dim + 1) * patch * self.out_dim + 2 * dim
-        return patches + text + time + head
+        """All parameters outside the blocks: embeddings of patches and text, and those in full precision."""
+        patches = (self.in_dim * self.patch_elements + 1) * self.dim
+        text = (self.text_dim + self.dim + 2) * self.dim
+        return patches + text + self.full_precision_parameters
 
     @property
     def parameters(self) -> int:
@@ -165,12 +155,6 @@ class StepFlops:
     alignment: int
 
 
-class _Cost(NamedTuple):
-    forward: int
-    backward: int
-    repeated: int = 0
-
-
 def lora_layers(shape: ModelShape, targets: str) -> dict[str, Linear]:
     """The layers of the whole model that `targets` selects, see `refalign_ext.lora.add_lora`.
 
@@ -205,7 +189,6 @@ def step_flops(
     """Operations of one sample in one pass and in one training step.
 
     Args:
-        shape: of the transformer.
         video_tokens, reference_tokens: of the sample, without padding.
         references: number of references among which the reference tokens are divided (for the alignment loss).
         alignment: None trains without.
@@ -216,29 +199,8 @@ def step_flops(
     Raises:
         ValueError: for an unknown LoRA target.
     """
-    tokens = {
-        "all": video_tokens + reference_tokens,
-        "video": video_tokens,
-        "text": shape.text_len,
-    }
-    linears = _linear_cost(shape, tokens, lora_rank, lora_targets)
-    # Scores and weighted values: two matmuls of 2 * queries * keys * dim each; their backward needs four.
-    attention = 4 * shape.num_layers * shape.dim * (tokens["all"] ** 2 + tokens["video"] * shape.text_len)
-    outer = _outer_cost(shape, tokens["all"], frozen=bool(lora_rank))
-    forward = linears.forward + attention + outer.forward
-    backward = linears.backward + 2 * attention + outer.backward
-    aligned = 0 if alignment is None else _alignment_flops(shape, alignment, reference_tokens, references)
-    repeated = attention // 2  # fused attention computes the scores again
-    if checkpointing == "full":
-        repeated += linears.forward + attention
-    elif checkpointing == "selective":
-        repeated += linears.repeated
-    model = forward + backward + aligned
-    return StepFlops(forward, model, model + repeated, aligned)
-
-
-def _linear_cost(shape: ModelShape, tokens: dict[str, int], lora_rank: int, lora_targets: str) -> _Cost:
-    """Linear layers of all blocks and all adapters; `repeated` is what selective checkpointing runs again."""
+    everything = video_tokens + reference_tokens
+    tokens = {"all": everything, "video": video_tokens, "text": shape.text_len}
     forward = backward = repeated = 0
     for index, layer in enumerate(shape.block_linears.values()):
         once = 2 * shape.num_layers * tokens[layer.tokens] * layer.inputs * layer.outputs
@@ -252,22 +214,28 @@ def _linear_cost(shape: ModelShape, tokens: dict[str, int], lora_rank: int, lora
         for layer in lora_layers(shape, lora_targets).values():
             once = 2 * tokens[layer.tokens] * lora_rank * (layer.inputs + layer.outputs)
             forward, backward, repeated = forward + once, backward + 2 * once, repeated + once // 2
-    return _Cost(forward, backward, repeated)
+    # Scores and weighted values: two matmuls of 2 * queries * keys * dim each; their backward needs four. Fused attention
+    # computes the scores again.
+    attention = 4 * shape.num_layers * shape.dim * (everything**2 + video_tokens * shape.text_len)
+    if checkpointing == "full":
+        repeated = forward + attention
+    elif checkpointing == "none":
+        repeated = 0
+    repeated += attention // 2
+    outer_forward, outer_backward = _outer_flops(shape, everything, frozen=bool(lora_rank))
+    forward += attention + outer_forward
+    aligned = 0 if alignment is None else _alignment_flops(shape, alignment, reference_tokens, references)
+    model = forward + backward + 2 * attention + outer_backward + aligned
+    return StepFlops(forward, model, model + repeated, aligned)
 
 
-def _outer_cost(shape: ModelShape, tokens: int, *, frozen: bool) -> _Cost:
-    dim = shape.dim
-    # The first layers need no gradient of their inputs.
-    first = 2 * (
-        tokens * shape.in_dim * shape.patch_elements * dim
-        + shape.text_len * shape.text_dim * dim
-        + shape.freq_dim * dim
-    )
+def _outer_flops(shape: ModelShape, tokens: int, *, frozen: bool) -> tuple[int, int]:
+    """(forward, backward) of embeddings and head; the first layers need no gradient of their inputs."""
+    dim, patch = shape.dim, shape.patch_elements
+    first = 2 * dim * (tokens * shape.in_dim * patch + shape.text_len * shape.text_dim + shape.freq_dim)
     later = 2 * (shape.text_len * dim * dim + 7 * dim * dim)
-    head = 2 * tokens * dim * shape.patch_elements * shape.out_dim
-    if frozen:
-        return _Cost(first + later + head, head)
-    return _Cost(first + later + head, first + 2 * (later + head))
+    head = 2 * tokens * dim * patch * shape.out_dim
+    return first + later + head, head if frozen else first + 2 * (later + head)
 
 
 def _alignment_flops(shape: ModelShape, alignment: AlignmentShape, tokens: int, references: int) -> int:
@@ -292,10 +260,14 @@ def peak_flops(device: torch.device | str) -> float | None:
         name = torch.cuda.get_device_name(device)
     else:
         name = device
-    if any(other.lower() in name.lower() for other in _OTHER_CHIPS):
+    name = name.lower()
+    if any(other in name for other in _OTHER_CHIPS):
         return None
-    words = name.replace("-", " ").replace("/", " ").lower().split()
-    for wanted, peak in _PEAKS:
-        if all(word.lower() in words for word in wanted):
-            return peak
-    return None
+    words = set(name.replace("-", " ").replace("/", " ").split())
+    known = [
+        (len(chip.split()), 1e12 * peak)
+        for peak, chips in _PEAKS.items()
+        for chip in chips
+        if words.issuperset(chip.lower().split())
+    ]
+    return max(known)[1] if known else None

@@ -24,8 +24,7 @@ from refalign_ext.planning.plan import (
     Plan,
     count_of,
     memory_to_plan_with,
-    model_fact,
-    sample_fact,
+    model_facts,
     token_counts,
 )
 
@@ -53,11 +52,8 @@ def make_generation_plan(
         task_name: key of WAN_CONFIGS.
         sizes: how the ranks are divided; `data` are the groups for the branches of the guidance.
         size, frame_num: (width, height) in pixels and frames.
-        references: number of them.
         branches: of the guidance that are evaluated.
         dit_fsdp, t5_fsdp: shard the weights of transformer and text encoder over all ranks.
-        t5_cpu: the text encoder stays on the host.
-        precision: `bf16` or `fp32`.
         device_memory: bytes of one device, see `memory_to_plan_with`.
 
     Raises:
@@ -65,8 +61,8 @@ def make_generation_plan(
     """
     config, world = WAN_CONFIGS[task_name], sizes.world
     shape = ModelShape.of(config)
-    video_tokens, reference_tokens = token_counts(config, size, frame_num, references)
-    load = Load.of(sizes, video_tokens, reference_tokens, batch=1, precision=precision)
+    tokens = token_counts(config, size, frame_num, references)
+    load = Load.of(sizes, *tokens, batch=1, precision=precision)
     memory, notes = memory_to_plan_with(task_name, device_memory)
 
     device = {"transformer": load.width * shape.parameters // (world if dit_fsdp else 1)}
@@ -89,20 +85,15 @@ def make_generation_plan(
         title=f"generation with {task_name} on {count_of(world, 'rank')}: guidance {sizes.data} x sequence parallel "
         f"{sizes.sequence} (Ulysses {sizes.ulysses} x ring {sizes.ring})",
         task=task_name,
-        facts=(
-            model_fact(shape),
-            sample_fact(size, frame_num, references, video_tokens, reference_tokens, load.held),
-        ),
+        facts=model_facts(shape, size, frame_num, references, tokens, load.held),
         sizes=sizes,
-        video_tokens=video_tokens,
-        reference_tokens=reference_tokens,
         tokens_per_rank=load.held,
         samples_per_step=1,
         trained_parameters=0,
         device=device,
         host=text if t5_cpu else {},
         traffic=traffic,
-        flops=step_flops(shape, video_tokens, reference_tokens),
+        flops=step_flops(shape, *tokens),
         device_memory=memory,
         notes=notes,
     )

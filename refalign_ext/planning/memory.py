@@ -55,14 +55,8 @@ class Load:
         """The load of the fullest rank; video tokens come first, as in `TokenLayout`."""
         held = -(-(video_tokens + reference_tokens) // sizes.sequence)
         width = FULL if precision == "fp32" else HALF
-        return cls(
-            batch,
-            held * sizes.sequence,
-            held,
-            min(held, video_tokens),
-            min(held, reference_tokens),
-            width,
-        )
+        most = min(held, video_tokens), min(held, reference_tokens)
+        return cls(batch, held * sizes.sequence, held, *most, width)
 
 
 def t5_parameters(task: Any) -> int:
@@ -101,22 +95,20 @@ def activation_bytes(
     dim, width, batch = shape.dim, load.width, load.batch
     one = block_activations(shape, load, sizes)
     inputs = shape.num_layers * batch * load.held * FULL * dim
-    items: dict[str, int] = {}
     if checkpointing == "none":
-        items["activations of the blocks"] = shape.num_layers * one
+        items = {"activations of the blocks": shape.num_layers * one}
     else:
         kept = inputs
         if checkpointing == "selective":
             results = load.held * 4 * dim + load.video * 2 * dim + shape.text_len * dim
             kept += shape.num_layers * batch * width * results
-        items[f"activations of the blocks ({checkpointing} checkpointing)"] = kept
+        items = {f"activations of the blocks ({checkpointing} checkpointing)": kept}
         items["activations of the block at work"] = one
     whole = FULL * dim * load.tokens if sizes.sequence > 1 else 0  # every rank embeds the whole sample
     text = shape.text_len * width * (shape.text_dim + 3 * dim)
     head = load.held * FULL * dim * (3 if batch > 1 else 2)
-    ends = (
-        load.tokens * FULL * shape.patch_elements * (shape.in_dim + shape.out_dim)
-    )  # latents and prediction
+    # latents and prediction
+    ends = load.tokens * FULL * shape.patch_elements * (shape.in_dim + shape.out_dim)
     rotary = FULL * (dim // shape.num_heads) * load.tokens
     items["activations outside the blocks"] = batch * (whole + text + head + ends) + rotary
     # Gradients of the stream, of the attention's inputs and of the feed-forward, before they are used up.
@@ -195,19 +187,12 @@ def sequence_traffic(
     return items
 
 
-def full_precision_parameters(shape: ModelShape) -> int:
-    """Parameters that are gathered in float32 in bf16 training: time embedding and head, units of their own."""
-    dim = shape.dim
-    time = (shape.freq_dim + 1) * dim + (dim + 1) * dim + (dim + 1) * 6 * dim
-    return time + (dim + 1) * shape.patch_elements * shape.out_dim + 2 * dim
-
-
 def gather_traffic(shape: ModelShape, world: int, width: int, *, backward: bool) -> int:
     """Bytes of sharded weights that a rank receives in one pass, and again in its backward.
 
     The last block and the root stay gathered between the two.
     """
-    apart = full_precision_parameters(shape) if width == HALF else 0
+    apart = shape.full_precision_parameters if width == HALF else 0
     blocks = shape.num_layers * shape.block_parameters
     once = width * (blocks + shape.outer_parameters - apart) + FULL * apart
     again = width * (blocks - shape.block_parameters) + FULL * apart if backward else 0
@@ -220,6 +205,6 @@ def gathered_bytes(shape: ModelShape, width: int, *, trained: bool) -> int:
     Weights: the block at work, the next one as it arrives and as it is laid out, and the root. Gradients: one block's
     in `width` bytes and as the float32 buffer that is reduced.
     """
-    apart = full_precision_parameters(shape) if width == HALF else 0
+    apart = shape.full_precision_parameters if width == HALF else 0
     weights = width * (3 * shape.block_parameters + shape.outer_parameters - apart)
     return weights + (width + FULL) * shape.block_parameters * trained

@@ -31,11 +31,9 @@ class Plan:
     """One run on all its ranks. Sizes are bytes, tokens are those of one sample.
 
     Attributes:
-        title: what runs, for the table's first line.
+        title, facts: what runs, and the table's lines on it as (label, text).
         task: name in WAN_CONFIGS.
-        facts: further lines of the table, (label, text).
         sizes: how the ranks are divided; in generation `data` are the branches of the guidance.
-        video_tokens, reference_tokens: of one sample.
         tokens_per_rank: of one sample, on each rank, padding included.
         samples_per_step: in one optimizer step over all ranks.
         trained_parameters: those that get gradients, projectors included (0 in generation).
@@ -51,8 +49,6 @@ class Plan:
     task: str
     facts: tuple[tuple[str, str], ...]
     sizes: ParallelSizes
-    video_tokens: int
-    reference_tokens: int
     tokens_per_rank: int
     samples_per_step: int
     trained_parameters: int
@@ -78,7 +74,7 @@ class Plan:
         """Refuse to start what would run out of memory.
 
         Raises:
-            ValueError: with the reason and what would help; `planning.table.describe` shows the table.
+            ValueError: with the reason and what would help; `planning.table.plan_table` shows the table.
         """
         if self.fits:
             return
@@ -108,23 +104,20 @@ def token_counts(config: EasyDict, size: tuple[int, int], frame_num: int, refere
     return frames // config.patch_size[0] * per_frame, references * per_frame
 
 
-def model_fact(shape: ModelShape) -> tuple[str, str]:
-    """The table's line on the transformer."""
+def model_facts(
+    shape: ModelShape,
+    size: tuple[int, int],
+    frame_num: int,
+    references: int,
+    tokens: tuple[int, int],
+    held: int,
+) -> tuple[tuple[str, str], ...]:
+    """The table's lines on the transformer, and on a sample and its (video, reference) tokens."""
+    model = f"{parameter_count(shape.parameters)} parameters, {shape.num_layers} blocks of width {shape.dim}"
+    sample = f"{size[0]}x{size[1]}, {frame_num} frames, {count_of(references, 'reference')}"
     return (
-        "model",
-        f"{parameter_count(shape.parameters)} parameters, {shape.num_layers} blocks of width {shape.dim}, "
-        f"{shape.num_heads} heads",
-    )
-
-
-def sample_fact(
-    size: tuple[int, int], frame_num: int, references: int, video: int, reference: int, held: int
-) -> tuple[str, str]:
-    """The table's line on a sample and its tokens."""
-    return (
-        "sample",
-        f"{size[0]}x{size[1]}, {frame_num} frames, {count_of(references, 'reference')}: {video:,} + {reference:,} tokens, "
-        f"{held:,} on each rank",
+        ("model", f"{model}, {shape.num_heads} heads"),
+        ("sample", f"{sample}: {tokens[0]:,} + {tokens[1]:,} tokens, {held:,} on each rank"),
     )
 
 

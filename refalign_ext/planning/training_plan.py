@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from refalign_ext.config import TrainConfig
@@ -14,7 +12,6 @@ from refalign_ext.lora import TARGETS
 from refalign_ext.planning.flops import (
     AlignmentShape,
     ModelShape,
-    StepFlops,
     lora_layers,
     lora_parameters,
     step_flops,
@@ -37,9 +34,8 @@ from refalign_ext.planning.plan import (
     Plan,
     count_of,
     memory_to_plan_with,
-    model_fact,
+    model_facts,
     parameter_count,
-    sample_fact,
     token_counts,
 )
 from refalign_ext.teachers import teacher_entry
@@ -61,10 +57,8 @@ def make_training_plan(
     """The plan of a training run; nothing is loaded or built.
 
     Args:
-        config: every setting.
         task: the task's entry of WAN_CONFIGS.
-        world_size: number of ranks.
-        references: references of a sample to plan with.
+        references: of a sample to plan with.
         device_memory: bytes of one device, see `memory_to_plan_with`.
 
     Raises:
@@ -110,81 +104,53 @@ def _choose_sizes(
     return min(plans, key=lambda plan: plan.device_total).sizes
 
 
-@dataclass(frozen=True)
 class _TrainingRun:
     """A run with given sizes, and what follows from them."""
 
-    config: TrainConfig
-    task: EasyDict
-    sizes: ParallelSizes
-    references: int
-    accumulation: int = 1
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        return ModelShape.of(self.task)
-
-    @cached_property
-    def tokens(self) -> tuple[int, int]:
-        """Video and reference tokens of a sample."""
-        return token_counts(self.task, self.task.size, self.task.frame_num, self.references)
-
-    @cached_property
-    def load(self) -> Load:
-        config = self.config
-        return Load.of(self.sizes, *self.tokens, batch=config.batch_size, precision=config.precision)
-
-    @cached_property
-    def alignment(self) -> AlignmentShape | None:
-        alignment = self.config.alignment
-        if not alignment.weight:
-            return None
-        return AlignmentShape(alignment.depth, teacher_entry(alignment.teacher).dim)
-
-    @cached_property
-    def projectors(self) -> int:
-        """Parameters of the projectors."""
-        return 0 if self.alignment is None else self.alignment.parameters(self.shape.dim)
-
-    @property
-    def targets(self) -> str:
-        return self.config.lora_targets or TARGETS
-
-    @cached_property
-    def adapters(self) -> int:
-        """Parameters of the adapters; 0 without LoRA."""
-        rank = self.config.lora_rank
-        return lora_parameters(self.shape, rank, self.targets) if rank else 0
-
-    @property
-    def trained(self) -> int:
-        """All parameters that get gradients."""
-        return self.projectors + (self.adapters or self.shape.parameters)
-
-    @property
-    def muon_matrices(self) -> int:
-        """Parameters that Muon trains: the matrices of the blocks, or all adapters."""
-        if self.config.optimizer != "muon":
-            return 0
-        return self.adapters or self.shape.num_layers * self.shape.block_matrix_parameters
-
-    @property
-    def offloads(self) -> bool:
-        return self.config.cpu_offload and self.sizes.world > 1
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: EasyDict,
+        sizes: ParallelSizes,
+        references: int,
+        accumulation: int = 1,
+    ) -> None:
+        self.config, self.task, self.sizes, self.references = config, task, sizes, references
+        self.accumulation, self.shape = accumulation, ModelShape.of(task)
+        self.tokens = token_counts(task, task.size, task.frame_num, references)  # video, reference
+        self.load = Load.of(sizes, *self.tokens, batch=config.batch_size, precision=config.precision)
+        alignment = config.alignment
+        self.alignment = None
+        if alignment.weight:
+            self.alignment = AlignmentShape(alignment.depth, teacher_entry(alignment.teacher).dim)
+        self.projectors = self.alignment.parameters(self.shape.dim) if self.alignment else 0
+        self.targets = config.lora_targets or TARGETS
+        self.adapters = config.lora_rank and lora_parameters(self.shape, config.lora_rank, self.targets)
+        self.trained = self.projectors + (self.adapters or self.shape.parameters)
+        self.muon_matrices = 0
+        if config.optimizer == "muon":
+            self.muon_matrices = self.adapters or self.shape.num_layers * self.shape.block_matrix_parameters
+        self.offloads = config.cpu_offload and sizes.world > 1
 
     def plan(self, device_memory: int | None) -> Plan:
         """The plan, without suggestions."""
-        config, sizes = self.config, self.sizes
+        config = self.config
         device, host = self._memory()
-        flops = self._flops()
-        samples = config.batch_size * self.accumulation * sizes.data
+        flops = step_flops(
+            self.shape,
+            *self.tokens,
+            references=self.references,
+            alignment=self.alignment,
+            checkpointing=config.activation_checkpointing,
+            lora_rank=config.lora_rank,
+            lora_targets=self.targets,
+        )
+        samples = config.batch_size * self.accumulation * self.sizes.data
         return Plan(
-            title=f"training of {config.task} on {count_of(sizes.world, 'rank')}: {sizes}",
+            title=f"training of {config.task} on {count_of(self.sizes.world, 'rank')}: {self.sizes}",
             task=config.task,
-            facts=self._facts(samples, flops),
-            sizes=sizes,
-            video_tokens=self.tokens[0],
-            reference_tokens=self.tokens[1],
+            facts=self._facts(samples, samples * flops.model),
+            sizes=self.sizes,
             tokens_per_rank=self.load.held,
             samples_per_step=samples,
             trained_parameters=self.trained,
@@ -197,16 +163,13 @@ class _TrainingRun:
 
     def _memory(self) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes of one rank by item, on its device and on the host."""
-        config, shape, world = self.config, self.shape, self.sizes.world
+        config, world = self.config, self.sizes.world
         states = {name: count // world for name, count in self._states().items()}
-        device, host = ({}, states) if self.offloads else (states, {})
         passing = self._pass_memory()
-        device |= passing
-        if not self.offloads:
-            optimizing = optimizer_working_bytes(shape, config.optimizer, self.trained, world)
-            beyond = optimizing - sum(passing.values())
-            if beyond > 0:
-                device["optimizer's working space beyond the above"] = beyond
+        device, host = (passing, states) if self.offloads else (states | passing, {})
+        working = optimizer_working_bytes(self.shape, config.optimizer, self.trained, world)
+        if not self.offloads and working > sum(passing.values()):
+            device["optimizer's working space beyond the above"] = working - sum(passing.values())
         (host if config.t5_cpu else device)["text encoder"] = HALF * t5_parameters(self.task)
         device["video autoencoder"] = FULL * vae_parameters(self.task)
         if config.needs_teacher:
@@ -217,93 +180,73 @@ class _TrainingRun:
     def _states(self) -> dict[str, int]:
         """Weights, gradients and optimizer state of all ranks together.
 
-        Trained parameters are float32: 4 bytes each, and as much for their gradients. AdamW keeps two moments (8 bytes),
-        Muon one (4 bytes, for the matrices of the blocks; AdamW has the rest). A frozen model is bf16 on one device in a
-        bf16 run and float32 where it is sharded.
+        Trained parameters and their gradients are float32. AdamW keeps two moments, Muon one for its matrices. A frozen
+        model is bf16 on one device in a bf16 run and float32 where it is sharded.
         """
-        config, shape, trained = self.config, self.shape, self.trained
+        config, trained = self.config, self.trained
         items = {}
         if self.adapters and self.sizes.world == 1 and config.precision == "bf16":
-            items["frozen weights (bf16)"] = HALF * shape.parameters
+            items["frozen weights (bf16)"] = HALF * self.shape.parameters
         elif self.adapters:
-            items["frozen weights (float32)"] = FULL * shape.parameters
+            items["frozen weights (float32)"] = FULL * self.shape.parameters
         items["weights (float32)"] = FULL * trained
         items["gradients (float32)"] = FULL * trained
-        moments = 2 * trained - self.muon_matrices
-        items[f"optimizer state ({config.optimizer})"] = FULL * moments
+        items[f"optimizer state ({config.optimizer})"] = FULL * (2 * trained - self.muon_matrices)
         if config.ema_decay:
-            items["moving average (float32)"] = FULL * shape.parameters
+            items["moving average (float32)"] = FULL * self.shape.parameters
         return items
 
     def _pass_memory(self) -> dict[str, int]:
         """What a forward and backward need and an optimizer step does not."""
-        config, shape, load, sizes = self.config, self.shape, self.load, self.sizes
-        checkpointing = config.activation_checkpointing
+        shape, load, sizes = self.shape, self.load, self.sizes
+        checkpointing = self.config.activation_checkpointing
         items: dict[str, int] = {}
         if sizes.world > 1:
-            items["gathered weights and gradients (FSDP)"] = gathered_bytes(
-                shape, load.width, trained=not self.adapters
-            )
+            gathered = gathered_bytes(shape, load.width, trained=not self.adapters)
+            items["gathered weights and gradients (FSDP)"] = gathered
         elif load.width == HALF and not self.adapters:
             items["bf16 copies of the weights (autocast)"] = HALF * shape.parameters
         items |= activation_bytes(shape, load, sizes, checkpointing)
         if self.adapters:
             inputs = adapter_activations(lora_layers(shape, self.targets), load, shape.text_len)
-            items["inputs of the adapters"] = (
-                inputs if checkpointing == "none" else inputs // shape.num_layers
-            )
+            blocks = 1 if checkpointing == "none" else shape.num_layers
+            items["inputs of the adapters"] = inputs // blocks
         if self.alignment is not None:
-            items["alignment: taps, projectors, loss"] = alignment_bytes(
-                shape, self.alignment, load, sizes, self.tokens[1]
-            )
+            aligned = alignment_bytes(shape, self.alignment, load, sizes, self.tokens[1])
+            items["alignment: taps, projectors, loss"] = aligned
         return items
 
     def _traffic(self) -> dict[str, int]:
         """Bytes that one rank receives in an optimizer step, by item."""
-        config, shape, load, world = self.config, self.shape, self.load, self.sizes.world
-        passes = 2 if config.activation_checkpointing == "none" else 3
+        shape, load, world = self.shape, self.load, self.sizes.world
+        passes = 2 if self.config.activation_checkpointing == "none" else 3
         traffic = sequence_traffic(shape, load, self.sizes, passes=passes, joins=2)
         if world > 1:
-            traffic["gathering weights (FSDP)"] = gather_traffic(shape, world, load.width, backward=True) + (
-                FULL * self.projectors * (world - 1) // world
-            )
+            projectors = FULL * self.projectors * (world - 1) // world
+            gathered = gather_traffic(shape, world, load.width, backward=True)
+            traffic["gathering weights (FSDP)"] = gathered + projectors
             traffic["reducing gradients (FSDP)"] = FULL * self.trained * (world - 1) // world
         traffic = {name: self.accumulation * count for name, count in traffic.items()}
         if world > 1 and self.muon_matrices:
             traffic["whole updates (Muon)"] = FULL * self.muon_matrices * (world - 1) // world
         return traffic
 
-    def _flops(self) -> StepFlops:
-        return step_flops(
-            self.shape,
-            *self.tokens,
-            references=self.references,
-            alignment=self.alignment,
-            checkpointing=self.config.activation_checkpointing,
-            lora_rank=self.config.lora_rank,
-            lora_targets=self.targets,
-        )
-
-    def _facts(self, samples: int, flops: StepFlops) -> tuple[tuple[str, str], ...]:
+    def _facts(self, samples: int, operations: int) -> tuple[tuple[str, str], ...]:
         config, task = self.config, self.task
         what = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
         aligned = "no alignment"
         if self.projectors:
             aligned = f"{config.alignment.depth} projectors to {config.alignment.teacher}"
+        step = (
+            f"{self.sizes.data} data parallel x batch {config.batch_size} x {self.accumulation} accumulated"
+        )
+        settings = f"{config.precision}, {config.optimizer}, activation checkpointing "
+        settings += config.activation_checkpointing + (", CPU offload" if self.offloads else "")
         return (
-            model_fact(self.shape),
+            *model_facts(self.shape, task.size, task.frame_num, self.references, self.tokens, self.load.held),
             ("trains", f"{what}, {aligned}: {parameter_count(self.trained)} parameters"),
-            sample_fact(task.size, task.frame_num, self.references, *self.tokens, self.load.held),
-            (
-                "step",
-                f"{count_of(samples, 'sample')} = {self.sizes.data} data parallel x batch {config.batch_size} x "
-                f"{self.accumulation} accumulated; {_operations(samples * flops.model)}",
-            ),
-            (
-                "settings",
-                f"{config.precision}, {config.optimizer}, activation checkpointing {config.activation_checkpointing}"
-                + (", CPU offload" if self.offloads else ""),
-            ),
+            ("step", f"{count_of(samples, 'sample')} = {step}; {_operations(operations)}"),
+            ("settings", settings),
         )
 
 
@@ -312,43 +255,44 @@ def _suggestions(
 ) -> Iterator[str]:
     """Changes that make the run fit, each on its own where one is enough, else together; then more devices."""
     automatic = {"ulysses_size": 0, "ring_size": 0}
-    settings: dict[str, dict[str, Any]] = {}
-    if (config.ulysses_size or config.ring_size) and world_size > 1:
-        settings["--ulysses_size 0 --ring_size 0 (automatic)"] = automatic
-    if config.activation_checkpointing != "full":
-        settings["--activation_checkpointing full"] = {"activation_checkpointing": "full"}
-    if not config.t5_cpu:
-        settings["--t5_cpu"] = {"t5_cpu": True}
-    if not config.cpu_offload and world_size > 1:
-        settings["--cpu_offload"] = {"cpu_offload": True}
-    if config.batch_size > 1:
-        settings["--batch_size 1"] = {"batch_size": 1}
-    lora = {} if config.lora_rank else {"--lora_rank 32": {"lora_rank": 32, "ema_decay": 0.0}}
+    full = {"activation_checkpointing": "full"}
+    is_full, is_shared = config.activation_checkpointing == "full", world_size > 1
+    has_sizes = bool(config.ulysses_size or config.ring_size)
+    ways: list[tuple[bool, str, dict[str, Any]]] = [
+        (has_sizes and is_shared, "--ulysses_size 0 --ring_size 0 (automatic)", automatic),
+        (not is_full, "--activation_checkpointing full", full),
+        (not config.t5_cpu, "--t5_cpu", {"t5_cpu": True}),
+        (is_shared and not config.cpu_offload, "--cpu_offload", {"cpu_offload": True}),
+        (config.batch_size > 1, "--batch_size 1", {"batch_size": 1}),
+        (not config.lora_rank, "--lora_rank 32", {"lora_rank": 32, "ema_decay": 0.0}),
+    ]
+    settings = {text: changes for is_left, text, changes in ways if is_left}
 
     def fits(changes: dict[str, Any], world: int = world_size) -> bool:
         changed = dataclasses.replace(config, **changes, global_batch_size=0)
         sizes = _choose_sizes(changed, task, world, references, memory)
         return _TrainingRun(changed, task, sizes, references).plan(memory).fits
 
-    found = [text for text, changes in (settings | lora).items() if fits(changes)]
-    if not found:
-        for chosen in (settings, settings | lora):
-            merged = {name: value for changes in chosen.values() for name, value in changes.items()}
-            if len(chosen) > 1 and fits(merged):
-                found = [" with ".join(chosen)]
-                break
+    found = [text for text, changes in settings.items() if fits(changes)]
     yield from found
-    ways = {"": automatic}
-    if config.activation_checkpointing != "full":
-        ways[" with --activation_checkpointing full"] = automatic | {"activation_checkpointing": "full"}
-    for text, changes in ways.items():
-        world = 1 << world_size.bit_length()
-        while world <= MOST_DEVICES and not fits(changes, world):
-            world *= 2
-        if world <= MOST_DEVICES:
+    without_lora = [text for text in settings if not text.startswith("--lora")]
+    for chosen in () if found else (without_lora, list(settings)):
+        merged = {name: value for text in chosen for name, value in settings[text].items()}
+        if len(chosen) > 1 and fits(merged):
+            yield " with ".join(chosen)
+            break
+    more = (
+        {"": automatic}
+        if is_full
+        else {"": automatic, " with --activation_checkpointing full": automatic | full}
+    )
+    for text, changes in more.items():
+        worlds = (1 << power for power in range(world_size.bit_length(), MOST_DEVICES.bit_length()))
+        world = next((world for world in worlds if fits(changes, world)), None)
+        if world is not None:
             yield f"{world} devices{text}"
 
 
 def _operations(count: int) -> str:
-    unit = next((unit for unit in ((1e15, "P"), (1e12, "T")) if count >= unit[0]), (1e9, "G"))
-    return f"{count / unit[0]:,.1f} {unit[1]}FLOP"
+    size, unit = next((each for each in ((1e15, "P"), (1e12, "T")) if count >= each[0]), (1e9, "G"))
+    return f"{count / size:,.1f} {unit}FLOP"

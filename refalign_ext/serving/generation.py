@@ -41,7 +41,7 @@ from refalign_ext.parallelism import SingleProcess
 from refalign_ext.pipeline import R2VPipeline, Result
 from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.plan import Plan
-from refalign_ext.planning.table import describe
+from refalign_ext.planning.table import plan_table
 from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions
 from refalign_ext.serving.outputs import OutputPaths, write_outputs
 from refalign_ext.tasks import TASKS
@@ -105,7 +105,7 @@ def describe_plan(request: GenerationRequest, options: RuntimeOptions) -> str:
     if "references" in TASKS[request.task].needs and not request.references:
         request = replace(request, references=(Reference("assumed"),) * _ASSUMED_REFERENCES)
     latent_shape(request.size, request.frame_num, WAN_CONFIGS[request.task])
-    return describe(_plan(request, resolve_parallel_sizes(request, options), None))
+    return plan_table(_plan(request, resolve_parallel_sizes(request, options), None))
 
 
 def run_request(
@@ -182,7 +182,7 @@ def _join(request: GenerationRequest, options: RuntimeOptions, device: torch.dev
         return SingleProcess()
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     plan = _plan(request, options, memory)
-    logger.info("%s", describe(plan))
+    logger.info("%s", plan_table(plan))
     if memory is not None and not plan.fits and not options.offload_model:
         logger.warning("this may run out of memory: try %s", ", ".join(plan.suggestions))
     needed = _branches(request)

@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from refalign_ext.atomic_io import atomic_path
 from refalign_ext.data.batch import EncodedSample
+from refalign_ext.sprites.pixels import to_video_tensor
 from refalign_ext.sprites.world import (
     WORLD_VERSION,
-    Clip,
     render_clip,
     render_cross_reference,
     sample_clip,
@@ -52,16 +53,6 @@ class SpriteSettings:
     free_colors: bool = False
 
 
-def to_video_tensor(frames: np.ndarray) -> Tensor:
-    """[T, H, W, 3] uint8 -> [3, T, H, W] float32 in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float().div(127.5).sub(1)
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """[3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8."""
-    return video.add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
 class MixedSprites:
     """Samples from two sprite sources, `share` of them from the second; seeded by position like either."""
 
@@ -75,11 +66,11 @@ class MixedSprites:
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
         """See `Source`; both sources draw the same number of subjects for a step."""
-        lots = [np.random.default_rng([self.first.seed, 22, index]).random() for index in indices]
-        return [
-            (self.second if lot < self.share else self.first).samples(step, range(index, index + 1))[0]
-            for index, lot in zip(indices, lots, strict=True)
-        ]
+        found = []
+        for index in indices:
+            is_second = np.random.default_rng([self.first.seed, 22, index]).random() < self.share
+            found += (self.second if is_second else self.first).samples(step, range(index, index + 1))
+        return found
 
 
 class SpriteSource:
@@ -127,27 +118,23 @@ class SpriteSource:
             )
             for index, (count, is_regular) in enumerate(zip(counts, self.is_regular, strict=True))
         ]
-        self._by_count = {
-            count: np.array([i for i, clip in enumerate(self.clips) if len(clip.performances) == count])
-            for count in (1, 2, 3)
-        }
+        self._by_count = {count: np.flatnonzero(counts == count) for count in (1, 2, 3)}
         self._shares = np.array(draw_shares or settings.counts) / sum(draw_shares or settings.counts)
         # Subjects in palette colours recur and share their reference views; free colours and cut-outs are a clip's own.
         own = settings.views if settings.free_colors else 0
         self._own_views = [1 if regular else own for regular in self.is_regular]
+        self._first_own = np.cumsum([0, *(counts * self._own_views)])
         sharing = {
             performance.subject
             for clip, views in zip(self.clips, self._own_views, strict=True)
             if not views
             for performance in clip.performances
         }
-        rows = [len(c.performances) * views for c, views in zip(self.clips, self._own_views, strict=True)]
-        self._first_own = np.cumsum([0, *rows])
         self._sharing = [subject for subject in self.subjects if subject in sharing]
         self._subject_index = {subject: index for index, subject in enumerate(self._sharing)}
-        world = [settings.__dict__, WORLD_VERSION, split]
-        self._latents_path = folder / f"sprites-{_digest([*world, vae_digest])}.safetensors"
-        self._features_path = folder / f"features-{_digest([*world, teacher_digest])}.safetensors"
+        world = [asdict(settings), WORLD_VERSION, split]
+        self._latents_path = _cache_path(folder, "sprites", [*world, vae_digest])
+        self._features_path = _cache_path(folder, "features", [*world, teacher_digest])
         self._encode, self._teacher, self._progress = encode, features, progress
         self._latents: dict[str, Tensor] = {}
         self._features: dict[str, Tensor] = {}
@@ -158,26 +145,17 @@ class SpriteSource:
         Raises:
             ValueError: if a file of the cache is damaged.
         """
-        if not self._latents_path.exists():
-            _write(self._latents_path, self._encode_all())
-        self._latents = _read(self._latents_path)
+        self._latents = _cached(self._latents_path, self._encode_all)
         if self._teacher is not None:
-            if not self._features_path.exists():
-                _write(self._features_path, self._references("teacher features", self._teacher))
-            self._features = _read(self._features_path)
+            teacher = self._teacher
+            self._features = _cached(
+                self._features_path, lambda: self._references("teacher features", teacher)
+            )
 
     @torch.no_grad()
     def _encode_all(self) -> dict[str, Tensor]:
-        from tqdm import tqdm
-
         settings, latents = self.settings, []
-        with tqdm(
-            total=len(self.clips),
-            desc="encoding clips",
-            unit="clip",
-            disable=not self._progress,
-            mininterval=1,
-        ) as bar:
+        with self._bar("encoding clips", "clip", len(self.clips)) as bar:
             for start in range(0, len(self.clips), _CHUNK):
                 chunk = self.clips[start : start + _CHUNK]
                 videos = [
@@ -195,37 +173,33 @@ class SpriteSource:
     @torch.no_grad()
     def _references(self, what: str, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """A function of all references: `regular` (clips' own, in their order) and `views` (of subjects, in theirs)."""
-        from tqdm import tqdm
-
         found: dict[str, list[Tensor]] = {}
         total = int(self._first_own[-1]) + len(self._sharing) * self.settings.views
-        with tqdm(total=total, desc=what, unit="image", disable=not self._progress, mininterval=1) as bar:
+        with self._bar(what, "image", total) as bar:
             for name, images in self._render_references():
                 stack = torch.stack([to_video_tensor(image[None])[:, 0] for image in images])  # [K, 3, H, W]
                 found.setdefault(name, []).append(function(stack).bfloat16())
                 bar.update(len(images))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
+    def _bar(self, what: str, unit: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=what, unit=unit, disable=not self._progress, mininterval=1)
+
     def _render_references(self) -> Iterator[tuple[str, list[np.ndarray]]]:
         height, width = self.settings.height, self.settings.width
         for start in range(0, len(self.clips), _CHUNK):
             rng = np.random.default_rng([WORLD_SEED, 12, start])
-            images = [
-                sample_reference(rng, performance, height, width, "regular" if is_regular else "cross")[0]
-                for clip, is_regular, views in zip(
-                    self.clips[start : start + _CHUNK],
-                    self.is_regular[start:],
-                    self._own_views[start:],
-                    strict=False,
-                )
-                for performance in clip.performances
-                for _ in range(views)
-            ]
+            images = []
+            for index in range(start, min(start + _CHUNK, len(self.clips))):
+                pair = "regular" if self.is_regular[index] else "cross"
+                for performance in self.clips[index].performances:
+                    for _ in range(self._own_views[index]):
+                        images.append(sample_reference(rng, performance, height, width, pair)[0])
             if images:
                 yield "regular", images
-        views = range(self.settings.views)
         for subject in self._sharing:
             rng = np.random.default_rng([WORLD_SEED, 13, self.subjects.index(subject)])
+            views = range(self.settings.views)
             yield "views", [render_cross_reference(rng, subject, height, width)[0] for _ in views]
 
     def samples(self, step: int, indices: range) -> list[EncodedSample]:
@@ -238,17 +212,14 @@ class SpriteSource:
 
     def _sample(self, rng: np.random.Generator, pool: np.ndarray) -> EncodedSample:
         index = int(pool[rng.integers(len(pool))])
-        clip: Clip = self.clips[index]
-        own = self._own_views[index]
-        if own:
+        clip = self.clips[index]
+        if own := self._own_views[index]:
             first, name = int(self._first_own[index]), "regular"
-            rows = [first + offset * own + int(rng.integers(own)) for offset in range(len(clip.performances))]
+            firsts = [first + offset * own for offset in range(len(clip.performances))]
         else:
-            views, name = self.settings.views, "views"
-            rows = [
-                self._subject_index[performance.subject] * views + int(rng.integers(views))
-                for performance in clip.performances
-            ]
+            own, name = self.settings.views, "views"
+            firsts = [self._subject_index[performance.subject] * own for performance in clip.performances]
+        rows = [first + int(rng.integers(own)) for first in firsts]
         return EncodedSample(
             name=f"sprite-{index}",
             prompt=clip.caption,
@@ -258,21 +229,20 @@ class SpriteSource:
         )
 
 
-def _digest(identity: list) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def _cache_path(folder: Path, kind: str, identity: list) -> Path:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return folder / f"{kind}-{digest[:16]}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as aside:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
+def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in a file, made and written before if it is not there."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
+    if not path.exists():
+        tensors = {name: tensor.contiguous() for name, tensor in make().items()}
+        with atomic_path(path) as unfinished:
+            save_file(tensors, unfinished)
     try:
         return load_file(path)
     except SafetensorError as error:

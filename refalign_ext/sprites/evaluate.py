@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from refalign_ext.backbone import (
     WAN_CONFIGS,
@@ -26,21 +28,21 @@ from refalign_ext.guidance import NULL, TEXT_IMAGE, combine_branches, required_b
 from refalign_ext.sampler import denoise
 from refalign_ext.sprites.ablations.teacher_input import NAME as TEACHER_INPUT
 from refalign_ext.sprites.ablations.teacher_input import ReferenceContext, saved_reference_context
-from refalign_ext.sprites.dataset import to_frames, to_video_tensor
-from refalign_ext.sprites.judge import Verdict, judge_clip, summarize
+from refalign_ext.sprites.judge import Answers, judge_clip, tabulate
+from refalign_ext.sprites.pixels import to_frames, to_video_tensor
 from refalign_ext.sprites.vae_onepass import decode_latents, encode_latents, lay_channels_last
-from refalign_ext.sprites.world import Clip, render_clip, sample_clip, sample_reference, subjects_of
+from refalign_ext.sprites.world import SpriteClip, render_clip, sample_clip, sample_reference, subjects_of
 
 if TYPE_CHECKING:
     from easydict import EasyDict
 
-REFERENCES = ("own", "shuffled")
 SHEET_FRAMES = 5  # of a clip in a contact sheet
 Reference = tuple[np.ndarray, float, float]  # image [H, W, 3] uint8, angle in radians, scale
+AskedClip = tuple[SpriteClip, list[Reference]]
 
 
 @dataclass(frozen=True)
-class Job:
+class JudgingJob:
     """What to generate and how; the same job on two models is a paired comparison.
 
     `references` says whose the model is given: a clip's `own`, or as a control `shuffled`, those of another clip of the
@@ -60,25 +62,40 @@ class Job:
     references: str = "own"
 
     def __post_init__(self) -> None:
-        if self.references not in REFERENCES:
-            raise ValueError(f"references is {self.references!r}: choose one of {', '.join(REFERENCES)}")
+        assert self.references in ("own", "shuffled"), self.references
         if self.references == "shuffled" and self.clips < 2:
             raise ValueError("shuffled references are those of another clip: ask for 2 clips or more")
 
 
 @dataclass
 class Evaluation:
-    """Generated clips [T, H, W, 3] with their truth, the references that the model was given, and verdicts."""
+    """Judged clips [T, H, W, 3], the references that the model was given, and the judge's answers."""
 
-    clips: list[Clip] = field(default_factory=list)
     videos: list[np.ndarray] = field(default_factory=list)
     references: list[list[np.ndarray]] = field(default_factory=list)
-    backgrounds: list[bool] = field(default_factory=list)
-    verdicts: list[list[Verdict]] = field(default_factory=list)
+    answers: Answers = field(default_factory=lambda: defaultdict(list))
 
-    def table(self) -> dict[str, dict[str, float]]:
-        """Shares with 95% intervals; see `judge.summarize`."""
-        return summarize(self.backgrounds, self.verdicts)
+    def add(self, video: np.ndarray, clip: SpriteClip, references: Sequence[Reference]) -> None:
+        """Judge a video that was to show `clip`."""
+        self.videos.append(video)
+        self.references.append([image for image, _, _ in references])
+        copied = [(angle, scale) for _, angle, scale in references]
+        for name, answers in judge_clip(video, clip, copied).items():
+            self.answers[name].append(answers)
+
+    def table(self) -> dict[str, dict[str, float] | None]:
+        """Shares of right answers with 95% intervals; see `judge.tabulate`."""
+        return tabulate(self.answers)
+
+    def contact_sheet(self, rows: int = 8, scale: int = 3) -> np.ndarray:
+        """References, then evenly spaced frames, one clip a row: [H, W, 3] uint8."""
+        most = max(len(images) for images in self.references)
+        lines = []
+        for video, references in list(zip(self.videos, self.references, strict=True))[:rows]:
+            blank = np.full_like(references[0], 235)
+            shown = video[np.linspace(0, len(video) - 1, SHEET_FRAMES).round().astype(int)]
+            lines.append(np.concatenate([*references, *[blank] * (most - len(references)), *shown], 1))
+        return np.concatenate(lines).repeat(scale, 0).repeat(scale, 1)
 
 
 class SpriteEvaluator:
@@ -100,7 +117,7 @@ class SpriteEvaluator:
     ) -> None:
         self.task, self.vae, self.encode_text, self.precision = task, vae, encode_text, precision
 
-    def draw(self, job: Job, index: int) -> tuple[Clip, list[Reference]]:
+    def draw(self, job: JudgingJob, index: int) -> AskedClip:
         """Clip `index` of a job and its own references; cut-outs are tilted as in training, and so are their clips."""
         rng = np.random.default_rng([job.seed, job.subjects, index])
         clip = sample_clip(rng, subjects_of(job.split), job.subjects, tilted=job.pair == "regular")
@@ -109,7 +126,7 @@ class SpriteEvaluator:
             sample_reference(rng, performance, height, width, job.pair) for performance in clip.performances
         ]
 
-    def draw_all(self, job: Job) -> list[tuple[Clip, list[Reference]]]:
+    def draw_all(self, job: JudgingJob) -> list[AskedClip]:
         """Every clip of a job with the references that the model is given."""
         drawn = [self.draw(job, index) for index in range(job.clips)]
         if job.references == "own":
@@ -126,10 +143,8 @@ class SpriteEvaluator:
         return given
 
     @torch.no_grad()
-    def reconstruct(self, job: Job, through_vae: bool = True, progress: bool = False) -> Evaluation:
+    def reconstruct(self, job: JudgingJob, through_vae: bool = True, progress: bool = False) -> Evaluation:
         """The judge's opinion of real clips, as rendered or after the VAE's own chunked encode and decode."""
-        from tqdm import tqdm
-
         width, height = self.task.size
         result = Evaluation()
         for index in tqdm(range(job.clips), desc="judging", unit="clip", disable=not progress):
@@ -138,14 +153,14 @@ class SpriteEvaluator:
             if through_vae:
                 latents = self.vae.encode([to_video_tensor(video).to(self.vae.device)])
                 video = to_frames(self.vae.decode(latents)[0])
-            self._add(result, clip, video, references)
+            result.add(video, clip, references)
         return result
 
     @torch.no_grad()
     def generate(
         self,
         model: nn.Module,
-        job: Job,
+        job: JudgingJob,
         batch_size: int = 16,
         progress: bool = False,
         reference_context: ReferenceContext | None = None,
@@ -155,70 +170,48 @@ class SpriteEvaluator:
         Args:
             reference_context: of a model that was trained with `teacher_input`; see `ablations.teacher_input`.
         """
-        from tqdm import tqdm
-
-        backbone, result, everything = ReferenceBackbone(model.eval()), Evaluation(), self.draw_all(job)
+        backbone, result, asked = ReferenceBackbone(model.eval()), Evaluation(), self.draw_all(job)
         bar = tqdm(total=job.clips, desc="generating", unit="clip", disable=not progress)
         try:
             for start in range(0, job.clips, batch_size):
-                drawn = everything[start : start + batch_size]
-                videos = self._sample(backbone, job, start, drawn, reference_context)
-                for (clip, references), video in zip(drawn, videos, strict=True):
-                    self._add(result, clip, to_frames(video), references)
-                bar.update(len(drawn))
+                batch = asked[start : start + batch_size]
+                videos = self._sample(backbone, job, start, batch, reference_context)
+                for (clip, references), video in zip(batch, videos, strict=True):
+                    result.add(to_frames(video), clip, references)
+                bar.update(len(batch))
         finally:
             backbone.detach()
             bar.close()
         return result
 
-    def _add(self, result: Evaluation, clip: Clip, video: np.ndarray, references: list) -> None:
-        background, verdicts = judge_clip(video, clip, [(angle, scale) for _, angle, scale in references])
-        result.clips.append(clip)
-        result.videos.append(video)
-        result.references.append([image for image, _, _ in references])
-        result.backgrounds.append(background)
-        result.verdicts.append(verdicts)
-
     def _sample(
         self,
         backbone: ReferenceBackbone,
-        job: Job,
+        job: JudgingJob,
         start: int,
-        drawn: list,
+        batch: list[AskedClip],
         reference_context: ReferenceContext | None,
     ) -> Tensor:
+        """Videos [B, 3, T, H, W] of the clips from number `start` on."""
         task, device = self.task, self.vae.device
         image_scale = task.ref_guide_scale if job.ref_guide_scale is None else job.ref_guide_scale
         text_scale = task.text_guide_scale if job.text_guide_scale is None else job.text_guide_scale
-        images = torch.stack(
-            [
-                torch.stack([to_video_tensor(image[None]) for image, _, _ in references])
-                for _, references in drawn
-            ]
-        ).to(device)  # [B, M, 3, 1, H, W]
-        encoded = encode_latents(self.vae, images.flatten(0, 1))  # [B * M, C, 1, h, w]
-        references = encoded[:, :, 0].unflatten(0, images.shape[:2]).transpose(1, 2)  # [B, C, M, h, w]
-        noise = torch.stack(
-            [
-                torch.randn(
-                    (
-                        references.shape[1],
-                        (task.frame_num - 1) // task.vae_stride[0] + 1,
-                        *references.shape[3:],
-                    ),
-                    generator=torch.Generator().manual_seed(job.seed * 100003 + start + offset),
-                )
-                for offset in range(len(drawn))
-            ]
-        ).to(device)
-        prompts = self.encode_text([clip.caption for clip, _ in drawn])
-        negative = self.encode_text([task.sample_neg_prompt]) * len(drawn)
+        pictures = [to_video_tensor(image[None]) for _, references in batch for image, _, _ in references]
+        encoded = encode_latents(self.vae, torch.stack(pictures).to(device))  # [B * M, C, 1, h, w]
+        references = encoded[:, :, 0].unflatten(0, (len(batch), -1)).transpose(1, 2)  # [B, C, M, h, w]
+        frames = (task.frame_num - 1) // task.vae_stride[0] + 1
+        shape = (references.shape[1], frames, *references.shape[3:])
+        seeds = [job.seed * 100003 + start + offset for offset in range(len(batch))]
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        prompts = self.encode_text([clip.caption for clip, _ in batch])
+        negative = self.encode_text([task.sample_neg_prompt]) * len(batch)
         names = required_branches(image_scale, text_scale)
         context = [text for name in names for text in (prompts if name == TEXT_IMAGE else negative)]
         clean = [row for name in names for row in references * (name != NULL)]
         around_pass = nullcontext
         if reference_context is not None:
-            around_pass = reference_context(images[:, :, :, 0], [name != NULL for name in names])
+            images = torch.stack(pictures).to(device)[:, :, 0].unflatten(0, (len(batch), -1))
+            around_pass = reference_context(images, [name != NULL for name in names])
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             times = timestep.expand(len(clean)).to(device)
@@ -235,14 +228,14 @@ class SpriteEvaluator:
             task.num_train_timesteps,
             device,
         )
-        latents = denoise(predict, noise, solver, progress=False)
+        latents = denoise(predict, torch.stack(noise).to(device), solver, progress=False)
         return decode_latents(self.vae, latents)
 
 
 def judge_folder(
     folder: Path,
     what: str,
-    job: Job,
+    job: JudgingJob,
     *,
     dit_ckpt: Path | None = None,
     device: str = "cpu",
@@ -266,17 +259,3 @@ def judge_folder(
     model = build_dit(checkpoint, task, source, device=place, dtype=torch.float32).requires_grad_(False)
     context = saved_reference_context(source, folder, model, place)
     return evaluator.generate(model, job, progress=progress, reference_context=context)
-
-
-def contact_sheet(
-    evaluation: Evaluation, rows: int = 8, frames: int = SHEET_FRAMES, scale: int = 3
-) -> np.ndarray:
-    """References, then evenly spaced frames, one clip a row: [H, W, 3] uint8."""
-    most = max(len(images) for images in evaluation.references)
-    lines = []
-    for video, references in list(zip(evaluation.videos, evaluation.references, strict=True))[:rows]:
-        blank = np.full_like(references[0], 235)
-        shown = video[np.linspace(0, len(video) - 1, frames).round().astype(int)]
-        cells = [*references, *[blank] * (most - len(references)), *shown]
-        lines.append(np.concatenate(cells, 1))
-    return np.concatenate(lines).repeat(scale, 0).repeat(scale, 1)

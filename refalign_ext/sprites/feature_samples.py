@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from refalign_ext.evaluation.features import Sample
-from refalign_ext.sprites.dataset import to_video_tensor
+from refalign_ext.sprites.pixels import to_video_tensor
 from refalign_ext.sprites.world import render_clip, render_cross_reference, sample_clip, subjects_of
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A checkpoint folder of the sprite world, opened once and judged row by row; what lies on disk is not judged again."""
+"""A checkpoint folder of the sprite world, judged row by row; what lies on disk is not judged again."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from refalign_ext.atomic_io import atomic_open, write_json
+from refalign_ext.atomic_io import write_json
 from refalign_ext.backbone import WAN_CONFIGS, file_sha256, require_files, required_files
 from refalign_ext.checkpoint.reading import dit_files
 from refalign_ext.sprites import evaluate as evaluator_module
 from refalign_ext.sprites import judge as judge_module
 from refalign_ext.sprites import world as world_module
-from refalign_ext.sprites.evaluate import Evaluation, Job, contact_sheet, judge_folder
-from refalign_ext.sprites.judge import Verdict
+from refalign_ext.sprites.evaluate import JudgingJob, judge_folder
+from refalign_ext.sprites.judge import Answers
+from refalign_ext.sprites.pixels import save_picture
 
-METRICS = ("background", *Verdict.__dataclass_fields__)
 _CODE = (world_module, judge_module, evaluator_module)  # other figures may come of other code
 # Settings of the task that decide what is generated where a job leaves them open.
 _TASK_SETTINGS = (
@@ -34,15 +33,13 @@ class Judged:
     """The judge's answers about one job.
 
     Attributes:
-        answers: metric -> for each clip the answers True, False or None (the question does not arise), one for the
-            clip (`background`) or one for each subject.
-        table: metric -> share with its 95% interval and count; see `judge.summarize`.
+        answers, table: see `judge.judge_clip` and `judge.tabulate`.
         sheet: the picture that shows references and frames.
         is_new: False if it was read from disk.
     """
 
-    answers: dict[str, list[list[bool | None]]]
-    table: dict[str, dict[str, float]]
+    answers: Answers
+    table: dict[str, dict[str, float] | None]
     sheet: Path
     is_new: bool
 
@@ -73,20 +70,23 @@ class JudgedFolder:
     def _dit_digests(self) -> dict[str, str]:
         return {path.name: file_sha256(path) for path in dit_files(self.dit_ckpt or self.folder)}
 
-    def fingerprint(self, what: str, job: Job) -> dict[str, Any]:
+    def fingerprint(self, what: str, job: JudgingJob) -> dict[str, Any]:
         """What answers depend on: the job, the task's settings, digests of the weights and of the judge's code."""
         weights = {} if what == "real" else self._frozen_digests
         if what == "generation":
             weights = weights | self._dit_digests
+        task = {name: self.task[name] for name in _TASK_SETTINGS}
         return {
             "what": what,
             "job": asdict(job),
-            "task": {name: _plain(self.task[name]) for name in _TASK_SETTINGS},
+            "task": {**task, "size": list(self.task.size)},
             "weights": weights,
             "code": {module.__name__: file_sha256(Path(str(module.__file__))) for module in _CODE},
         }
 
-    def judge(self, what: str, job: Job, stem: Path, *, rows: int = 10, progress: bool = True) -> Judged:
+    def judge(
+        self, what: str, job: JudgingJob, stem: Path, *, rows: int = 10, progress: bool = True
+    ) -> Judged:
         """The answers in `<stem>.json` if they are about the same thing, else new ones, written there and to `<stem>.png`.
 
         Args:
@@ -96,65 +96,27 @@ class JudgedFolder:
         """
         fingerprint = self.fingerprint(what, job)
         path, sheet = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.png")
-        entry = _read(path)
+        entry = _read_entry(path)
         if is_new := entry.get("fingerprint") != fingerprint or not sheet.is_file():
             evaluation = judge_folder(
                 self.folder, what, job, dit_ckpt=self.dit_ckpt, device=self.device, progress=progress
             )
-            with atomic_open(sheet) as file:
-                Image.fromarray(contact_sheet(evaluation, rows=rows)).save(file, format="PNG")
-            entry = {
-                "table": _without_empty(evaluation.table()),
-                "answers": answers_of(evaluation),
-                "fingerprint": fingerprint,
-            }
+            save_picture(sheet, evaluation.contact_sheet(rows))
+            entry = {"table": evaluation.table(), "answers": evaluation.answers, "fingerprint": fingerprint}
             write_json(path, entry)
         return Judged(entry["answers"], entry["table"], sheet, is_new)
 
 
-def answers_of(evaluation: Evaluation) -> dict[str, list[list[bool | None]]]:
-    """Every answer of the judge by metric, clip and subject; see `Judged`."""
-    found: dict[str, list[list[bool | None]]] = {
-        "background": [[bool(right)] for right in evaluation.backgrounds]
-    }
-    for name in Verdict.__dataclass_fields__:
-        found[name] = [
-            [None if (answer := getattr(verdict, name)) is None else bool(answer) for verdict in verdicts]
-            for verdicts in evaluation.verdicts
-        ]
-    return found
-
-
 def clip_shares(answers: list[list[bool | None]]) -> np.ndarray:
     """Share of right answers in each clip, [clips] float; NaN where the question does not arise."""
-    shares = []
-    for clip in answers:
-        known = [answer for answer in clip if answer is not None]
-        shares.append(float(np.mean(known)) if known else float("nan"))
-    return np.array(shares)
+    known = [[answer for answer in clip if answer is not None] for clip in answers]
+    return np.array([np.mean(clip) if clip else np.nan for clip in known])
 
 
-def percent(row: dict[str, float] | None) -> str:
-    """`95.0 [92-97]` for a row of a table, `-` for none."""
-    if row is None:
-        return "-"
-    low = max(row["low"], 0.0)  # by rounding it can be less
-    return f"{100 * row['share']:.1f} [{100 * low:.0f}-{100 * row['high']:.0f}]"
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read_entry(path: Path) -> dict[str, Any]:
     """What was judged before; empty where there is nothing or something else."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return entry if isinstance(entry, dict) else {}
-
-
-def _without_empty(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float] | None]:
-    """JSON knows no nan, which is what the share of no answers is."""
-    return {name: row if row["count"] else None for name, row in table.items()}
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from refalign_ext.atomic_io import write_json, write_text
-from refalign_ext.sprites.evaluate import Job
-from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, percent
+from refalign_ext.sprites.evaluate import JudgingJob
+from refalign_ext.sprites.judge import METRIC_NAMES, percent
+from refalign_ext.sprites.judged import Judged, JudgedFolder
 from refalign_ext.sprites.world import WORLD_VERSION, subjects_of
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the table: `what` is judged (see `judged.WHATS`) for `subjects` subjects of a split.
-
-    `references` is "own", or "shuffled" for the control in which every clip gets those of another one (see `Job`).
-    """
+class ReportRow:
+    """One row of the table: `what` is judged (see `judge_folder`) for `subjects` subjects of a split."""
 
     name: str
     title: str
     what: str
     subjects: int
     split: str = "held_out"
-    references: str = "own"
+    references: str = "own"  # or "shuffled"; see `JudgingJob`
+
+    def job(self, base: JudgingJob) -> JudgingJob:
+        """The row's job, with number of clips, seed and sampling settings of `base`."""
+        return replace(base, subjects=self.subjects, split=self.split, references=self.references)
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,20 @@ class Gate:
 
 
 ROWS = (
-    Row("real-1", "real clips, 1 subject", "real", 1),
-    Row("real-2", "real clips, 2 subjects", "real", 2),
-    Row("real-3", "real clips, 3 subjects", "real", 3),
-    Row("reconstruction-1", "after the VAE, 1 subject", "reconstruction", 1),
-    Row("reconstruction-2", "after the VAE, 2 subjects", "reconstruction", 2),
-    Row("reconstruction-palette", "after the VAE, 1 subject, *palette*", "reconstruction", 1, "palette"),
-    Row("generation-1", "**1 subject, held out**", "generation", 1),
-    Row("generation-palette", "1 subject, *palette*", "generation", 1, "palette"),
-    Row("generation-train", "1 subject, trained on", "generation", 1, "train"),
-    Row("generation-2", "**2 subjects, held out**", "generation", 2),
-    Row("generation-3", "3 subjects, held out", "generation", 3),
-    Row("shuffled-1", "1 subject, reference of another clip", "generation", 1, references="shuffled"),
+    ReportRow("real-1", "real clips, 1 subject", "real", 1),
+    ReportRow("real-2", "real clips, 2 subjects", "real", 2),
+    ReportRow("real-3", "real clips, 3 subjects", "real", 3),
+    ReportRow("reconstruction-1", "after the VAE, 1 subject", "reconstruction", 1),
+    ReportRow("reconstruction-2", "after the VAE, 2 subjects", "reconstruction", 2),
+    ReportRow(
+        "reconstruction-palette", "after the VAE, 1 subject, *palette*", "reconstruction", 1, "palette"
+    ),
+    ReportRow("generation-1", "**1 subject, held out**", "generation", 1),
+    ReportRow("generation-palette", "1 subject, *palette*", "generation", 1, "palette"),
+    ReportRow("generation-train", "1 subject, trained on", "generation", 1, "train"),
+    ReportRow("generation-2", "**2 subjects, held out**", "generation", 2),
+    ReportRow("generation-3", "3 subjects, held out", "generation", 3),
+    ReportRow("shuffled-1", "1 subject, reference of another clip", "generation", 1, references="shuffled"),
 )
 # A pattern counts only where both colours are right, so a gate on it is one on colours and texture together.
 GATES = (
@@ -80,34 +84,26 @@ GATES = (
 )
 
 
-def job_of(row: Row, base: Job) -> Job:
-    """The job of a row, with number of clips, seed and sampling settings of `base`."""
-    return replace(base, subjects=row.subjects, split=row.split, references=row.references)
-
-
 def color_chance(split: str = "held_out") -> float:
     """How often the reference of another clip's subject has both colours of this clip's, if subjects are drawn alike."""
     counts = Counter(subject.colors for subject in subjects_of(split))
     return sum(count * count for count in counts.values()) / counts.total() ** 2
 
 
-def make_report(judge: JudgedFolder, base: Job, out: Path) -> Path:
-    """Judge every row (or read it, if it was judged before) and write the report.
+def make_report(judge: JudgedFolder, base: JudgingJob, out: Path) -> Path:
+    """Judge every row (or read it, if it was judged before) and write the report; returns `report.md`.
 
     Writes `report.md` and `report.json` to `out`, and answers and a contact sheet for each row to `out/rows`.
 
     Args:
         base: number of clips, seed and sampling settings of all rows.
-
-    Returns:
-        The path of `report.md`.
     """
     from tqdm import tqdm
 
     judged: dict[str, Judged] = {}
     for number, row in enumerate(ROWS, 1):
         tqdm.write(f"[{number}/{len(ROWS)}] {row.name}: {base.clips} clips", file=sys.stderr)
-        judged[row.name] = judge.judge(row.what, job_of(row, base), out / "rows" / row.name)
+        judged[row.name] = judge.judge(row.what, row.job(base), out / "rows" / row.name)
     gates = gate_results(judged)
     write_json(
         out / "report.json",
@@ -119,35 +115,32 @@ def make_report(judge: JudgedFolder, base: Job, out: Path) -> Path:
             "rows": {row.name: {**asdict(row), "table": judged[row.name].table} for row in ROWS},
         },
     )
-    path = out / "report.md"
-    write_text(path, markdown(judged, gates, base, out))
-    return path
+    write_text(out / "report.md", _markdown(judged, gates, base, out))
+    return out / "report.md"
 
 
 def gate_results(judged: dict[str, Judged]) -> list[dict[str, Any]]:
     """Every gate: row, metric, bound, share with its interval (None without answers), and whether it is met."""
-    results = []
-    for gate in GATES:
-        found = judged[gate.row].table[gate.metric]
-        results.append(
-            {
-                **asdict(gate),
-                "figure": found,
-                "met": found is not None and gate.is_met(found["share"]),
-            }
-        )
-    return results
+    figures = [judged[gate.row].table[gate.metric] for gate in GATES]
+    return [
+        {
+            **asdict(gate),
+            "figure": figure,
+            "met": figure is not None and gate.is_met(figure["share"]),
+        }
+        for gate, figure in zip(GATES, figures, strict=True)
+    ]
 
 
-def markdown(judged: dict[str, Judged], gates: list[dict[str, Any]], base: Job, out: Path) -> str:
+def _markdown(judged: dict[str, Judged], gates: list[dict[str, Any]], base: JudgingJob, out: Path) -> str:
     """The report: gates, all figures, and the contact sheets as links relative to `out`."""
-    names = [name for name in METRICS if any(judged[row.name].table[name] for row in ROWS)]
+    names = [name for name in METRIC_NAMES if any(judged[row.name].table[name] for row in ROWS)]
     titles = {row.name: row.title for row in ROWS}
-    met = sum(gate["met"] for gate in gates)
     lines = [
         "# Report on the embedded model",
         "",
-        f"{met} of {len(gates)} gates met; {base.clips} clips a row, seed {base.seed}. Percent with 95% Wilson intervals;",
+        f"{sum(gate['met'] for gate in gates)} of {len(gates)} gates met; {base.clips} clips a row, seed {base.seed}. "
+        "Percent with 95% Wilson intervals;",
         f"chance of both colours is {100 * color_chance():.0f}.",
         "",
         "| | figure | gate | judged | |",

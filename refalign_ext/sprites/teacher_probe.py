@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refalign_ext.sprites.teacher_training import PATCH, SIDE, to_images
+from refalign_ext.sprites.pixels import to_images
+from refalign_ext.sprites.teacher_settings import PATCH, SIDE
 from refalign_ext.sprites.world import (
     COLORS,
     PATTERNS,
     SHAPES,
-    Subject,
+    SpriteSubject,
     inside_second_color,
     inside_shape,
     render_cross_reference,
@@ -27,7 +28,7 @@ GRID = (SIDE // PATCH, SIDE // PATCH)
 PENALTY = 1e-3  # on the squared weights of the probe
 
 
-def dominant_color(subject: Subject) -> str:
+def dominant_color(subject: SpriteSubject) -> str:
     """Name of the colour that covers more of the subject."""
     x, y = np.meshgrid(*[np.linspace(-1, 1, 101)] * 2)
     inside = inside_shape(subject.shape, x, y) < 0
@@ -35,7 +36,7 @@ def dominant_color(subject: Subject) -> str:
     return subject.second if second > 0.5 else subject.first
 
 
-QUESTIONS: dict[str, Callable[[Subject], int]] = {
+QUESTIONS: dict[str, Callable[[SpriteSubject], int]] = {
     "pattern": lambda subject: PATTERNS.index(subject.pattern),
     "shape": lambda subject: SHAPES.index(subject.shape),
     "dominant colour": lambda subject: COLORS.index(dominant_color(subject)),
@@ -82,35 +83,13 @@ def fit_linear(features: Tensor, labels: Tensor) -> Tensor:
     return weight.detach()
 
 
-def feature_picture(teacher: Teacher, count: int = 8, scale: int = 2) -> np.ndarray:
-    """References of held-out subjects over their features' first three principal components: [H, W, 3] uint8."""
-    subjects = subjects_of("held_out")
-    chosen = subjects[:: len(subjects) // count][:count]
-    images = _references(chosen, np.random.default_rng([0, 98]), 1)
-    features = teacher(images * 2 - 1, GRID)  # [K, N, D]
-    flat = features.flatten(0, 1) - features.mean((0, 1))
-    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]  # [3, D]
-    colors = flat @ axes.T
-    low, high = colors.quantile(0.02, 0), colors.quantile(0.98, 0)
-    colors = ((colors - low) / (high - low + 1e-6)).clamp(0, 1).view(count, *GRID, 3)
-    shown = colors.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
-    rows = [torch.cat(list(row), 1) for row in (images.permute(0, 2, 3, 1), shown)]
-    picture = torch.cat(rows).mul(255).round().byte().numpy()
-    return picture.repeat(scale, 0).repeat(scale, 1)
-
-
 def _features(
-    teacher: Teacher, subjects: list[Subject], rng: np.random.Generator
-) -> tuple[Tensor, list[Subject]]:
+    teacher: Teacher, subjects: list[SpriteSubject], rng: np.random.Generator
+) -> tuple[Tensor, list[SpriteSubject]]:
     """Features [K, D] of `VIEWS` references of each subject, and whose they are."""
-    features = teacher(_references(subjects, rng, VIEWS) * 2 - 1, GRID).mean(1)
-    return features, [subject for subject in subjects for _ in range(VIEWS)]
-
-
-def _references(subjects: list[Subject], rng: np.random.Generator, views: int) -> Tensor:
-    return to_images(
-        [render_cross_reference(rng, subject, SIDE, SIDE)[0] for subject in subjects for _ in range(views)]
-    )
+    shown = [subject for subject in subjects for _ in range(VIEWS)]
+    images = to_images([render_cross_reference(rng, subject, SIDE, SIDE)[0] for subject in shown])
+    return teacher(images * 2 - 1, GRID).mean(1), shown
 
 
 def _with_one(features: Tensor) -> Tensor:

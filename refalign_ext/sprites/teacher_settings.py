@@ -8,19 +8,14 @@ KINDS = {"dinov3": "dinov3-tiny", "siglip2": "siglip2-tiny"}
 """What can be trained and its name in `refalign_ext.teachers`."""
 HIDDEN = {"small": 64, "tiny": 128, "large": 256}
 """Width by size: a quarter, all and four times the parameters of the embedded teacher."""
+SIDE = 48  # pixels of a view, as of a clip of r2v-tiny
+PATCH = 8  # pixels: VAE stride 4 times DiT patch 2, so that teacher and DiT grids match
+LAYERS, HEAD = 4, 32  # blocks, channels of a head
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Settings of `train_teacher`.
-
-    Attributes:
-        kind, size: a key of KINDS and of HIDDEN.
-        steps: 0 leaves the teacher untrained.
-        batch_size: subjects of a step.
-        learning_rate: of AdamW.
-        muon_learning_rate: of Muon, on the blocks' matrices.
-    """
+    """Settings of `train_teacher`: `kind` is a key of KINDS, `size` one of HIDDEN, no steps leave it untrained."""
 
     kind: str = "dinov3"
     size: str = "tiny"

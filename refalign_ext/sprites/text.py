@@ -1,8 +1,4 @@
-"""The embedded text encoder: a small tokenizer over the sprite captions and a frozen random UMT5.
-
-A random transformer keeps what the captions say (a linear probe reads motion, order and shape back from its tokens), so
-training one would only add a second thing that can go wrong.
-"""
+"""The embedded text encoder before training: a small tokenizer over the sprite captions, and a UMT5 to begin with."""
 
 from __future__ import annotations
 

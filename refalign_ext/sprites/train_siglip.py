@@ -15,10 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refalign_ext.sprites.teacher_settings import HIDDEN
-from refalign_ext.sprites.teacher_training import HEAD, LAYERS, PATCH, SIDE, to_images
+from refalign_ext.sprites.pixels import to_images
+from refalign_ext.sprites.teacher_settings import HEAD, HIDDEN, LAYERS, PATCH, SIDE
 from refalign_ext.sprites.text import write_tokenizer
-from refalign_ext.sprites.world import Clip, Subject, render_clip, sample_clip, sample_reference, subjects_of
+from refalign_ext.sprites.world import (
+    SpriteSubject,
+    render_clip,
+    sample_clip,
+    sample_reference,
+    subjects_of,
+)
 from refalign_ext.teachers import SIGLIP_MEAN, SIGLIP_STD
 
 if TYPE_CHECKING:
@@ -59,10 +65,12 @@ def build_siglip(seed: int = 0, size: str = "tiny") -> SiglipModel:
     return model
 
 
-def draw_pair(rng: np.random.Generator, subjects: list[Subject], on_white: bool) -> tuple[np.ndarray, str]:
+def draw_pair(
+    rng: np.random.Generator, subjects: list[SpriteSubject], on_white: bool
+) -> tuple[np.ndarray, str]:
     """An image [SIDE, SIDE, 3] uint8 and its caption."""
     count = 1 if on_white else int(rng.integers(1, 4))
-    clip: Clip = sample_clip(rng, subjects, count, free_colors=rng.random() < 0.5, tilted=rng.random() < 0.5)
+    clip = sample_clip(rng, subjects, count, free_colors=rng.random() < 0.5, tilted=rng.random() < 0.5)
     if on_white:
         return sample_reference(rng, clip.performances[0], SIDE, SIDE)[0], clip.caption
     return render_clip(clip, 1, SIDE, SIDE)[0][0], clip.caption
@@ -73,7 +81,8 @@ class CaptionLesson:
 
     def __init__(self, seed: int, size: str, batch_size: int) -> None:
         self.seed, self.batch_size = seed, batch_size
-        self.model = self.trained = build_siglip(seed, size)
+        self.model = build_siglip(seed, size)
+        self.attributes = None
         self.tokenizer = _tokenizer()
         self.subjects = subjects_of("train")
 
@@ -91,14 +100,12 @@ class CaptionLesson:
         return {"input_ids": tokens["input_ids"], "pixel_values": (images - mean) / std}
 
     def loss(self, rng: np.random.Generator) -> Tensor:
-        """See `teacher_training.Lesson`."""
         pairs = [draw_pair(rng, self.subjects, index % 2 == 0) for index in range(self.batch_size)]
         with torch.autocast("cpu", torch.bfloat16):
             return self.model(**self.inputs(pairs), return_loss=True).loss.float()
 
     @torch.no_grad()
     def report(self) -> str:
-        """See `teacher_training.Lesson`."""
         rng, subjects = np.random.default_rng([self.seed, 99]), subjects_of("held_out")
         pairs = [draw_pair(rng, subjects, on_white=False) for _ in range(RETRIEVED)]
         logits = self.model(**self.inputs(pairs)).logits_per_image

@@ -10,6 +10,7 @@ of the subjects have free colours. Nothing is shared with the judge. A teacher o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from refalign_ext.atomic_io import atomic_folder, atomic_open
-from refalign_ext.sprites.teacher_probe import feature_picture, linear_probe
-from refalign_ext.sprites.teacher_settings import HIDDEN, KINDS, TeacherSettings
-from refalign_ext.sprites.teacher_training import HEAD, LAYERS, PATCH, SIDE, to_images, train
+from refalign_ext.atomic_io import atomic_folder
+from refalign_ext.sprites.pixels import to_images
+from refalign_ext.sprites.teacher_probe import linear_probe
+from refalign_ext.sprites.teacher_settings import HEAD, HIDDEN, KINDS, LAYERS, PATCH, SIDE, TeacherSettings
 from refalign_ext.sprites.train_siglip import CaptionLesson
+from refalign_ext.sprites.training_steps import train_steps
 from refalign_ext.sprites.world import (
     BACKGROUNDS,
     PATTERNS,
     REFERENCE_TILT,
     SHAPES,
-    Subject,
+    SpriteSubject,
     paint,
     paint_background,
     subjects_of,
     tinted,
 )
 from refalign_ext.teachers import IMAGENET_MEAN, IMAGENET_STD, load_teacher
+from refalign_ext.training.muon import Muon
 
 if TYPE_CHECKING:
     from transformers import DINOv3ViTModel
@@ -65,7 +67,7 @@ def build_teacher(seed: int = 0, size: str = "tiny") -> DINOv3ViTModel:
         return DINOv3ViTModel(config)
 
 
-def view_of(rng: np.random.Generator, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+def view_of(rng: np.random.Generator, subject: SpriteSubject) -> tuple[np.ndarray, np.ndarray]:
     """One view [SIDE, SIDE, 3] uint8, two thirds of the time on white as references are, and its coverage."""
     if rng.random() < 2 / 3:
         canvas = np.full((SIDE, SIDE, 3), 255, np.float32)
@@ -92,11 +94,6 @@ def pool(tokens: Tensor, weight: Tensor) -> Tensor:
     return F.normalize(pooled, dim=-1)
 
 
-def features_of(model: DINOv3ViTModel, images: Tensor, coverage: Tensor) -> Tensor:
-    """Unit features [B, D]; see `tokens_of` and `pool`."""
-    return pool(*tokens_of(model, images, coverage))
-
-
 class Attributes(nn.Module):
     """What every patch of a subject has to tell, linearly from its direction: shape, pattern, both colours."""
 
@@ -105,7 +102,7 @@ class Attributes(nn.Module):
         self.shape, self.pattern = nn.Linear(dim, len(SHAPES)), nn.Linear(dim, len(PATTERNS))
         self.colors = nn.Linear(dim, 6)
 
-    def loss(self, tokens: Tensor, weight: Tensor, subjects: list[Subject]) -> Tensor:
+    def loss(self, tokens: Tensor, weight: Tensor, subjects: list[SpriteSubject]) -> Tensor:
         """tokens [B, N, D] and their weights [B, N]."""
         unit = F.normalize(tokens, dim=-1) * tokens.shape[-1] ** 0.5
         shape = torch.tensor([SHAPES.index(subject.shape) for subject in subjects])
@@ -120,7 +117,7 @@ class Attributes(nn.Module):
         return (wrong * weight).sum() / weight.sum()
 
 
-def batch_of(rng: np.random.Generator, subjects: list[Subject]) -> tuple[Tensor, Tensor]:
+def batch_of(rng: np.random.Generator, subjects: list[SpriteSubject]) -> tuple[Tensor, Tensor]:
     """One view of each subject: images [B, 3, SIDE, SIDE] in 0..1 and coverage [B, SIDE, SIDE]."""
     views = [view_of(rng, subject) for subject in subjects]
     return to_images([image for image, _ in views]), torch.from_numpy(
@@ -128,17 +125,13 @@ def batch_of(rng: np.random.Generator, subjects: list[Subject]) -> tuple[Tensor,
     ).float()
 
 
-@torch.no_grad()
-def retrieval(model: DINOv3ViTModel, subjects: list[Subject], seed: int) -> float:
-    """Share of subjects whose second view is nearest to their first among all second views (cross-view top-1)."""
-    rng = np.random.default_rng([seed, 99])
-    first = features_of(model, *batch_of(rng, subjects))
-    second = features_of(model, *batch_of(rng, subjects))
-    return float(((first @ second.T).argmax(1) == torch.arange(len(subjects))).float().mean())
-
-
 class ViewLesson:
-    """Two views of a subject are alike and unlike those of all others, and every patch tells its attributes."""
+    """Two views of a subject are alike and unlike those of all others, and every patch tells its attributes.
+
+    Attributes:
+        model: what is kept.
+        attributes: what only training needs.
+    """
 
     def __init__(self, seed: int, size: str, batch_size: int) -> None:
         self.seed, self.batch_size = seed, batch_size
@@ -146,11 +139,10 @@ class ViewLesson:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.attributes = Attributes(self.model.config.hidden_size)
-        self.trained = nn.ModuleList([self.model, self.attributes])
         self.subjects = subjects_of("train")
 
     def loss(self, rng: np.random.Generator) -> Tensor:
-        """See `Lesson`."""
+        """Loss of a batch drawn with `rng`."""
         chosen = [self.subjects[index] for index in rng.permutation(len(self.subjects))[: self.batch_size]]
         chosen = [tinted(rng, subject) if rng.random() < 0.5 else subject for subject in chosen]
         with torch.autocast("cpu", torch.bfloat16):
@@ -162,21 +154,69 @@ class ViewLesson:
         return loss + sum(self.attributes.loss(*view, chosen) for view in views) / 2
 
     def report(self) -> str:
-        """See `Lesson`."""
+        """How far it is, for the log; the model is in evaluation mode."""
         shares = [
-            f"{retrieval(self.model, group, self.seed):.1%} of {len(group)}"
+            f"{self.retrieval(group):.1%} of {len(group)}"
             for group in (self.subjects, subjects_of("held_out"))
         ]
         return f"cross-view retrieval: trained subjects {shares[0]}, held-out {shares[1]}"
 
+    @torch.no_grad()
+    def retrieval(self, subjects: list[SpriteSubject]) -> float:
+        """Share of subjects whose second view is nearest to their first among all second views (cross-view top-1)."""
+        rng = np.random.default_rng([self.seed, 99])
+        first, second = (pool(*tokens_of(self.model, *batch_of(rng, subjects))) for _ in range(2))
+        return float(((first @ second.T).argmax(1) == torch.arange(len(subjects))).float().mean())
+
+
+def train_lesson(
+    lesson: ViewLesson | CaptionLesson, settings: TeacherSettings, write: Callable[[str], None]
+) -> None:
+    """Muon on the matrices of all blocks and AdamW on the rest; `write` takes a line every hundred steps."""
+    blocks = (".layer.", ".layers.")
+    matrices, others = [], []
+    for name, parameter in lesson.model.named_parameters():
+        is_matrix = any(part in f".{name}" for part in blocks) and parameter.ndim == 2
+        (matrices if is_matrix else others).append(parameter)
+    extra = [] if lesson.attributes is None else list(lesson.attributes.parameters())
+    optimizers = [
+        Muon(matrices, lr=settings.muon_learning_rate),
+        torch.optim.AdamW([*others, *extra], lr=settings.learning_rate, weight_decay=0.05, betas=(0.9, 0.95)),
+    ]
+
+    def loss_of(step: int) -> Tensor:
+        # The step seeds its batch, and what the model itself draws (DINOv3 stretches its positions at random).
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((settings.seed << 32) + step)
+            return lesson.loss(np.random.default_rng([settings.seed, step]))
+
+    def report(step: int, loss: float) -> None:
+        lesson.model.eval()
+        write(f"step {step} loss {loss:.3f} {lesson.report()}")
+        lesson.model.train()
+
+    lesson.model.train()
+    train_steps(
+        [*lesson.model.parameters(), *extra],
+        optimizers,
+        loss_of,
+        steps=settings.steps,
+        warmup=50,
+        decay=0.5,
+        least=0.02,
+        report_every=100,
+        report=report,
+        label="teacher",
+    )
+    lesson.model.eval()
+
 
 def train_teacher(settings: TeacherSettings, out: Path) -> None:
     """Train a teacher, write it as a transformers folder `teacher`, and write down what a linear probe reads from it."""
-    from PIL import Image
+    from tqdm import tqdm
 
-    kind, size = settings.kind, settings.size
-    lesson_class = ViewLesson if kind == "dinov3" else CaptionLesson
-    lesson = lesson_class(settings.seed, size, settings.batch_size)
+    lesson_class = ViewLesson if settings.kind == "dinov3" else CaptionLesson
+    lesson = lesson_class(settings.seed, settings.size, settings.batch_size)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("w", buffering=1) as log:
 
@@ -186,26 +226,17 @@ def train_teacher(settings: TeacherSettings, out: Path) -> None:
 
         count = sum(parameter.numel() for parameter in lesson.model.parameters())
         write(
-            f"{kind} {size}, {count / 1e6:.2f} M parameters, {settings.steps} steps of {settings.batch_size}, "
-            f"seed {settings.seed}"
+            f"{settings.kind} {settings.size}, {count / 1e6:.2f} M parameters, {settings.steps} steps of "
+            f"{settings.batch_size}, seed {settings.seed}"
         )
-        train(
-            lesson,
-            steps=settings.steps,
-            seed=settings.seed,
-            write=write,
-            learning_rate=settings.learning_rate,
-            muon_learning_rate=settings.muon_learning_rate,
-        )
+        train_lesson(lesson, settings, write)
         folder = out / "teacher"
         with atomic_folder(folder) as unfinished:
             lesson.model.to(torch.bfloat16).save_pretrained(unfinished)
             shutil.rmtree(folder, ignore_errors=True)
-        teacher = load_teacher(KINDS[kind], folder)
+        teacher = load_teacher(KINDS[settings.kind], folder)
         known = [
             f"{name} {share:.1%} (chance {chance:.1%})"
             for name, (share, chance) in linear_probe(teacher).items()
         ]
         write(f"linear probe on held-out subjects, features averaged over the patches: {', '.join(known)}")
-        with atomic_open(out / "features.png") as file:
-            Image.fromarray(feature_picture(teacher)).save(file, format="PNG")

@@ -7,16 +7,17 @@ that had to find this out by itself never did. Here the encoder learns that very
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refalign_ext.atomic_io import atomic_path
+from refalign_ext.atomic_io import atomic_path, write_text
 from refalign_ext.sprites.text import random_encoder, write_tokenizer
+from refalign_ext.sprites.training_steps import train_steps
 from refalign_ext.sprites.world import (
     BACKGROUNDS,
     LANES,
@@ -24,14 +25,17 @@ from refalign_ext.sprites.world import (
     SHAPES,
     SIZES,
     Performance,
-    Subject,
+    SpriteSubject,
     caption_of,
 )
 from refalign_ext.tasks import TASKS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 PLACES = tuple(sorted({name for names in LANES.values() for name in names}))
 # What is asked of every lane: is there a subject, which one of the caption, and what does it look like.
-QUESTIONS = (2, 3, len(SHAPES), len(SIZES), len(MOTIONS))
+QUESTIONS = {"present": 2, "order": 3, "shape": len(SHAPES), "size": len(SIZES), "motion": len(MOTIONS)}
 NOT_ASKED = -100
 
 
@@ -48,7 +52,7 @@ def draw_caption(rng: np.random.Generator) -> tuple[str, Tensor]:
         shape, size = int(rng.integers(len(SHAPES))), int(rng.integers(len(SIZES)))
         motion = ways[rng.integers(len(ways))]
         answers[PLACES.index(lane)] = torch.tensor([1, order, shape, size, tuple(MOTIONS).index(motion)])
-        subject = Subject(SHAPES[shape], "halves", "red", "green")
+        subject = SpriteSubject(SHAPES[shape], "halves", "red", "green")
         performances.append(Performance(subject, tuple(SIZES)[size], motion, lane, 0.0, (0.5, 0.5)))
     return caption_of(list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))], tuple(performances)), answers
 
@@ -60,7 +64,7 @@ class Readout(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.randn(len(PLACES), heads, channels))
         self.key, self.value = nn.Linear(dim, heads * channels), nn.Linear(dim, heads * channels)
-        self.answers = nn.ModuleList(nn.Linear(heads * channels, choices) for choices in QUESTIONS)
+        self.answers = nn.ModuleList(nn.Linear(heads * channels, choices) for choices in QUESTIONS.values())
 
     def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
         """tokens [B, L, dim], mask [B, L] -> per question logits [B, places, choices]."""
@@ -72,23 +76,14 @@ class Readout(nn.Module):
         return [answer(read) for answer in self.answers]
 
 
-def read_back(
-    encoder: nn.Module,
-    tokenizer,
-    *,
-    train_encoder: bool,
-    steps: int,
-    seed: int = 0,
-    batch: int = 64,
-    rate: float = 3e-3,
-) -> tuple[list[float], float]:
-    """Fit a `Readout`, and the encoder if asked; shares of right answers on fresh captions of two or three, and seconds."""
+def train_readout(
+    encoder: nn.Module, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int
+) -> dict[str, float]:
+    """Train an encoder together with a `Readout`; shares of right answers on fresh captions of two or three."""
     torch.manual_seed(seed)
     readout = Readout(encoder.config.d_model)
-    encoder.requires_grad_(train_encoder)
-    parameters = [p for module in (readout, encoder) for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    rng, began = np.random.default_rng([seed, 30]), time.monotonic()
+    encoder.requires_grad_(True)
+    rng = np.random.default_rng([seed, 30])
 
     def answer(rng: np.random.Generator, count: int) -> tuple[list[Tensor], Tensor]:
         captions, truth = zip(*(draw_caption(rng) for _ in range(count)), strict=True)
@@ -96,27 +91,35 @@ def read_back(
         features = encoder(**tokens).last_hidden_state
         return readout(features, tokens["attention_mask"]), torch.stack(truth)
 
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * (1 - step / steps)
-        found, truth = answer(rng, batch)
-        loss = sum(
+    def loss_of(step: int) -> Tensor:
+        found, truth = answer(rng, 64)
+        return sum(
             F.cross_entropy(logits.flatten(0, 1), truth[..., i].flatten(), ignore_index=NOT_ASKED)
             for i, logits in enumerate(found)
         )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+
+    parameters = [*readout.parameters(), *encoder.parameters()]
+    train_steps(
+        parameters,
+        [torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)],
+        loss_of,
+        steps=steps,
+        warmup=50,
+        decay=1.0,
+        least=0.0,
+        report_every=steps,
+        report=lambda step, loss: None,
+        label="text encoder",
+    )
     encoder.requires_grad_(False)
     with torch.no_grad():
         found, truth = answer(np.random.default_rng([seed, 31]), 600)
     several = (truth[..., 0].sum(1) > 1)[:, None]
-    asked = [(truth[..., i] != NOT_ASKED) & several for i in range(len(QUESTIONS))]
-    shares = [
-        (logits.argmax(-1) == truth[..., i])[asked[i]].float().mean().item() for i, logits in enumerate(found)
-    ]
-    return shares, time.monotonic() - began
+    shares = {}
+    for i, (name, logits) in enumerate(zip(QUESTIONS, found, strict=True)):
+        asked = (truth[..., i] != NOT_ASKED) & several
+        shares[name] = (logits.argmax(-1) == truth[..., i])[asked].float().mean().item()
+    return shares
 
 
 def train_text_encoder(out: Path, *, steps: int, seed: int) -> None:
@@ -127,18 +130,8 @@ def train_text_encoder(out: Path, *, steps: int, seed: int) -> None:
     write_tokenizer(out / "tokenizer", config.t5.vocab)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     encoder = random_encoder(**dict(config.t5), seed=seed)
-    lines = []
-    for label, train, count in (
-        ("random encoder, frozen", False, steps // 2),
-        ("trained together with the readout", True, steps),
-        ("trained encoder, frozen, new readout", False, steps // 4),
-    ):
-        shares, seconds = read_back(encoder, tokenizer, train_encoder=train, steps=count, seed=seed)
-        names = ("present", "order", "shape", "size", "motion")
-        answers = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
-        lines.append(f"{label}: {answers} ({count} steps, {seconds:.0f} s)")
-        print(lines[-1], flush=True)
-        if train:
-            with atomic_path(out / "text.pt") as aside:
-                torch.save(encoder.state_dict(), aside)
-    (out / "log.txt").write_text("\n".join(lines) + "\n")
+    shares = train_readout(encoder, tokenizer, steps=steps, seed=seed)
+    answers = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    write_text(out / "log.txt", f"read back after {steps} steps: {answers}\n")
+    with atomic_path(out / "text.pt") as unfinished:
+        torch.save(encoder.state_dict(), unfinished)

@@ -7,9 +7,7 @@ learning rate left subjects about ten decibels worse.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,15 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, 
 from torch import Tensor, nn
 
 from refalign_ext.atomic_io import atomic_path
+from refalign_ext.sprites.training_steps import train_steps
 from refalign_ext.sprites.vae_latents import PLACE_CHANNELS, decoder_metric, fold_normalization, place_error
 from refalign_ext.sprites.vae_onepass import decode_one_pass, encode_one_pass, lay_channels_last
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
 from refalign_ext.training.muon import Muon
 
 KL_WEIGHT = 1e-3  # keeps the decoder calm about the small errors that generated latents have
+CHECKED = (32, 16)  # images and clips of which every report is
+FOLDED = 16  # batches from which the normalisation is computed
 CONFIG = {
     "base_dim": 16,
     "z_dim": 16,
@@ -65,7 +66,7 @@ def initialize(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
     vae.quant_conv.bias[z_dim:].fill_(-6)
 
 
-class Sprites:
+class VaeBatches:
     """Seeded batches; the random state of batch `step` depends on the seed and the step alone, so a resume is exact."""
 
     def __init__(self, seed: int, size: int, frames: int) -> None:
@@ -122,7 +123,7 @@ def picture_error(decoded: Tensor, video: Tensor, mask: Tensor) -> Tensor:
     return ((difference.abs() + difference.square()) * weight).sum() / (weight.sum() * video.shape[1])
 
 
-def loss_of(
+def picture_loss(
     vae: AutoencoderKLWan, video: Tensor, mask: Tensor, sample: bool, generator: torch.Generator
 ) -> Tensor:
     """The error of the reconstruction, plus a light KL when sampling."""
@@ -148,23 +149,6 @@ def decibels(vae: AutoencoderKLWan, video: Tensor, mask: Tensor) -> tuple[float,
     return float(-10 * torch.log10(whole)), float(-10 * torch.log10(subjects))
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training with a schedule of its own.
-
-    Attributes:
-        rates: of Muon on kernels and of AdamW elsewhere, at their highest.
-        batch: step -> video and mask.
-        loss: step, video and mask -> loss.
-    """
-
-    name: str
-    steps: int
-    rates: tuple[float, float]
-    batch: Callable[[int], tuple[Tensor, Tensor]]
-    loss: Callable[[int, Tensor, Tensor], Tensor]
-
-
 def place_loss(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """The pictures' loss, with a little noise on the latents, and that of the places; the rest keeps its scale."""
     mean, _ = encode_one_pass(vae, video)
@@ -176,61 +160,80 @@ def place_loss(vae: AutoencoderKLWan, video: Tensor, mask: Tensor, generator: to
     return pictures + 0.1 * place_error(mean) + 0.02 * grown
 
 
-def run_stage(vae: AutoencoderKLWan, stage: Stage, out: Path, save_every: int, data: Sprites) -> None:
-    """Train from `out`'s state of the stage, or from the present weights, to the stage's end."""
+def run_stage(
+    vae: AutoencoderKLWan,
+    name: str,
+    loss_of: Callable[[int], Tensor],
+    *,
+    rates: tuple[float, float],
+    steps: int,
+    out: Path,
+    save_every: int,
+    data: VaeBatches,
+) -> None:
+    """Train from `out`'s state of the stage, or from the present weights, to the stage's end.
+
+    Args:
+        loss_of: step -> loss.
+        rates: of Muon, on the kernels of convolutions, and of AdamW on the rest.
+    """
     from tqdm import tqdm
 
     edges = {"encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out"}
     edges |= {"quant_conv", "post_quant_conv"}
     kernels, others = [], []
-    for name, parameter in vae.named_parameters():
-        is_kernel = name.endswith("weight") and parameter.ndim >= 4 and name.rsplit(".", 1)[0] not in edges
+    for key, parameter in vae.named_parameters():
+        is_kernel = key.endswith("weight") and parameter.ndim >= 4 and key.rsplit(".", 1)[0] not in edges
         (kernels if is_kernel else others).append(parameter)
-    optimizers = [Muon(kernels, momentum=0.9), torch.optim.AdamW(others, betas=(0.9, 0.95))]
-    start, state_file = 0, out / f"{stage.name}.pt"
+    optimizers = [
+        Muon(kernels, lr=rates[0], momentum=0.9),
+        torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.95)),
+    ]
+    first, state_file = 0, out / f"{name}.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         vae.load_state_dict(state["vae"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for optimizer, saved, rate in zip(optimizers, state["optimizers"], rates, strict=True):
             optimizer.load_state_dict(saved)
-        start = state["step"]
-    check = Sprites(data.seed + 1, data.size, data.frames)
-    check_images, check_clips = check.images(0, 32), check.clips(0, 16, data.size)
-    bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, mininterval=2)
-    began = time.monotonic()
-    for step in bar:
-        scale = min(1.0, (step + 1) / 40) * max(0.01, min(1.0, (1 - step / stage.steps) / 0.7))
-        for optimizer, rate in zip(optimizers, stage.rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * scale
+            optimizer.param_groups[0]["lr"] = rate  # the schedule starts from it
+        first = state["step"]
+    check = VaeBatches(data.seed + 1, data.size, data.frames)
+    check_images, check_clips = check.images(0, CHECKED[0]), check.clips(0, CHECKED[1], data.size)
+
+    def autocast_loss(step: int) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = stage.loss(step, *stage.batch(step))
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        if (step + 1) % save_every == 0 or step + 1 == stage.steps:
-            vae.eval()
-            images, clips = decibels(vae, *check_images), decibels(vae, *check_clips)
-            with torch.no_grad():
-                places = place_error(encode_one_pass(vae, check_clips[0])[0])
-            vae.train()
-            line = (
-                f"{stage.name} step {step + 1} loss {loss.item():.4f} images {images[0]:.2f} dB (subjects {images[1]:.2f}) "
-                f"clips {clips[0]:.2f} dB (subjects {clips[1]:.2f}) places {places:.4f} {time.monotonic() - began:.0f} s"
-            )
-            tqdm.write(line)
-            with open(out / "log.txt", "a") as log:
-                log.write(line + "\n")
-            state = {
-                "vae": vae.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step + 1,
-            }
-            with atomic_path(state_file) as aside:
-                torch.save(state, aside)
+            return loss_of(step)
+
+    def save(step: int, loss: float) -> None:
+        vae.eval()
+        images, clips = decibels(vae, *check_images), decibels(vae, *check_clips)
+        with torch.no_grad():
+            places = place_error(encode_one_pass(vae, check_clips[0])[0])
+        vae.train()
+        line = (
+            f"{name} step {step} loss {loss:.4f} images {images[0]:.2f} dB (subjects {images[1]:.2f}) "
+            f"clips {clips[0]:.2f} dB (subjects {clips[1]:.2f}) places {places:.4f}"
+        )
+        tqdm.write(line)
+        with open(out / "log.txt", "a") as log:
+            log.write(line + "\n")
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        with atomic_path(state_file) as unfinished:
+            torch.save({"vae": vae.state_dict(), "optimizers": states, "step": step}, unfinished)
+
+    train_steps(
+        vae.parameters(),
+        optimizers,
+        autocast_loss,
+        steps=steps,
+        first=first,
+        warmup=40,
+        decay=0.7,
+        least=0.01,
+        report_every=save_every,
+        report=save,
+        label=name,
+    )
 
 
 def train_vae(
@@ -250,35 +253,31 @@ def train_vae(
     vae = AutoencoderKLWan(**CONFIG)
     initialize(vae, torch.Generator().manual_seed(seed))
     lay_channels_last(vae)
-    data = Sprites(seed, size, frames)
+    data = VaeBatches(seed, size, frames)
+    stage = {"out": out, "save_every": save_every, "data": data}
 
     def generator(step: int) -> torch.Generator:
         return torch.Generator().manual_seed(seed * 1000003 + step)
 
-    def pictures(step: int) -> tuple[Tensor, Tensor]:
+    def pictures(step: int) -> Tensor:
         on_images = step < image_steps or step % 4 == 0
-        return data.images(step, 16) if on_images else data.clips(step, 4, crop)
+        video, mask = data.images(step, 16) if on_images else data.clips(step, 4, crop)
+        return picture_loss(vae, video, mask, sample=step >= image_steps, generator=generator(step))
 
-    def picture_loss(step: int, video: Tensor, mask: Tensor) -> Tensor:
-        return loss_of(vae, video, mask, sample=step >= image_steps, generator=generator(step))
-
-    def whole_frames(step: int) -> tuple[Tensor, Tensor]:
+    def places(step: int) -> Tensor:
         step += steps
-        return data.clips(step, 2, size) if step % 2 else data.images(step, 12)
-
-    def places(step: int, video: Tensor, mask: Tensor) -> Tensor:
-        return place_loss(vae, video, mask, generator(steps + step))
+        video, mask = data.clips(step, 2, size) if step % 2 else data.images(step, 12)
+        return place_loss(vae, video, mask, generator(step))
 
     if not (out / "places.pt").exists():
-        run_stage(vae, Stage("pictures", steps, (0.03, 5e-3), pictures, picture_loss), out, save_every, data)
+        run_stage(vae, "pictures", pictures, rates=(0.03, 5e-3), steps=steps, **stage)
         vae.eval()
-        ahead = range(10**6, 10**6 + 16)
-        videos = [
-            video for step in ahead for video in (data.images(step, 8)[0], data.clips(step, 4, size)[0])
-        ]
-        metric = decoder_metric(vae, *data.clips(10**6, 16, size), np.random.default_rng([seed, 3]))
+        videos = []
+        for ahead in range(10**6, 10**6 + FOLDED):
+            videos += [data.images(ahead, 8)[0], data.clips(ahead, 4, size)[0]]
+        metric = decoder_metric(vae, *data.clips(10**6, CHECKED[1], size), np.random.default_rng([seed, 3]))
         fold_normalization(vae, videos, metric)
         vae.train()
-    run_stage(vae, Stage("places", place_steps, (0.01, 1.5e-3), whole_frames, places), out, save_every, data)
-    with atomic_path(out / "vae.pt") as aside:
-        torch.save(vae.eval().state_dict(), aside)
+    run_stage(vae, "places", places, rates=(0.01, 1.5e-3), steps=place_steps, **stage)
+    with atomic_path(out / "vae.pt") as unfinished:
+        torch.save(vae.eval().state_dict(), unfinished)

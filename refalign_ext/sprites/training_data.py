@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from refalign_ext.atomic_io import atomic_open
 from refalign_ext.backbone import WanModel, dit_arguments, file_sha256
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import Source
@@ -18,14 +16,15 @@ from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.encoders import Encoders
 from refalign_ext.sprites.ablations.teacher_input import trained_reference_context
 from refalign_ext.sprites.dataset import MixedSprites, SpriteSettings, SpriteSource
-from refalign_ext.sprites.evaluate import Job, SpriteEvaluator, contact_sheet
+from refalign_ext.sprites.evaluate import JudgingJob, SpriteEvaluator
+from refalign_ext.sprites.pixels import save_picture
 from refalign_ext.sprites.vae_onepass import encode_latents, lay_channels_last
 from refalign_ext.training.clip_data import require_clip_sets
 from refalign_ext.training.data_source import Preview, TrainingData
 from refalign_ext.training.run_log import RunLog
 from refalign_ext.training.trainer import Trainer
 
-PREVIEW_SEED = 7  # not that of the published figures (`Job.seed`): runs are steered by their previews
+PREVIEW_SEED = 7  # not that of the published figures (`JudgingJob.seed`): runs are steered by their previews
 # Shares of cached clips with one, two and three subjects; which ones a step draws is a setting.
 CACHED_COUNTS = (0.45, 0.48, 0.07)
 
@@ -89,7 +88,6 @@ class SpriteData:
         evaluator = None
         if trainer.parallel.is_main:
             evaluator = SpriteEvaluator(task, encoders.vae, trainer.encode_text, config.precision)
-            folder.mkdir(parents=True, exist_ok=True)
 
         def preview(step: int) -> dict[str, float]:
             weights = trainer.ema.full_state_dict()
@@ -101,15 +99,16 @@ class SpriteData:
                 context = trained_reference_context(trainer, encoders, model)
                 sheets = []
                 for subjects, clips in ((1, config.preview_clips), (2, max(1, config.preview_clips // 2))):
-                    job = Job(clips, subjects, seed=PREVIEW_SEED, sample_steps=config.preview_steps or None)
+                    job = JudgingJob(
+                        clips, subjects, seed=PREVIEW_SEED, sample_steps=config.preview_steps or None
+                    )
                     evaluation = evaluator.generate(model, job, reference_context=context)
                     for key, row in evaluation.table().items():
-                        if not np.isnan(row["share"]):
+                        if row is not None:
                             values[f"judge_{subjects}/{key}"] = row["share"]
-                    sheets.append(contact_sheet(evaluation, rows=6))
+                    sheets.append(evaluation.contact_sheet(rows=6))
                 picture = _stacked(sheets)
-                with atomic_open(folder / f"step-{step:08d}.png") as file:
-                    Image.fromarray(picture).save(file, format="PNG")
+                save_picture(folder / f"step-{step:08d}.png", picture)
                 log.image(step, "preview", picture)
             trainer.parallel.barrier()
             return values

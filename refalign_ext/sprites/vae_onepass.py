@@ -7,20 +7,12 @@ others. These two functions run the library's own layers on the whole clip. A te
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample
 from torch import Tensor, nn
 
-
-class NormalizingVAE(Protocol):
-    """What is used of WanVAE here: the library's model and the latents' statistics per channel."""
-
-    model: AutoencoderKLWan
-    mean: Tensor
-    std: Tensor
+from refalign_ext.backbone import WanVAE
 
 
 def lay_channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -75,14 +67,14 @@ def decode_one_pass(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_latents(vae: NormalizingVAE, videos: Tensor) -> Tensor:
+def encode_latents(vae: WanVAE, videos: Tensor) -> Tensor:
     """videos [B, 3, T, H, W] in [-1, 1] -> normalised latents [B, z, t, h, w], as `WanVAE.encode` gives one by one."""
     mean, _ = encode_one_pass(vae.model, videos.to(vae.mean.device))
     return (mean - vae.mean.view(-1, 1, 1, 1)) / vae.std.view(-1, 1, 1, 1)
 
 
 @torch.no_grad()
-def decode_latents(vae: NormalizingVAE, latents: Tensor) -> Tensor:
+def decode_latents(vae: WanVAE, latents: Tensor) -> Tensor:
     """Normalised latents [B, z, t, h, w] -> videos [B, 3, T, H, W] in [-1, 1], as `WanVAE.decode` gives one by one."""
     latents = latents * vae.std.view(-1, 1, 1, 1) + vae.mean.view(-1, 1, 1, 1)
     return decode_one_pass(vae.model, latents).clamp(-1, 1)

@@ -64,7 +64,7 @@ Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Subject:
+class SpriteSubject:
     """What makes a subject itself: `shape`, `pattern` and the pattern's two colours (`first`, `second`).
 
     `tints` replaces the palette's red, green and blue values; the names are then those of the nearest palette colours.
@@ -83,7 +83,6 @@ class Subject:
 
     @property
     def colors(self) -> frozenset[str]:
-        """Names of both colours, in no order."""
         return frozenset((self.first, self.second))
 
 
@@ -91,7 +90,7 @@ class Subject:
 class Performance:
     """One subject's part in a clip: `angle` in radians, `center` (x, y) at mid-clip and `size` as frame fractions."""
 
-    subject: Subject
+    subject: SpriteSubject
     size: str
     motion: str
     lane: str
@@ -100,7 +99,7 @@ class Performance:
 
 
 @dataclass(frozen=True)
-class Clip:
+class SpriteClip:
     """A clip's full truth."""
 
     background: str
@@ -108,17 +107,16 @@ class Clip:
     caption: str
 
 
-def all_subjects() -> list[Subject]:
-    """Every subject of the world, in a fixed order."""
+def all_subjects() -> list[SpriteSubject]:
     return [
-        Subject(shape, pattern, first, second)
+        SpriteSubject(shape, pattern, first, second)
         for shape in SHAPES
         for pattern in PATTERNS
         for first, second in permutations(COLORS, 2)
     ]
 
 
-def subject_split(subject: Subject) -> str:
+def subject_split(subject: SpriteSubject) -> str:
     """`"palette"` for the three palettes never trained on, `"held_out"` for a fixed fifth of the rest, else `"train"`."""
     if subject.colors in HELD_OUT_PALETTES:
         return "palette"
@@ -126,12 +124,8 @@ def subject_split(subject: Subject) -> str:
     return "held_out" if hashlib.sha256(name.encode()).digest()[0] % 5 == 0 else "train"
 
 
-def subjects_of(split: str) -> list[Subject]:
-    """Subjects of `"train"`, `"held_out"` or `"palette"`.
-
-    Raises:
-        ValueError: for any other split.
-    """
+def subjects_of(split: str) -> list[SpriteSubject]:
+    """Subjects of `"train"`, `"held_out"` or `"palette"`."""
     chosen = [subject for subject in all_subjects() if subject_split(subject) == split]
     if not chosen:
         raise ValueError(f"unknown split {split!r}: choose train, held_out or palette")
@@ -139,11 +133,10 @@ def subjects_of(split: str) -> list[Subject]:
 
 
 def nearest_color(rgb: Color) -> str:
-    """Name of the palette colour nearest to `rgb`."""
     return min(PALETTE, key=lambda name: sum((a - b) ** 2 for a, b in zip(PALETTE[name], rgb, strict=True)))
 
 
-def tinted(rng: np.random.Generator, subject: Subject) -> Subject:
+def tinted(rng: np.random.Generator, subject: SpriteSubject) -> SpriteSubject:
     """`subject` in two free colours that are nearest to its own names.
 
     With six fixed colours a model learns to tell a dozen pairs apart and cannot show any other pair; free colours can
@@ -170,23 +163,22 @@ def caption_of(background: str, performances: tuple[Performance, ...]) -> str:
     return f"{text[0].upper()}{text[1:]} in front of {background}."
 
 
+def layout_of(performance: Performance) -> str:
+    """Whether a performance's lane is one of `rows` or of `columns`."""
+    return "rows" if performance.motion in ("left", "right") else "columns"
+
+
 def sample_clip(
     rng: np.random.Generator,
-    subjects: list[Subject],
+    subjects: list[SpriteSubject],
     count: int,
     free_colors: bool = False,
     tilted: bool = False,
-) -> Clip:
+) -> SpriteClip:
     """Draw a clip of `count` (1 to 3) different subjects, each in a lane of its own, named from the first lane on.
 
     Half of the pairs share a shape or a palette on purpose: otherwise there is nothing that could be confused.
-
-    Args:
-        free_colors: every subject is `tinted`.
-        tilted: subjects are turned as references are; otherwise they stand upright.
-
-    Raises:
-        ValueError: if `count` is not 1, 2 or 3.
+    Subjects are `tinted` for `free_colors`; `tilted` ones are turned as references are, others stand upright.
     """
     if count not in (1, 2, 3):
         raise ValueError(f"{count} subjects asked for: the sprite world shows 1, 2 or 3")
@@ -205,10 +197,10 @@ def sample_clip(
         center = (along, across) if layout == "rows" else (across, along)
         angle = draw_tilt(rng) if tilted else 0.0
         performances.append(Performance(subject, size, motion, lanes[place], angle, center))
-    return Clip(background, tuple(performances), caption_of(background, tuple(performances)))
+    return SpriteClip(background, tuple(performances), caption_of(background, tuple(performances)))
 
 
-def _draw_cast(rng: np.random.Generator, subjects: list[Subject], count: int) -> list[Subject]:
+def _draw_cast(rng: np.random.Generator, subjects: list[SpriteSubject], count: int) -> list[SpriteSubject]:
     cast = [subjects[rng.integers(len(subjects))]]
     while len(cast) < count:
         wish = rng.integers(4)
@@ -234,10 +226,9 @@ def inside_shape(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if shape == "triangle":
         side = math.sqrt(3) / 2
         return np.maximum(np.maximum(side * x + 0.5 * y, -side * x + 0.5 * y), -y) - 0.5
-    if shape == "cross":
-        bar = np.maximum(np.abs(x) - 0.93, np.abs(y) - 0.36)
-        return np.minimum(bar, np.maximum(np.abs(y) - 0.93, np.abs(x) - 0.36))
-    raise ValueError(f"unknown shape {shape!r}: choose one of {', '.join(SHAPES)}")
+    assert shape == "cross", shape
+    bar = np.maximum(np.abs(x) - 0.93, np.abs(y) - 0.36)
+    return np.minimum(bar, np.maximum(np.abs(y) - 0.93, np.abs(x) - 0.36))
 
 
 def inside_second_color(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -246,27 +237,34 @@ def inside_second_color(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarra
         return x - 0.2  # uneven, so that swapping the two colours makes another subject and not a turned one
     if pattern == "core":
         return np.hypot(x, y) - 0.5
-    if pattern == "band":
-        return np.abs(y) - 0.3
-    raise ValueError(f"unknown pattern {pattern!r}: choose one of {', '.join(PATTERNS)}")
+    assert pattern == "band", pattern
+    return np.abs(y) - 0.3
+
+
+def rotated(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in a frame turned by `angle` (radians)."""
+    return math.cos(angle) * x + math.sin(angle) * y, -math.sin(angle) * x + math.cos(angle) * y
+
+
+def coverage_at(distance: np.ndarray, radius: float) -> np.ndarray:
+    """Coverage 0..1 of pixels at signed distances in radii (of `radius` pixels): edges are one pixel soft."""
+    return np.clip(0.5 - distance * radius, 0, 1)
 
 
 def paint(
-    canvas: np.ndarray, subject: Subject, center: tuple[float, float], diameter: float, angle: float
+    canvas: np.ndarray, subject: SpriteSubject, center: tuple[float, float], diameter: float, angle: float
 ) -> np.ndarray:
     """Paint `subject` on `canvas` ([H, W, 3] float, in place) and return its coverage [H, W] in 0..1.
 
-    `center` (x, y) and `diameter` are in pixels, `angle` in radians. Edges are one pixel soft.
+    `center` (x, y) and `diameter` are in pixels, `angle` in radians.
     """
     height, width, _ = canvas.shape
     radius = diameter / 2
     x = (np.arange(width, dtype=np.float32) + 0.5 - center[0]) / radius
     y = (np.arange(height, dtype=np.float32) + 0.5 - center[1]) / radius
-    x, y = np.meshgrid(x, y)
-    u = math.cos(angle) * x + math.sin(angle) * y
-    v = -math.sin(angle) * x + math.cos(angle) * y
-    coverage = np.clip(0.5 - inside_shape(subject.shape, u, v) * radius, 0, 1)
-    second = np.clip(0.5 - inside_second_color(subject.pattern, u, v) * radius, 0, 1)[..., None]
+    u, v = rotated(*np.meshgrid(x, y), angle)
+    coverage = coverage_at(inside_shape(subject.shape, u, v), radius)
+    second = coverage_at(inside_second_color(subject.pattern, u, v), radius)[..., None]
     first_rgb, second_rgb = subject.rgb
     color = (1 - second) * np.float32(first_rgb) + second * np.float32(second_rgb)
     canvas += coverage[..., None] * (color - canvas)
@@ -274,18 +272,14 @@ def paint(
 
 
 def paint_background(name: str, height: int, width: int) -> np.ndarray:
-    """A vertical gradient [H, W, 3] float 0..255."""
+    """A vertical gradient [height, width, 3] float 0..255."""
     top, bottom = (np.float32(color) for color in BACKGROUNDS[name])
     ramp = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
     return np.broadcast_to(top + ramp * (bottom - top), (height, width, 3)).copy()
 
 
-def render_clip(clip: Clip, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Render a clip.
-
-    Returns:
-        video [frames, height, width, 3] uint8, and coverage [frames, height, width] float 0..1 of all subjects.
-    """
+def render_clip(clip: SpriteClip, frames: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Video [frames, height, width, 3] uint8, and coverage [frames, height, width] float 0..1 of all subjects."""
     video = np.empty((frames, height, width, 3), np.uint8)
     covered = np.zeros((frames, height, width), np.float32)
     background = paint_background(clip.background, height, width)
@@ -306,7 +300,7 @@ def render_clip(clip: Clip, frames: int, height: int, width: int) -> tuple[np.nd
 
 
 def render_reference(
-    subject: Subject,
+    subject: SpriteSubject,
     height: int,
     width: int,
     angle: float,
@@ -322,12 +316,11 @@ def render_reference(
 
 
 def draw_tilt(rng: np.random.Generator) -> float:
-    """The angle of a reference in radians, to either side."""
     return float(rng.choice((-1, 1)) * rng.uniform(*REFERENCE_TILT))
 
 
 def render_cross_reference(
-    rng: np.random.Generator, subject: Subject, height: int, width: int
+    rng: np.random.Generator, subject: SpriteSubject, height: int, width: int
 ) -> tuple[np.ndarray, float, float]:
     """A reference in a pose and scale of its own: image [height, width, 3] uint8, angle in radians, scale."""
     angle, scale = draw_tilt(rng), float(rng.uniform(0.45, 0.85))
@@ -338,17 +331,13 @@ def render_cross_reference(
 def sample_reference(
     rng: np.random.Generator, performance: Performance, height: int, width: int, pair: str = "cross"
 ) -> tuple[np.ndarray, float, float]:
-    """Render a reference for a performance.
+    """A reference for a performance: image [height, width, 3] uint8, angle in radians, scale as a frame fraction.
 
-    Args:
-        pair: `"cross"` (another angle and scale) or `"regular"` (the clip's own angle, cut out and enlarged).
-
-    Returns:
-        image [height, width, 3] uint8, its angle in radians, its scale as a fraction of the frame.
+    `pair` is `"cross"` (another angle and scale) or `"regular"` (the clip's own angle, cut out and enlarged).
     """
     if pair == "cross":
         return render_cross_reference(rng, performance.subject, height, width)
-    if pair == "regular":
-        image = render_reference(performance.subject, height, width, performance.angle, REGULAR_SCALE)
-        return image, performance.angle, REGULAR_SCALE
-    raise ValueError(f"unknown pair kind {pair!r}: choose cross or regular")
+    if pair != "regular":
+        raise ValueError(f"unknown pair kind {pair!r}: choose cross or regular")
+    image = render_reference(performance.subject, height, width, performance.angle, REGULAR_SCALE)
+    return image, performance.angle, REGULAR_SCALE

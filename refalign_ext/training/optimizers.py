@@ -26,15 +26,16 @@ def build_optimizers(trained: TrainedModules, config: TrainConfig) -> list[torch
     beside = [p for name, part in trained.named_children() if name != "dit" for p in part.parameters()]
     if beside:
         groups.append({"params": beside})
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-    ]
+    decay = config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    optimizers.append(
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=decay)
+    )
     if matrices:
-        optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["base_lr"] = group["lr"]
+        optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
     return optimizers
 
 
@@ -56,5 +57,6 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], scale: float) -> None:
     """Set every group to `scale` times its base learning rate."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["base_lr"] * scale
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * scale

@@ -29,7 +29,7 @@ from refalign_ext.distributed.process_group import (
 )
 from refalign_ext.encoders import Encoders, task_config
 from refalign_ext.planning.plan import Plan
-from refalign_ext.planning.table import describe
+from refalign_ext.planning.table import plan_table
 from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.tasks import TASKS
 from refalign_ext.training.build import build_trainer
@@ -83,7 +83,7 @@ def run_training(
     plan = make_training_plan(config, task_config(config), world, device_memory=memory)
     is_small = plan.fits and world == 1 and TASKS[config.task].bundled is not None
     if is_main and (dry_run or not is_small):
-        print(describe(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
+        print(plan_table(plan), file=sys.stdout if dry_run else sys.stderr, flush=True)
     plan.require_fit()
     if place is None:
         return None

@@ -137,9 +137,7 @@ class Trainer:
         return self.config.batch_size * self.parallel.sizes.data * self.accumulation
 
     def train_step(self) -> StepReport:
-        """One optimizer step over all ranks.
-
-        A step whose loss or gradient is not finite leaves the weights as they were; what it saw is written down.
+        """One optimizer step over all ranks; one that is not finite leaves the weights as they were.
 
         Raises:
             FloatingPointError: after `max_skipped_steps` such steps in a row.

@@ -15,11 +15,6 @@ def head_commit(root: Path) -> str | None:
     return _git(root, "rev-parse", "HEAD")
 
 
-def commit_date(root: Path) -> str | None:
-    """The day of that commit, as 2026-03-05."""
-    return _git(root, "log", "-1", "--format=%cs")
-
-
 def changed_files(root: Path) -> list[str]:
     """Python files below `wan/` that differ from the commit or that git does not know and does not ignore.
 
@@ -35,39 +30,27 @@ def changed_files(root: Path) -> list[str]:
 def stated_version(root: Path) -> str | None:
     """The version in the tree's pyproject.toml."""
     path = root / "pyproject.toml"
-    if not path.is_file():
-        return None
-    found = re.search(
-        r'^version\s*=\s*"([^"]+)"', path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
     return found[1] if found else None
 
 
-def describe(root: Path) -> str:
+def describe_checkout(root: Path) -> str:
     """Version, commit and edits in one line."""
-    parts = [f"version {stated_version(root) or 'unknown'}"]
     commit = head_commit(root)
+    version = f"version {stated_version(root) or 'unknown'}"
     if commit is None:
-        parts.append("no git checkout")
-    else:
-        parts.append(f"commit {commit[:7]} of {commit_date(root)}")
-        if edited := changed_files(root):
-            parts.append(f"differs from it in {len(edited)} file{'s'[: len(edited) != 1]}")
-    return ", ".join(parts)
+        return f"{version}, no git checkout"
+    date = _git(root, "log", "-1", "--format=%cs")
+    edited = len(changed_files(root))
+    edits = f", differs from it in {edited} file{'s'[: edited != 1]}" if edited else ""
+    return f"{version}, commit {commit[:7]} of {date}{edits}"
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     # A tree from elsewhere may configure programs that git runs by itself; none is wanted here.
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(root),
-        "-c",
-        "core.fsmonitor=false",
-        "-c",
-        "core.hooksPath=/dev/null",
-    ]
+    safe = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
+    command = ["git", "--no-optional-locks", "-C", str(root), *safe]
     try:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,14 +13,15 @@ from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.source import (
     Function,
     PlaceNotFound,
+    SourceFile,
     SourceTree,
     absolute_imports,
     attributes_set,
     calls_of,
+    defaults_of,
     names_of,
     outer_imports,
     parameters_of,
-    required_parameters,
 )
 
 PRESENT, CHANGED, MISSING = "present", "changed", "missing"
@@ -65,82 +67,60 @@ class ContractEntry:
 
 
 class Contract:
-    """The check of one tree; `findings` lists the outcome in the order of the files."""
+    """The check of one tree; `findings` lists the outcome in the order of the files.
+
+    Raises:
+        ValueError: if there is no `wan/`.
+    """
 
     def __init__(self, root: Path) -> None:
-        """Reads the tree.
-
-        Raises:
-            ValueError: if there is no `wan/`.
-        """
         self.tree = SourceTree(root)
         self.findings: list[ContractEntry] = []
-        self._model()
-        self._blocks()
-        self._parallel()
-        self._configs()
-        self._parts()
+        by_name, by_position = self._by_name, self._by_position
+        by_name("WanModel.__init__", MODEL, ARGUMENTS, ATTACH)
+        by_name("WanModel.forward", MODEL, ("x", "t", "context", "seq_len"), ATTACH)
+        self._attributes("WanModel", MODEL, MODEL_ATTRIBUTES, ATTACH)
+        self._check("WanModel.forward takes t [B]", BATCHES, self._takes_batches)
+
+        self._attributes("WanAttentionBlock", MODEL, BLOCK_ATTRIBUTES, ATTACH)
+        by_position("WanSelfAttention.forward", MODEL, ("x", "seq_lens", "grid_sizes", "freqs"), ATTACH)
+        cross = "WanT2VCrossAttention.forward", "WanCrossAttention.forward"
+        by_position(cross, MODEL, ("x", "context", "context_lens"), ATTACH)
+        self._check("WanAttentionBlock adds what cross_attn returns", ATTACH, self._adds_cross_attention)
+        by_position("WanAttentionBlock.forward", MODEL, BLOCK_FORWARD, PARALLEL)
+        self._attributes("WanSelfAttention", MODEL, ("core",), PARALLEL)
+        self._attributes("WanModel", MODEL, ("_supports_gradient_checkpointing",), RECOMPUTING)
+
+        for name in ("WAN_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES"):
+            self._check(name, TASKS, lambda name=name: self._is_bound("wan/configs/__init__.py", name))
+
+        t5 = "wan/modules/t5.py"
+        by_name("T5EncoderModel.__init__", t5, T5_ARGUMENTS, TEXT)
+        by_position("T5EncoderModel.__call__", t5, ("texts", "device"), TEXT)
+        self._attributes("T5EncoderModel", t5, ("model",), TEXT)
+        homes = [("wan/modules/vae.py", "WanVAE", VAE), ("wan/modules/vae2_1.py", "Wan2_1_VAE", VAE)]
+        homes = [home for home in homes if home[0] in self.tree.texts][:1] or homes[:1]
+        if "wan/modules/vae2_2.py" in self.tree.texts:
+            homes.append(("wan/modules/vae2_2.py", "Wan2_2_VAE", TI2V))
+        for file, name, cost in homes:
+            by_name(f"{name}.__init__", file, ("vae_pth", "device"), cost)
+            by_position(f"{name}.encode", file, (None,), cost)
+            by_position(f"{name}.decode", file, (None,), cost)
         self._imports()
 
     def costs(self) -> list[str]:
         """Features that are lost."""
         return list(dict.fromkeys(f.cost for f in self.findings if f.state != PRESENT))
 
-    def _model(self) -> None:
-        self._function("WanModel.__init__", MODEL, ARGUMENTS, ATTACH, by_name=True)
-        self._function("WanModel.forward", MODEL, ("x", "t", "context", "seq_len"), ATTACH, by_name=True)
-        self._attributes("WanModel", MODEL_ATTRIBUTES, ATTACH)
-        self._check("WanModel.forward takes t [B]", BATCHES, self._takes_batches)
-
-    def _blocks(self) -> None:
-        self._attributes("WanAttentionBlock", BLOCK_ATTRIBUTES, ATTACH)
-        self._function(
-            "WanSelfAttention.forward", MODEL, ("x", "seq_lens", "grid_sizes", "freqs"), ATTACH, in_order=True
-        )
-        cross = "WanT2VCrossAttention.forward", "WanCrossAttention.forward"
-        self._function(cross, MODEL, ("x", "context", "context_lens"), ATTACH, in_order=True)
-        self._check("WanAttentionBlock adds what cross_attn returns", ATTACH, self._adds_cross_attention)
-
-    def _parallel(self) -> None:
-        self._function("WanAttentionBlock.forward", MODEL, BLOCK_FORWARD, PARALLEL, in_order=True)
-        self._attributes("WanSelfAttention", ("core",), PARALLEL)
-        self._attributes("WanModel", ("_supports_gradient_checkpointing",), RECOMPUTING)
-
-    def _configs(self) -> None:
-        for name in ("WAN_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES"):
-            self._check(name, TASKS, lambda name=name: self._is_bound("wan/configs/__init__.py", name))
-
-    def _parts(self) -> None:
-        t5 = "wan/modules/t5.py"
-        self._function("T5EncoderModel.__init__", t5, T5_ARGUMENTS, TEXT, by_name=True)
-        self._function("T5EncoderModel.__call__", t5, ("texts", "device"), TEXT, in_order=True)
-        self._attributes("T5EncoderModel", ("model",), TEXT, file=t5)
-        files = ("wan/modules/vae.py", "WanVAE"), ("wan/modules/vae2_1.py", "Wan2_1_VAE")
-        self._autoencoder([pair for pair in files if pair[0] in self.tree.texts] or [files[0]], VAE)
-        if "wan/modules/vae2_2.py" in self.tree.texts:
-            self._autoencoder([("wan/modules/vae2_2.py", "Wan2_2_VAE")], TI2V)
-
-    def _autoencoder(self, places: list[tuple[str, str]], cost: str) -> None:
-        file, name = places[0]
-        self._function(f"{name}.__init__", file, ("vae_pth", "device"), cost, by_name=True)
-        self._function(f"{name}.encode", file, (None,), cost, in_order=True)
-        self._function(f"{name}.decode", file, (None,), cost, in_order=True)
-
     def _imports(self) -> None:
         """The files that are loaded are Python and import each other relatively, so that the tree can go by another
         name than `wan`; what they import without a guard is installed here.
         """
-        costs = {
-            "model": ATTACH,
-            "attention": ATTACH,
-            "t5": TEXT,
-            "tokenizers": TEXT,
-            "vae": VAE,
-            "vae2_1": VAE,
-        }
+        modules = {"model": ATTACH, "attention": ATTACH, "t5": TEXT, "tokenizers": TEXT}
+        modules |= {"vae": VAE, "vae2_1": VAE, "vae2_2": TI2V}
         for name in self.tree.texts:
             folder, _, stem = name.removesuffix(".py").rpartition("/")
-            cost = TASKS if folder == "wan/configs" else TI2V if stem == "vae2_2" else costs.get(stem)
+            cost = TASKS if folder == "wan/configs" else modules.get(stem)
             if folder not in ("wan/configs", "wan/modules") or cost is None:
                 continue
             try:
@@ -154,62 +134,60 @@ class Contract:
                 self.findings.append(ContractEntry(f"relative imports in {name}", CHANGED, cost, detail))
             for library in outer_imports(tree):
                 if library not in ("wan", "__future__") and find_spec(library) is None:
-                    remedy = f"it is not installed here: pip install {library}"
+                    what, remedy = f"{library}, which {name} imports", f"pip install {library}"
                     self.findings.append(
-                        ContractEntry(f"{library}, which {name} imports", MISSING, cost, remedy)
+                        ContractEntry(what, MISSING, cost, f"it is not installed here: {remedy}")
                     )
 
-    def _function(
-        self,
-        names: str | tuple[str, ...],
-        file: str,
-        parameters: tuple[str | None, ...],
-        cost: str,
-        *,
-        by_name: bool = False,
-        in_order: bool = False,
-    ) -> None:
-        """A function that is called with these arguments and no others.
-
-        Args:
-            names: its name, or several of which one is there.
-            parameters: None stands for any name.
-            by_name: they are passed by name, in any order; the first of a forward too.
-            in_order: they are the first ones, passed by position.
-        """
-        choices = (names,) if isinstance(names, str) else names
-        shown = f"{choices[0]}({', '.join(parameter or '...' for parameter in parameters)})"
+    def _by_name(self, name: str, file: str, parameters: tuple[str, ...], cost: str) -> None:
+        """A function that is called with these arguments by name, and no others."""
 
         def look() -> str:
-            for name in choices:
-                try:
-                    source, node = self.tree.function(file, name)
-                except PlaceNotFound:
-                    if name == choices[-1]:
-                        raise
-                else:
-                    break
-            moved = "" if source.name == file else f"it is in {source.name} now; "
-            return moved + _difference(node, parameters, in_order=in_order and not by_name)
+            source, node = self.tree.function(file, name)
+            have = parameters_of(node)
+            lacking = [parameter for parameter in parameters if parameter not in have]
+            if lacking:
+                return f"line {node.lineno}: it has no {', '.join(lacking)}, it takes ({', '.join(have)})"
+            return _moved(source, file) + _demands(node, parameters)
 
-        self._check(shown, cost, look)
+        self._check(f"{name}({', '.join(parameters)})", cost, look)
 
-    def _attributes(self, name: str, attributes: tuple[str, ...], cost: str, *, file: str = MODEL) -> None:
+    def _by_position(
+        self, names: str | tuple[str, ...], file: str, parameters: tuple[str | None, ...], cost: str
+    ) -> None:
+        """A function, under one of its names, that is called with these first arguments and no others (None: any name)."""
+        names = (names,) if isinstance(names, str) else names
+
+        def look() -> str:
+            source, node = self._first_of(file, names)
+            have = parameters_of(node)
+            first = have[: len(parameters)]
+            wanted = [name if mine is None else mine for mine, name in zip(parameters, first)]
+            if len(first) < len(parameters) or wanted != first:
+                return f"line {node.lineno}: it takes ({', '.join(have)})"
+            return _moved(source, file) + _demands(node, first)
+
+        shown = ", ".join(parameter or "..." for parameter in parameters)
+        self._check(f"{names[0]}({shown})", cost, look)
+
+    def _first_of(self, file: str, names: tuple[str, ...]) -> tuple[SourceFile, Function]:
+        for name in names[:-1]:
+            with suppress(PlaceNotFound):
+                return self.tree.function(file, name)
+        return self.tree.function(file, names[-1])
+
+    def _attributes(self, name: str, file: str, attributes: tuple[str, ...], cost: str) -> None:
         def look() -> str:
             source, node = self.tree.locate(file, name)
             if not isinstance(node, ast.ClassDef):
                 return "it is no class"
             have: set[str] = set()
             for child in node.body:
-                have |= set(names_of(child))
-                if isinstance(child, ast.FunctionDef):
-                    have |= attributes_set(child)
-            lacking = [attribute for attribute in attributes if attribute not in have]
-            if len(lacking) == len(attributes):
-                raise PlaceNotFound(
-                    f"{source.name}, line {node.lineno}: {name} never sets {', '.join(lacking)}"
-                )
-            return f"it never sets {', '.join(lacking)}" if lacking else ""
+                have |= {*names_of(child), *attributes_set(child)}
+            lacking = ", ".join(attribute for attribute in attributes if attribute not in have)
+            if have.isdisjoint(attributes):
+                raise source.changed(node, f"{name} never sets {lacking}")
+            return f"it never sets {lacking}" if lacking else ""
 
         self._check(f"{name}: {', '.join(attributes)}", cost, look)
 
@@ -240,7 +218,7 @@ class Contract:
         source, node = self.tree.function(MODEL, "WanAttentionBlock.forward")
         calls = calls_of(node, "self.cross_attn")
         if not calls:
-            raise PlaceNotFound(f"{source.name}, line {node.lineno}: the block never calls self.cross_attn")
+            raise source.changed(node, "the block never calls self.cross_attn")
         added = [
             side
             for sum_ in ast.walk(node)
@@ -250,17 +228,10 @@ class Contract:
         return "" if all(call in added for call in calls) else "its result goes through something else first"
 
 
-def _difference(node: Function, wanted: tuple[str | None, ...], *, in_order: bool) -> str:
-    have = parameters_of(node)
-    needed = [name for name in required_parameters(node) if name not in wanted]
-    if in_order:
-        first = have[: len(wanted)]
-        fits = len(first) == len(wanted) and all(
-            mine is None or mine == name for mine, name in zip(wanted, first)
-        )
-        needed = [name for name in needed if name not in first]
-        if not fits:
-            return f"line {node.lineno}: it takes ({', '.join(have)})"
-    elif lacking := [name for name in wanted if name not in have]:
-        return f"line {node.lineno}: it has no {', '.join(map(str, lacking))}, it takes ({', '.join(have)})"
+def _moved(source: SourceFile, file: str) -> str:
+    return "" if source.name == file else f"it is in {source.name} now; "
+
+
+def _demands(node: Function, given: Sequence[str]) -> str:
+    needed = [name for name in parameters_of(node) if name not in given and name not in defaults_of(node)]
     return f"line {node.lineno}: it also demands {', '.join(needed)}" if needed else ""

@@ -8,12 +8,11 @@ import os
 import platform
 import shutil
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from refalign_ext.upstream.checkout import describe
+from refalign_ext.upstream.checkout import describe_checkout
 from refalign_ext.upstream.contract import OPTIONAL, PRESENT, Contract, ContractEntry
 from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.patching import FOLDER, Outcome, load_units, status
@@ -54,33 +53,22 @@ class DoctorReport:
         return int(lost or bool(self.blocked))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        yield from _wrapped("tree", self.tree)
-        for finding in self.findings:
-            if finding.state != PRESENT:
-                yield from _wrapped(finding.state, f"{finding.name}: {finding.detail}; costs: {finding.cost}")
-        yield from _wrapped(PRESENT, "; ".join(f.name for f in self.findings if f.state == PRESENT))
-        for task, verdict in self.tasks.items():
-            yield from _wrapped("task", f"{task}: {verdict}")
-        if self.patches:
-            states = dict.fromkeys(outcome.state for outcome in self.patches)
-            for state in states:
-                names = [outcome.unit.name for outcome in self.patches if outcome.state == state]
-                yield from _wrapped("patches", f"{state}: {', '.join(names)}")
+        absent = [f for f in self.findings if f.state != PRESENT]
+        rows = [("tree", self.tree)]
+        rows += [(f.state, f"{f.name}: {f.detail}; costs: {f.cost}") for f in absent]
+        rows.append((PRESENT, "; ".join(f.name for f in self.findings if f.state == PRESENT)))
+        rows += [("task", f"{task}: {verdict}") for task, verdict in self.tasks.items()]
+        for state in dict.fromkeys(outcome.state for outcome in self.patches):
+            names = [outcome.unit.name for outcome in self.patches if outcome.state == state]
+            rows.append(("patches", f"{state}: {', '.join(names)}"))
         if self.unclear:
-            yield from _wrapped("patches", self.unclear)
-        for name, value in self.machine:
-            yield from _wrapped(name, value)
-        lost = list(dict.fromkeys(f.cost for f in self.findings if f.state != PRESENT))
-        if self.blocked:
-            yield from _wrapped("result", self.blocked)
-        elif self.exit_code:
-            yield from _wrapped("result", f"lost: {'; '.join(lost)}")
-        else:
-            without = f", without {'; '.join(lost)}" if lost else ""
-            yield from _wrapped("result", f"references work with this tree here{without}")
+            rows.append(("patches", self.unclear))
+        lost = "; ".join(dict.fromkeys(f.cost for f in absent))
+        works = f"references work with this tree here{', without ' if lost else ''}{lost}"
+        result = self.blocked or (f"lost: {lost}" if self.exit_code else works)
+        rows += [*self.machine, ("result", result)]
+        options = {"subsequent_indent": " " * 10, "break_long_words": False, "break_on_hyphens": False}
+        return "\n".join(textwrap.fill(f"{label:<9} {text}", WIDTH, **options) for label, text in rows)
 
 
 def doctor(root: Path) -> DoctorReport:
@@ -92,62 +80,47 @@ def doctor(root: Path) -> DoctorReport:
     Raises:
         ValueError: if there is no tree.
     """
-    contract, own = Contract(root), is_ours(root)
+    contract = Contract(root)
     outcomes, unclear = [], ""
     try:
-        outcomes = [] if own else status(root, load_units())
+        outcomes = [] if is_ours(root) else status(root, load_units())
     except ValueError as error:
         unclear = str(error)
     kernels = _kernels()
-    blocked = "" if own else _blocked(root, outcomes, kernels)
-    tree = f"{root} ({describe(root)})"
     return DoctorReport(
-        tree,
+        f"{root} ({describe_checkout(root)})",
         contract.findings,
         text_to_video_tasks(contract.tree),
         outcomes,
         unclear,
         _machine(kernels),
-        blocked,
+        _blocked(root, outcomes, kernels),
     )
 
 
 def text_to_video_tasks(tree: SourceTree) -> dict[str, str]:
-    """What RefAlign does with the tree's text-to-video tasks; a task's name -> a verdict.
-
-    Read from the fields of its configuration; see `refusal`.
-    """
+    """What RefAlign does with the tree's text-to-video tasks, a verdict by task, read from the fields of its configuration."""
     verdicts = {}
     for name in sorted(tree.texts):
-        if not name.startswith("wan/configs/wan_") or "t2v" not in name and "ti2v" not in name:
+        stem = name.removeprefix("wan/configs/wan_")
+        if stem == name or "t2v" not in stem and "ti2v" not in stem:
             continue
-        task = (
-            name.removeprefix("wan/configs/wan_")
-            .removesuffix(".py")
-            .replace("_", "-")
-            .replace("1-3B", "1.3B")
-        )
+        task = stem.removesuffix(".py").replace("_", "-").replace("1-3B", "1.3B")
         try:
             fields = _config_fields(tree.file(name).tree)
         except PlaceNotFound as error:
             verdicts[task] = str(error)
             continue
-        if reason := refusal(fields.get("boundary"), fields.get("vae_stride")):
-            verdicts[task] = reason
-        else:
-            verdicts[task] = f"r2v-{task.removeprefix('t2v-')} is made from it"
+        reason = refusal(fields.get("boundary"), fields.get("vae_stride"))
+        verdicts[task] = reason or f"r2v-{task.removeprefix('t2v-')} is made from it"
     return verdicts
 
 
 def _config_fields(tree: ast.Module) -> dict[str, str]:
     """`config.name = value` statements of a configuration file."""
-    return {
-        target.attr: ast.unparse(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Attribute)
-    }
+    assignments = (node for node in tree.body if isinstance(node, ast.Assign))
+    pairs = ((target, node.value) for node in assignments for target in node.targets)
+    return {target.attr: ast.unparse(value) for target, value in pairs if isinstance(target, ast.Attribute)}
 
 
 def _blocked(root: Path, outcomes: list[Outcome], kernels: list[str]) -> str:
@@ -172,45 +145,25 @@ def _kernels() -> list[str]:
 def _machine(kernels: list[str]) -> list[tuple[str, str]]:
     import torch
 
-    versions = ", ".join(
-        f"{name} {_version(name)}" for name in ("torch", "diffusers", "transformers", "safetensors")
-    )
+    libraries = ("torch", "diffusers", "transformers", "safetensors")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
     devices = [
-        f"cuda:{index} {torch.cuda.get_device_name(index)} ({_free_on(index)})"
+        f"cuda:{index} {torch.cuda.get_device_name(index)} ({_gib_of(torch.cuda.mem_get_info(index))} free)"
         for index in range(torch.cuda.device_count())
     ]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
+    devices += ["mps"] if torch.backends.mps.is_available() else []
+    disk = shutil.disk_usage(".")
     return [
         ("python", f"{platform.python_version()} on {platform.system()}, {versions}"),
         ("attention", ", ".join([*kernels, "SDPA"])),
         ("devices", ", ".join([*devices, f"cpu ({os.cpu_count()} cores)"])),
-        ("free", f"memory {_free_memory()}, disk here {shutil.disk_usage('.').free / GIB:.0f} GiB"),
+        ("free", f"disk here {_gib_of((disk.free, disk.total))}"),
         ("teachers", _teachers()),
     ]
 
 
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
-def _free_on(index: int) -> str:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(index)
-    return f"{free / GIB:.0f} of {total / GIB:.0f} GiB free"
-
-
-def _free_memory() -> str:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return f"{int(found.split()[1]) * 1024 / GIB:.0f} GiB"
-    except (OSError, StopIteration, ValueError, IndexError):
-        return "unknown"
+def _gib_of(sizes: tuple[int, int]) -> str:
+    return f"{sizes[0] / GIB:.0f} of {sizes[1] / GIB:.0f} GiB"
 
 
 def _teachers() -> str:
@@ -229,13 +182,3 @@ def _teachers() -> str:
             is_here = isinstance(try_to_load_from_cache(entry.repository, "config.json"), str)
         (here if is_here else absent).append(name)
     return f"here: {', '.join(here) or 'none'}; not downloaded: {', '.join(absent) or 'none'}"
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(
-        f"{label:<9} {text}",
-        WIDTH,
-        subsequent_indent=" " * 10,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

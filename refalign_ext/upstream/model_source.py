@@ -6,7 +6,6 @@ import ast
 
 from refalign_ext.upstream.source import (
     Function,
-    PlaceNotFound,
     SourceFile,
     SourceTree,
     calls_of,
@@ -42,9 +41,7 @@ def block_call(tree: SourceTree) -> tuple[SourceFile, ast.Call]:
         for call in calls_of(loop, dotted(loop.target))
     ]
     if len(calls) != 1:
-        raise PlaceNotFound(
-            f"{source.name}, line {forward.lineno}: WanModel.forward calls its blocks in {len(calls)} places, not one"
-        )
+        raise source.changed(forward, f"WanModel.forward calls its blocks in {len(calls)} places, not one")
     return source, calls[0]
 
 
@@ -57,9 +54,8 @@ def block_parameters(tree: SourceTree) -> list[str]:
     source, forward = tree.function(MODEL, "WanAttentionBlock.forward", BLOCK)
     have = parameters_of(forward)
     if tuple(have[: len(BLOCK)]) != BLOCK:
-        raise PlaceNotFound(
-            f"{source.name}, line {forward.lineno}: WanAttentionBlock.forward takes ({', '.join(have)}), "
-            f"not ({', '.join(BLOCK)}) first"
+        raise source.changed(
+            forward, f"WanAttentionBlock.forward takes ({', '.join(have)}), not ({', '.join(BLOCK)}) first"
         )
     return have
 
@@ -71,7 +67,6 @@ def require_positional(source: SourceFile, call: ast.Call) -> None:
         PlaceNotFound: naming the unit that changes it.
     """
     if any(keyword.arg is None for keyword in call.keywords):
-        raise PlaceNotFound(
-            f"{source.name}, line {call.lineno}: blocks get their arguments from a dictionary: "
-            "the unit positional-blocks is needed too"
+        raise source.changed(
+            call, "blocks get their arguments from a dictionary: the unit positional-blocks is needed too"
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 from refalign_ext.atomic_io import atomic_path
 from refalign_ext.upstream.checkout import changed_files, head_commit
@@ -31,13 +32,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "patches"
 
 @dataclass(frozen=True)
 class Unit:
-    """One patch.
-
-    Attributes:
-        name: what it is called on the command line.
-        summary: the first line of its docstring.
-        edit: puts it into a tree in memory; False: the tree has no use for it.
-    """
+    """One patch: its name, what for, and what puts it into a tree in memory (False: the tree has no use for it)."""
 
     name: str
     summary: str
@@ -56,6 +51,19 @@ class Outcome:
     unit: Unit
     state: str
     detail: str = ""
+
+
+class _Tree(NamedTuple):
+    """A tree as it is, what has been applied to it, and every file as it was before that."""
+
+    root: Path
+    present: dict[str, str]
+    record: Record
+    originals: dict[str, str]
+
+    @property
+    def is_finished(self) -> bool:
+        return all(digest(self.present[name]) == known[-1] for name, known in self.record.files.items())
 
 
 def load_units(folder: Path = FOLDER) -> list[Unit]:
@@ -92,46 +100,35 @@ def choose_units(units: Sequence[Unit], names: Sequence[str]) -> list[Unit]:
 
 def status(root: Path, units: Sequence[Unit]) -> list[Outcome]:
     """How each unit stands, found out in memory from the files as they were before any unit."""
-    present = SourceTree(root)
-    record = _current(read_record(root), present.texts)
-    originals = _originals(root, record)
-    is_finished = _is_finished(record, present.texts)
-    tree = SourceTree(root, originals)
+    tree = _read(root)
+    _, found = _edit(tree, units)
     outcomes = []
     for unit in units:
-        is_applied = unit.name in record.units
-        before = dict(tree.texts)
-        try:
-            is_needed = unit.edit(tree)
-            tree.commit()
-            state = "applied" if is_applied else "not applied"
-            state = state if is_finished else "unfinished"
-            outcomes.append(Outcome(unit, state if is_needed else "not needed"))
-        except PlaceNotFound as error:
-            tree = SourceTree(root, before)
-            outcomes.append(Outcome(unit, "changed", str(error)))
+        state = "applied" if unit.name in tree.record.units else "not applied"
+        state = state if tree.is_finished else "unfinished"
+        needed = found[unit.name]
+        if isinstance(needed, str):
+            outcomes.append(Outcome(unit, "changed", needed))
+        else:
+            outcomes.append(Outcome(unit, state if needed else "not needed"))
     return outcomes
 
 
 def apply(root: Path, units: Sequence[Unit], *, names: Sequence[str] = (), force: bool = False) -> str:
-    """Brings the chosen units into a tree, beside those that it has.
+    """Brings the chosen units into a tree, beside those that it has; gives the unified diff of what was written.
 
     Args:
         units: all there are.
         names: the chosen ones; none: all.
         force: also for a tree that has edits of its own or is no git checkout.
 
-    Returns:
-        The unified diff of what was written; empty if there was nothing to do.
-
     Raises:
         ValueError: if a place is gone (all are named) or the tree is not to be touched; nothing is written then.
     """
-    record = _current(read_record(root), SourceTree(root).texts)
-    chosen = {unit.name for unit in choose_units(units, names)} | set(record.units)
-    originals = _originals(root, record)
-    new, used = _patched(root, originals, [unit for unit in units if unit.name in chosen])
-    return _write(root, record, originals, new, used, force=force)
+    tree = _read(root)
+    chosen = {unit.name for unit in choose_units(units, names)} | set(tree.record.units)
+    new, used = _patched(tree, [unit for unit in units if unit.name in chosen])
+    return _write(tree, new, used, force=force)
 
 
 def revert(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
@@ -140,12 +137,11 @@ def revert(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> s
     Raises:
         ValueError: if a patched file has been edited since, or a unit that stays no longer fits.
     """
-    record = _current(read_record(root), SourceTree(root).texts)
+    tree = _read(root)
     dropped = {unit.name for unit in choose_units(units, names)}
-    originals = _originals(root, record)
-    kept = [unit for unit in units if unit.name in record.units and unit.name not in dropped]
-    new, used = _patched(root, originals, kept)
-    return _write(root, record, originals, new, used, force=True)
+    kept = [unit for unit in units if unit.name in tree.record.units and unit.name not in dropped]
+    new, used = _patched(tree, kept)
+    return _write(tree, new, used, force=True)
 
 
 def diff(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
@@ -154,9 +150,9 @@ def diff(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str
     Raises:
         ValueError: if a place is gone.
     """
-    originals = _originals(root, read_record(root))
-    new, _ = _patched(root, originals, choose_units(units, names))
-    return unified_diff(originals, new)
+    tree = _read(root)
+    new, _ = _patched(tree, choose_units(units, names))
+    return unified_diff(tree.originals, new)
 
 
 def unified_diff(before: dict[str, str], after: dict[str, str]) -> str:
@@ -170,118 +166,94 @@ def unified_diff(before: dict[str, str], after: dict[str, str]) -> str:
     )
 
 
-def _patched(root: Path, texts: dict[str, str], units: Sequence[Unit]) -> tuple[dict[str, str], list[str]]:
-    """The texts with these units, and the names of those that were needed."""
-    tree = SourceTree(root, dict(texts))
-    used, gone = [], []
-    for unit in units:
-        before = dict(tree.texts)
-        try:
-            if unit.edit(tree):
-                used.append(unit.name)
-            tree.commit()
-        except PlaceNotFound as error:
-            gone.append(f"{unit.name}: {error}")
-            tree = SourceTree(root, before)
-    if gone:
-        raise ValueError(
-            f"{root}: the tree has changed where a patch belongs, nothing was written: {'; '.join(gone)}"
-        )
-    return tree.texts, used
-
-
-def _is_finished(record: Record, texts: dict[str, str]) -> bool:
-    return all(digest(texts[name]) == known[-1] for name, known in record.files.items())
-
-
-def _current(record: Record, texts: dict[str, str]) -> Record:
-    """The record, empty where all files are as before any unit, as after `git checkout`."""
-    is_before = all(name in texts and digest(texts[name]) == known[0] for name, known in record.files.items())
-    return Record() if is_before else record
-
-
-def _originals(root: Path, record: Record) -> dict[str, str]:
-    """Every file of the tree as it was before any unit.
-
+def _read(root: Path) -> _Tree:
+    """
     Raises:
         ValueError: if a patched file is no longer what was written.
     """
-    texts = dict(SourceTree(root).texts)
+    present = SourceTree(root).texts
+    record, originals = read_record(root), dict(present)
+    if all(name in present and digest(present[name]) == known[0] for name, known in record.files.items()):
+        record = Record()  # as after `git checkout`
     for name, known in record.files.items():
-        if name not in texts or digest(texts[name]) not in known:
+        if name not in present or digest(present[name]) not in known:
             raise ValueError(
                 f"{root / name} was edited after it was patched: undo that edit, or restore the file with git and "
                 f"delete {root / RECORD}"
             )
-        if digest(texts[name]) == known[0]:
-            continue
-        text = (root / RECORD / "before" / name).read_bytes().decode()
-        if digest(text) != known[0]:
-            raise ValueError(f"{root / RECORD / 'before' / name} is damaged: restore the tree with git")
-        texts[name] = text
-    return texts
+        if digest(present[name]) != known[0]:
+            kept = root / RECORD / "before" / name
+            originals[name] = kept.read_bytes().decode()
+            if digest(originals[name]) != known[0]:
+                raise ValueError(f"{kept} is damaged: restore the tree with git")
+    return _Tree(root, present, record, originals)
 
 
-def _write(
-    root: Path,
-    record: Record,
-    originals: dict[str, str],
-    new: dict[str, str],
-    used: list[str],
-    *,
-    force: bool,
-) -> str:
+def _edit(tree: _Tree, units: Sequence[Unit]) -> tuple[dict[str, str], dict[str, bool | str]]:
+    """The original texts with these units; by unit whether it was needed, or the place that is gone."""
+    edited, found = SourceTree(tree.root, dict(tree.originals)), {}
+    for unit in units:
+        before = dict(edited.texts)
+        try:
+            found[unit.name] = unit.edit(edited)
+            edited.commit()
+        except PlaceNotFound as error:
+            found[unit.name] = str(error)
+            edited = SourceTree(tree.root, before)
+    return edited.texts, found
+
+
+def _patched(tree: _Tree, units: Sequence[Unit]) -> tuple[dict[str, str], list[str]]:
+    """The texts with these units, and the names of those that were needed."""
+    texts, found = _edit(tree, units)
+    if gone := [f"{name}: {reason}" for name, reason in found.items() if isinstance(reason, str)]:
+        raise ValueError(
+            f"{tree.root}: the tree has changed where a patch belongs, nothing was written: {'; '.join(gone)}"
+        )
+    return texts, [name for name, needed in found.items() if needed]
+
+
+def _write(tree: _Tree, new: dict[str, str], used: list[str], *, force: bool) -> str:
     """Makes the tree's files those of `new`, all or none."""
-    present = SourceTree(root).texts
+    root, present, folder = tree.root, tree.present, tree.root / RECORD
     written = {name: text for name, text in new.items() if text != present[name]}
-    folder = root / RECORD
-    if not written and _is_finished(record, present):
-        if new == originals:
-            _forget(folder)
-        return ""
-    if not force:
-        require_clean(root, record)
-    touched = {*written, *record.files}
-    files = {name: [digest(texts[name]) for texts in (originals, present, new)] for name in sorted(touched)}
-    note = folder / "applied.json"
-    noted = note.read_text(encoding="utf-8") if note.is_file() else None
-    done: list[str] = []
-    try:
-        _write_text(folder / ".gitignore", "*\n", folder)
-        for name in files:
-            _write_text(folder / "before" / name, originals[name], folder)
-        _write_text(note, json.dumps({"units": used, "files": files}, indent=2) + "\n", folder)
-        for name, text in written.items():
-            done.append(name)
-            _write_text(root / name, text, folder)
-    except BaseException:
-        for name in done:
-            if (root / name).read_bytes() != present[name].encode():
-                _write_text(root / name, present[name], folder)
-        if noted is None:
-            _forget(folder)
-        else:
-            _write_text(note, noted, folder)
-        raise
-    if new == originals:
+    if written or not tree.is_finished:
+        if not force:
+            _require_clean(tree)
+        note = folder / "applied.json"
+        noted = note.read_text(encoding="utf-8") if note.is_file() else None
+        touched = sorted({*written, *tree.record.files})
+        files = {name: [digest(texts[name]) for texts in (tree.originals, present, new)] for name in touched}
+        try:
+            _write_text(folder / ".gitignore", "*\n", folder)
+            for name in files:
+                _write_text(folder / "before" / name, tree.originals[name], folder)
+            _write_text(note, json.dumps({"units": used, "files": files}, indent=2) + "\n", folder)
+            for name, text in written.items():
+                _write_text(root / name, text, folder)
+        except BaseException:
+            for name in written:
+                if (root / name).read_bytes() != present[name].encode():
+                    _write_text(root / name, present[name], folder)
+            if noted is None:
+                _forget(folder)
+            else:
+                _write_text(note, noted, folder)
+            raise
+    if new == tree.originals:
         _forget(folder)
     return unified_diff({name: present[name] for name in written}, written)
 
 
-def require_clean(root: Path, record: Record) -> None:
-    """Refuses a tree whose state is not that of a release.
-
-    Raises:
-        ValueError: saying how to go on.
-    """
-    if head_commit(root) is None:
+def _require_clean(tree: _Tree) -> None:
+    """Refuses a tree whose state is not that of a release."""
+    if head_commit(tree.root) is None:
         raise ValueError(
-            f"{root} is no git checkout, so edits in it cannot be told from the release: use --force to patch it anyway"
+            f"{tree.root} is no git checkout, so edits cannot be told from the release: use --force to patch it anyway"
         )
-    if edited := [name for name in changed_files(root) if name not in record.files]:
-        more = f" and {len(edited) - 3} more" if len(edited) > 3 else ""
+    if edited := [name for name in changed_files(tree.root) if name not in tree.record.files]:
         raise ValueError(
-            f"{root} has edits of its own in {', '.join(edited[:3])}{more}: commit or undo them, or use --force"
+            f"{tree.root} has edits of its own in {', '.join(edited[:3])}: commit or undo them, or use --force"
         )
 
 

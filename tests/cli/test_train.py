@@ -30,48 +30,19 @@ from refalign_ext.backbone import WAN_CONFIGS, build_dit
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
 from refalign_ext.media import save_video
+from refalign_ext.training import trainer
+from refalign_ext.training.trainer import StepReport, Trainer
 from tests.helpers.checkpoints import read_dit, read_projectors
 
 ROOT = Path(__file__).resolve().parents[2]
-EMBEDDED = ROOT / "assets" / "r2v-tiny"
-PARTS = [
-    EMBEDDED / name
-    for name in (WAN_CONFIGS["r2v-tiny"].vae_checkpoint, WAN_CONFIGS["r2v-tiny"].t5_checkpoint, "teacher")
-]
-needs_parts = pytest.mark.skipif(
-    not all(part.exists() for part in PARTS), reason="assets/r2v-tiny lacks VAE, text encoder or teacher"
-)
 TINY = (
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--cache_clips",
-    "8",
-    "--cache_free_clips",
-    "8",
-    "--cache_views",
-    "1",
-    "--batch_size",
-    "2",
-    "--validation_clips",
-    "2",
-    "--optimizer",  # orthogonalising in bf16 takes seconds a step on processors without it
-    "adamw",
+    *("--device", "cpu", "--threads", "1", "--cache_clips", "8", "--cache_free_clips", "8"),
+    *("--cache_views", "1", "--batch_size", "2", "--validation_clips", "2"),
 )
 EXACT = (
-    "--precision",
-    "fp32",
-    "--log_every",
-    "1",
-    "--preview_every",
-    "0",
-    "--seed",
-    "3",
-    "--warmup_steps",
-    "0",
+    *("--precision", "fp32", "--log_every", "1", "--preview_every", "0", "--seed", "3"),
+    *("--warmup_steps", "0", "--schedule", "constant", "--validate_every", "0"),
 )
-EXACT += ("--schedule", "constant", "--validate_every", "0")
 
 
 def command(*arguments: object) -> list[str]:
@@ -84,13 +55,7 @@ def variables() -> dict[str, str]:
 
 def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
-        cwd=folder,
-        env=variables(),
-        capture_output=True,
-        text=True,
-        timeout=170,
-        check=False,
+        command(*arguments), cwd=folder, env=variables(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -176,17 +141,20 @@ def fails(
 def sprite_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps with a preview, made by a process of its own; `stderr.txt` is what it said."""
     folder = tmp_path_factory.mktemp("sprites")
-    settings = (*TINY, "--precision", "fp32", "--seed", "3", "--log_every", "1", "--warmup_steps", "0")
-    previews = ("--preview_every", "2", "--preview_clips", "1")
-    result = run(
-        *settings, *previews, "--schedule", "constant", "--out", "run", "--steps", "2", folder=folder
-    )
+    settings = (*TINY, *EXACT, "--preview_every", 2, "--preview_clips", 1, "--validate_every", 2)
+    result = run(*settings, "--preview_steps", 2, "--out", "run", "--steps", 2, folder=folder)
     assert result.returncode == 0, result.stderr
     (folder / "run" / "stderr.txt").write_text(result.stderr)
     return folder / "run"
 
 
-@needs_parts
+@pytest.fixture
+def cached(sprite_run: Path, tmp_path: Path) -> Path:
+    """The folder of a new run that finds its clips encoded."""
+    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
+    return tmp_path / "run"
+
+
 def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     shown = (sprite_run / "stderr.txt").read_text()
     for part in (
@@ -204,8 +172,6 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     meta = read_meta(sprite_run / "checkpoints" / "step-00000002")
     assert (meta["step"], meta["samples_seen"]) == (2, 4)
     assert meta["settings"] == json.loads((sprite_run / "settings.json").read_text())
-    assert json.loads((sprite_run / "settings.json").read_text())["steps"] == 2
-
     with Image.open(sprite_run / "previews" / "step-00000002.png") as picture:
         assert picture.mode == "RGB" and min(picture.size) >= 48
         assert np.asarray(picture).std() > 10
@@ -227,7 +193,6 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     assert [event.step for event in events.Images("preview")] == [2]
 
 
-@needs_parts
 def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_old_one(
     sprite_run: Path,
     start: Callable[..., int],
@@ -241,7 +206,6 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     assert start(*TINY, *EXACT, "--out", "run", "--steps", 4) == 0
     assert "encoding" not in capfd.readouterr().err  # the cache is there
     assert f"resuming from {Path('run') / 'checkpoints' / 'step-00000002'}" in caplog.messages
-    assert not any("resuming with seed" in message for message in caplog.messages)
     assert "resuming with steps = 4 (the checkpoint has 2)" in caplog.messages
 
     shutil.copytree(sprite_run / "cache", tmp_path / "whole" / "cache")
@@ -265,22 +229,21 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     assert curve(tmp_path / "run") == old[:1]
 
 
-@needs_parts
-def test_ctrl_c_saves_where_it_was(
-    sprite_run: Path,
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_saves_where_it_was_and_a_second_one_stops_at_once(
+    cached: Path,
     start: Callable[..., int],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    presses: int,
 ) -> None:
-    from refalign_ext.training.trainer import StepReport, Trainer
-
-    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     original = Trainer.train_step
 
     def interrupted(self: Trainer) -> StepReport:
         if self.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert presses == 1, "went on"
         return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
@@ -291,51 +254,14 @@ def test_ctrl_c_saves_where_it_was(
     finally:
         signal.signal(signal.SIGINT, previous)
     error = capfd.readouterr().err
-    assert "stopping after this step" in error
-    assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
-    assert "Traceback" not in error
-    assert names(tmp_path / "run" / "checkpoints") == ["step-00000002"]
-
-
-@needs_parts
-def test_a_second_ctrl_c_stops_at_once(
-    sprite_run: Path,
-    start: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    from refalign_ext.training.trainer import StepReport, Trainer
-
-    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
-
-    def impatient(self: Trainer) -> StepReport:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        pytest.fail("went on")
-
-    monkeypatch.setattr(Trainer, "train_step", impatient)
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert start(*TINY, *EXACT, "--out", "run", "--steps", 50) == 130
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    error = capfd.readouterr().err
     assert error.count("stopping after this step (Ctrl-C again: at once)") == 1 and "Traceback" not in error
-    assert names(tmp_path / "run" / "checkpoints") == []
+    assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
+    assert names(cached / "checkpoints") == (["step-00000002"] if presses == 1 else [])
 
 
-@needs_parts
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(
-    sprite_run: Path,
-    start: Callable[..., int],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    number: signal.Signals,
-    code: int,
+    cached: Path, start: Callable[..., int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     settings = (*TINY, *EXACT, "--out", "run", "--save_every", 10**6)
     process = subprocess.Popen(
         command(*settings, "--steps", 10**6),
@@ -344,29 +270,26 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # A test run in the background has its children ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        wait_for_step(tmp_path / "run", 2, process)
-        process.send_signal(number)
-        if number == signal.SIGTERM:  # a scheduler may repeat itself
-            process.send_signal(number)
+        wait_for_step(cached, 2, process)
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
         output, error = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == code, error
+    assert process.returncode == 143, error
     assert output == "" and "Traceback" not in error
     assert error.count("stopping after this step") == 1
     assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
-    (checkpoint,) = checkpoints_in(tmp_path / "run" / "checkpoints")
+    (checkpoint,) = checkpoints_in(cached / "checkpoints")
     step = read_meta(checkpoint)["step"]
-    assert step == curve(tmp_path / "run")[-1][0] >= 2
+    assert step == curve(cached)[-1][0] >= 2
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["latest", checkpoint.name]
 
     assert start(*settings, "--steps", step + 1) == 0
     assert f"resuming from {Path('run') / 'checkpoints' / checkpoint.name}" in caplog.messages
-    assert [found for found, _ in curve(tmp_path / "run")] == list(range(1, step + 2))
+    assert [found for found, _ in curve(cached)] == list(range(1, step + 2))
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -380,81 +303,47 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
     pytest.fail("the run does not get there")
 
 
-@needs_parts
-def test_a_step_that_is_not_finite_is_skipped_and_told(
-    sprite_run: Path,
+def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(
+    cached: Path,
     start: Callable[..., int],
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from refalign_ext.training import trainer
-
-    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
     calls, original = [], trainer.flow_matching_errors
 
     def broken(*given: object) -> torch.Tensor:
         calls.append(given)
-        return original(*given) * (float("nan") if len(calls) == 2 else 1.0)
+        return original(*given) * (1.0 if len(calls) in (1, 3) else float("nan"))
 
     monkeypatch.setattr(trainer, "flow_matching_errors", broken)
-    assert start(*TINY, *EXACT, "--out", "run", "--steps", 3) == 0
-    told = Path("run") / "skipped" / "step-00000002.json"
-    assert f"step 2 skipped, it is not finite: {told} tells its samples and losses" in caplog.messages
-    assert [value == "nan" for _, value in curve(tmp_path / "run")] == [False, True, False]
-    assert json.loads((tmp_path / told).read_text())["values"]["loss/total"] == "nan"
-    weights = read_dit(tmp_path / "run" / "checkpoints" / "step-00000003", raw=True)
-    assert all(value.isfinite().all() for value in weights.values())
-
-
-@needs_parts
-def test_losses_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(
-    sprite_run: Path,
-    start: Callable[..., int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    shutil.copytree(sprite_run / "cache", tmp_path / "run" / "cache")
-    monkeypatch.setattr(
-        "refalign_ext.training.trainer.flow_matching_errors",
-        lambda predictions, targets: torch.stack([p.sum() for p in predictions]) * float("nan"),
-    )
-    shutil.copytree(sprite_run / "checkpoints", tmp_path / "run" / "checkpoints")
-    before = entries(tmp_path / "run" / "checkpoints")
-    assert start(*TINY, *EXACT, "--out", "run", "--steps", 60, "--max_skipped_steps", 3) == 2
+    settings = ("--steps", 60, "--max_skipped_steps", 3, "--save_every", 3)
+    assert start(*TINY, *EXACT, "--out", "run", *settings) == 2
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.search(
-        r"error: 3 steps in a row gave a loss or gradient that is not finite: .*skipped, lower --learning_rate",
-        last,
+    assert "3 steps in a row gave a loss or gradient that is not finite" in last and "--learning_rate" in last
+    files = sorted((cached / "skipped").iterdir())
+    assert [path.name for path in files] == [f"step-0000000{step}.json" for step in (2, 4, 5, 6)]
+    assert any(
+        f"step 2 skipped, it is not finite: {Path('run', 'skipped')}" in line for line in caplog.messages
     )
-    files = sorted((tmp_path / "run" / "skipped").iterdir())
-    assert [path.name for path in files] == [f"step-0000000{step}.json" for step in (3, 4, 5)]
-    rows = json.loads(files[0].read_text())["samples_by_rank"][0]
+    assert [value == "nan" for _, value in curve(cached)] == [False, True, False, True, True]
+    report = json.loads(files[0].read_text())
+    assert report["values"]["loss/total"] == "nan"
+    rows = report["samples_by_rank"][0]
     assert all(re.fullmatch(r"sprite-\d+", row["sample"]) and row["flow_error"] == "nan" for row in rows)
-    assert entries(tmp_path / "run" / "checkpoints") == before
+    (checkpoint,) = checkpoints_in(cached / "checkpoints")
+    assert checkpoint.name == "step-00000003"
+    assert all(value.isfinite().all() for value in read_dit(checkpoint, raw=True).values())
 
 
-@needs_parts
 def test_the_checkpoint_serves_generation(sprite_run: Path, tmp_path: Path) -> None:
     checkpoint = sprite_run / "checkpoints" / "step-00000002"
     Image.new("RGB", (30, 40), "red").save(tmp_path / "red.png")
     arguments = ["--dit_ckpt", checkpoint, "--ref", tmp_path / "red.png", "--prompt", "a red square"]
     arguments += ["--sample_steps", 1, "--save_file", tmp_path / "a.mp4", "--device", "cpu"]
-    load_script("generate").main([*map(str, arguments), "--ckpt_dir", str(folder_with_any_dit(tmp_path))])
+    load_script("generate").main([*map(str, arguments)])
     assert (tmp_path / "a.mp4").stat().st_size > 0
     assert str(checkpoint) in (tmp_path / "a.json").read_text()
-
-
-def folder_with_any_dit(folder: Path) -> Path:
-    """The embedded model, or links to its parts where its own transformer is not there yet."""
-    if (EMBEDDED / "diffusion_pytorch_model.safetensors").exists():
-        return EMBEDDED
-    linked = folder / "embedded"
-    linked.mkdir()
-    for part in EMBEDDED.iterdir():
-        (linked / part.name).symlink_to(part)
-    return linked
 
 
 @pytest.fixture
@@ -474,7 +363,6 @@ def clips(tmp_path: Path) -> Path:
     return path
 
 
-@needs_parts
 def test_a_manifest_trains_and_resumes(
     start: Callable[..., int],
     clips: Path,
@@ -488,7 +376,7 @@ def test_a_manifest_trains_and_resumes(
     assert sum("skipping clip bad" in message for message in caplog.messages) == 1
     assert start(*common, "--steps", 4) == 0
     assert any(message.startswith("resuming from") for message in caplog.messages)
-    assert any("1 of 3 clips cannot be used (1 unreadable video)" in message for message in caplog.messages)
+    assert any("1 of 3 clips cannot be used" in message for message in caplog.messages)
     found = curve(tmp_path / "run")
     assert [step for step, _ in found] == [1, 2, 3, 4]
     assert all(row["alignment/positive"] >= 0 for row in metrics(tmp_path / "run"))
@@ -496,7 +384,6 @@ def test_a_manifest_trains_and_resumes(
     assert not (tmp_path / "run" / "previews").exists()
 
 
-@needs_parts
 def test_other_starts_and_no_alignment(
     start: Callable[..., int], clips: Path, tmp_path: Path, sprite_run: Path
 ) -> None:
@@ -519,60 +406,40 @@ def test_other_starts_and_no_alignment(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch_size", "0"], "batch_size is 0: it must be at least 1"),
-        (["--steps", "x"], "--steps.*: 'x'"),
+        (["--batch_size", "0"], "batch_size is 0"),
         (["--learning_rate", "fast"], "--learning_rate.*: 'fast'"),
-        (["--learning_rate", "nan"], "learning_rate is nan: give a finite number"),
         (["--betas", "0.9"], "betas is"),
-        (["--betas", "0.9;0.99"], "--betas.*: '0.9;0.99': give numbers with commas"),
-        (["--from_scratch", "maybe"], "--from_scratch.*: 'maybe'"),
         (["--threads", "0"], "--threads.*: 0 "),
-        (["--threads", "x"], "--threads.*: 'x'"),
         (["--batch", "2"], "--batch'.*--batch_size"),
-        (["--alignment.dept", "2"], "--alignment.dept'"),
         (["--steps"], "'--steps'"),
-        (
-            ["--recipe", "papr"],
-            "unknown recipe 'papr': choose one of paper_stage1, paper_stage2, release, tiny",
-        ),
+        (["--recipe", "papr"], "unknown recipe 'papr': .*paper_stage1, paper_stage2, release, tiny"),
         (["--world_size", "4"], "--world_size 4: a number of devices, with --dry-run"),
-        (["--world_size", "0", "--dry-run"], "--world_size.*: 0 "),
         (["--batch_size", "2", "--global_batch_size", "5"], "give a multiple of it, such as 4 or 6"),
         (["--ulysses_size", "2"], "--ulysses_size 2 x --ring_size 1 is not possible with 1 ranks .*: choose"),
-        (["--max_skipped_steps", "0"], "max_skipped_steps is 0: it must be at least 1"),
-        (["--activation_checkpointing", "some"], "choose one of none, full, selective"),
-        (["--gradient_checkpointing"], "--gradient_checkpointing'"),
-        (["--lora_rank", "2", "--ema_decay", "0.9"], "lora_rank and ema_decay exclude each other"),
         (
             ["--lora_rank", "2", "--ema_decay", "0", "--lora_targets", "x"],
             "LoRA target 'x' matches no linear",
         ),
+        (["--lora_rank", "2", "--teacher_input"], "--teacher_input trains all weights in one process"),
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
         (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
-        (["--task", "r2v-7B"], "--task r2v-7B: .*choose one of r2v-tiny, r2v-1.3B, r2v-14B"),
         (["--task", "t2v-1.3B"], "--task t2v-1.3B: a task of the family r2v"),
         (["--ckpt_dir", "here"], "lacks .*Wan2.1_VAE_tiny.pth, .*google/umt5-tiny"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--data", "none.jsonl"], "--data: none.jsonl does not exist"),
         (["--resume", "none"], "--resume none: no complete checkpoint there"),
-        (["--alignment.tap", "ffn"], "alignment.tap is 'ffn': choose one of block, self_attn"),
         (["--alignment.teacher", "clip"], "unknown teacher 'clip'"),
         (["--alignment.teacher_path", "none"], "none: no teacher dinov3-tiny"),
         (["--alignment.depth", "7"], "--alignment.depth 7: r2v-tiny has 6 blocks"),
-        (["--dit_ckpt", "none"], "none"),
         (["--dit_ckpt", "here/other.safetensors"], "other.safetensors: not the weights of a Wan transformer"),
         (["--out", "here/a.txt/run"], "--out here/a.txt/run cannot be written"),
-        (["--out", "here/a.txt"], "--out here/a.txt cannot be written"),
         (["--out", "/proc/run"], "--out /proc/run cannot be written"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(
     fails: Callable[..., str], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    if not all(part.exists() for part in PARTS) and ("teacher" in message or "dit_ckpt" in arguments[0]):
-        pytest.skip("assets/r2v-tiny lacks VAE, text encoder or teacher")
     (tmp_path / "here").mkdir()
-    (tmp_path / "here" / "bad.jsonl").write_text("{")
     (tmp_path / "here" / "a.txt").write_text("text")
     save_file({"a": torch.zeros(2)}, tmp_path / "here" / "other.safetensors")
     extra = [] if "--out" in arguments else ["--out", "out"]
@@ -580,33 +447,19 @@ def test_mistakes_are_one_line_and_write_nothing(
     assert re.search(message, fails(*arguments, *extra))
 
 
-def test_a_mistake_ends_the_process_with_code_2(tmp_path: Path) -> None:
-    result = run("--batch_size", "two", folder=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch("train_refalign.py: error: .*--batch_size.*two.*\n", result.stderr)
-    assert entries(tmp_path) == []
-
-
-def test_the_plan_of_64_devices_takes_seconds_and_no_files(tmp_path: Path) -> None:
-    before = sum(os.times()[2:4])
-    result = run("--task", "r2v-14B", "--world_size", 64, "--dry-run", folder=tmp_path)
-    assert (result.returncode, result.stderr) == (0, "")
-    for part in (
-        "training of r2v-14B on 64 ranks",
-        "14.29 B parameters",
-        "128 samples",
-        " fits: ",
-        "GiB  in all",
-    ):
-        assert part in result.stdout
-    assert entries(tmp_path) == []
-    assert sum(os.times()[2:4]) - before < 15  # seconds of computing, most of them imports
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--world_size", 8], ["training of r2v-tiny on 8 ranks: data parallel 8 x sequence parallel 1"]),
+        (
+            ["--world_size", 64, "--task", "r2v-14B"],
+            [
+                "training of r2v-14B on 64 ranks",
+                "14.29 B parameters",
+                "128 samples",
+                " fits: ",
+                "GiB  in all",
+            ],
+        ),
         (
             ["--world_size", 4, "--ulysses_size", 2],
             ["data parallel 2 x sequence parallel 2 (Ulysses 2 x ring 1)"],
@@ -639,8 +492,9 @@ def test_what_does_not_fit_is_refused_with_the_plan(
     lines = shown.err.splitlines()
     assert lines[0].startswith("training of r2v-14B on 1 rank: ")
     assert any("DOES NOT FIT" in line for line in lines)
-    message = r"train_refalign.py: error: r2v-14B does not fit on 1 device: it needs about \d+ GiB .*; use \d+ devices"
-    assert re.fullmatch(message, lines[-1])
+    assert re.search(
+        r"r2v-14B does not fit on 1 device: it needs about \d+ GiB .*; use \d+ devices", lines[-1]
+    )
     assert shown.out == "" and entries(tmp_path) == []
 
 
@@ -673,7 +527,6 @@ def test_what_real_weights_need_is_asked_for_after_the_plan(
     assert entries(tmp_path) == before
 
 
-@needs_parts
 def test_wandb_that_is_not_there_is_said_before_anything_is_written(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,7 +538,6 @@ def test_wandb_that_is_not_there_is_said_before_anything_is_written(
     assert line == "Weights & Biases is not installed: pip install wandb or leave --wandb out"
 
 
-@needs_parts
 def test_a_damaged_checkpoint_is_named_before_anything_is_written(
     sprite_run: Path,
     start: Callable[..., int],

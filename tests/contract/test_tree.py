@@ -102,7 +102,7 @@ def loss_of(output: BackboneOutput) -> Tensor:
 
 
 @pytest.mark.parametrize("tap", TAPS)
-@pytest.mark.parametrize("counts", [(1, 1), (2, 2), (3, 3), (3, 0), (1, 2)], ids=str)
+@pytest.mark.parametrize("counts", [(2, 2), (3, 0), (1, 2)], ids=str)
 def test_forward_and_taps_are_equal(pair: Callable, counts: tuple[int, ...], tap: str) -> None:
     ours, theirs = pair()
     arguments = inputs(counts)
@@ -110,6 +110,14 @@ def test_forward_and_taps_are_equal(pair: Callable, counts: tuple[int, ...], tap
         expected = ReferenceBackbone(ours)(*arguments, tap_depth=LAYERS, tap=tap)
         actual = ReferenceBackbone(theirs)(*arguments, tap_depth=LAYERS, tap=tap)
     assert len(actual.reference_tokens) == LAYERS
+    assert_same(actual, expected)
+
+
+def test_other_shapes_of_the_family(pair: Callable) -> None:
+    """48 latent channels and other sizes of a head, as TI2V-5B has."""
+    models = pair(in_dim=48, out_dim=48, dim=48)
+    with torch.no_grad():
+        expected, actual = (ReferenceBackbone(model)(*inputs((1, 2), channels=48)) for model in models)
     assert_same(actual, expected)
 
 
@@ -125,28 +133,22 @@ def test_samples_of_different_sizes_do_not_attend_to_padding(pair: Callable) -> 
 
 
 def test_gradients_are_equal(pair: Callable) -> None:
-    found = []
-    for model in pair():
-        loss_of(ReferenceBackbone(model)(*inputs((2, 1)), tap_depth=LAYERS)).backward()
-        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert found[0].keys() == found[1].keys()
-    for name, expected in found[0].items():
-        if name.endswith("attn.k.bias"):
-            continue  # a shift of all keys alike changes no attention: these gradients are rounding
-        assert difference(found[1][name], expected) < 1e-4, name
+    """Those of the tree's model with activations recomputed, too."""
 
-
-def test_recomputed_activations_give_the_same_gradients(pair: Callable) -> None:
-    _, model = pair()
-    found = []
-    for recomputed in (False, True):
-        if recomputed:
-            model.enable_gradient_checkpointing()
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
         model.zero_grad()
         loss_of(ReferenceBackbone(model)(*inputs((2, 1)), tap_depth=LAYERS)).backward()
-        found.append([parameter.grad.clone() for parameter in model.parameters()])
-    for actual, expected in zip(*found, strict=True):
-        torch.testing.assert_close(actual, expected)
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    ours, theirs = pair()
+    expected, found = gradients(ours), gradients(theirs)
+    theirs.enable_gradient_checkpointing()
+    recomputed = gradients(theirs)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(recomputed[name], found[name])
+        if not name.endswith("attn.k.bias"):  # a shift of all keys alike changes no attention: rounding
+            assert difference(found[name], wanted) < 1e-4, name
 
 
 def test_attaching_and_detaching_leaves_the_model_as_it_was(pair: Callable) -> None:
@@ -202,15 +204,6 @@ def test_patches_change_no_number(
         assert expected.abs().max() > 0.01
         # Wan2.2 spreads the one timestep first, so that a matrix product of its embedding has another shape.
         assert torch.equal(actual, expected) if batch > 1 else difference(actual, expected) < 1e-6
-
-
-def test_other_shapes_of_the_family(pair: Callable) -> None:
-    """48 latent channels and other sizes of a head, as TI2V-5B has."""
-    ours, theirs = pair(in_dim=48, out_dim=48, dim=48)
-    arguments = inputs((1, 2), channels=48)
-    with torch.no_grad():
-        expected = ReferenceBackbone(ours)(*arguments)
-        assert_same(ReferenceBackbone(theirs)(*arguments), expected)
 
 
 @pytest.mark.parametrize(

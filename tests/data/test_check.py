@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refalign_ext.atomic_io import locked
 from refalign_ext.data.check import row as check_rows
 from refalign_ext.data.check import run as module
 from refalign_ext.data.check.row import Finding, check_row
@@ -177,6 +176,9 @@ def test_sound_rows_have_no_findings_in_any_mode(tmp_path: Path, media: Path) ->
     assert result.report.read_text() == ""
     assert "3 checked, 0 with errors" in result.table()
     assert [file.name for file in tmp_path.glob(".*")] == []
+    found = findings(check(path, workers=0, length=Length(8, stride=3)))
+    assert [(item.reason, item.field) for item in found] == [("too_short", "video")] * 3
+    assert "7 of the 8 frames" in found[0].message
 
 
 def test_without_decoding_files_and_boxes_are_still_checked(tmp_path: Path, media: Path) -> None:
@@ -219,16 +221,20 @@ def test_ids_are_compared_over_the_whole_file(
     assert "already used in row 4" in findings(result)[1].message
 
 
-def test_shares_check_each_row_once(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_check_each_row_once_and_stop_at_too_many_errors(
+    tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "PIECE_ROWS", 16)
-    path = put(tmp_path, media, ["{}" for _ in range(70)])
+    path = put(tmp_path, media, ["{}"] * 70)
     results = [check(path, workers=0, share=Share(index, 3)) for index in range(3)]
-    rows = sorted(item.row for result in results for item in findings(result))
-    assert rows == list(range(1, 71))
+    assert sorted(item.row for result in results for item in findings(result)) == list(range(1, 71))
     assert [result.rows for result in results] == [32, 22, 16]
     assert results[1].report == tmp_path / "data.jsonl.check.1of3.jsonl"
     assert "share 1/3" in results[1].table()
-    assert "within this share only" in results[1].table()
+    stopped = check(path, workers=0, max_errors=20)
+    assert stopped.stopped and stopped.rows == stopped.errors == 32
+    assert "--max_errors" in stopped.table()
+    assert not check(path, workers=0, max_errors=70).stopped
 
 
 def test_table_counts_by_reason_and_field(tmp_path: Path, media: Path) -> None:
@@ -241,23 +247,6 @@ def test_table_counts_by_reason_and_field(tmp_path: Path, media: Path) -> None:
     assert [item.row for item in result.examples[kind]] == [1, 2, 3]
     assert "10  error file_missing at subjects[].refs[].image" in result.table()
     assert "row 2 (clip-1), subjects[0].refs[0].image: lost1.png does not exist" in result.table()
-
-
-def test_it_stops_after_too_many_errors(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PIECE_ROWS", 16)
-    path = put(tmp_path, media, ["{}" for _ in range(100)])
-    result = check(path, workers=0, max_errors=20)
-    assert result.stopped
-    assert result.rows == result.errors == 32
-    assert "stopped early" in result.table()
-    assert not check(path, workers=0, max_errors=100).stopped
-
-
-def test_short_videos_are_errors_if_a_length_is_asked_for(tmp_path: Path, media: Path) -> None:
-    path = put(tmp_path, media, [line()])
-    result = check(path, workers=0, length=Length(8, stride=3))
-    assert [(item.reason, item.field) for item in findings(result)] == [("too_short", "video")]
-    assert "20 frames at 8 fps are 7 of the 8 frames at stride 3 needed" in findings(result)[0].message
 
 
 def test_a_killed_check_goes_on_and_looks_at_bad_rows_again(
@@ -303,17 +292,6 @@ def test_pieces_that_are_cut_off_or_of_another_check_are_not_believed(tmp_path: 
         result = check(path, workers=0, decode="none")
         assert (result.rows, result.errors) == (20, 20)
         assert not folder.exists()
-
-
-def test_the_same_check_does_not_run_twice_at_once(tmp_path: Path, media: Path) -> None:
-    path = put(tmp_path, media, [line()])
-    folder = tmp_path / ".data.jsonl.check.jsonl.part"
-    folder.mkdir()
-    with locked(folder / "share-0-of-1"), pytest.raises(ValueError, match="another process .* --shard"):
-        check(path, workers=0, decode="none")
-    assert check(path, workers=0, decode="none").rows == 1
-    with pytest.raises(ValueError, match="has no rows"):
-        check(put(tmp_path, media, []), workers=0)
 
 
 def test_unexpected_errors_are_findings(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:

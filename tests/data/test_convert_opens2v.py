@@ -22,7 +22,7 @@ from refalign_ext.data.clip_set import open_clip_set
 from refalign_ext.data.conversion_report import ConversionReport, report_path
 from refalign_ext.data.convert import json_stream, opens2v, opens2v_join
 from refalign_ext.data.convert.opens2v import convert_opens2v
-from refalign_ext.data.convert.opens2v_entry import read_entry
+from refalign_ext.data.convert.opens2v_entry import EntryReader
 from refalign_ext.data.convert.selection import Selection, kind_of_class
 from refalign_ext.data.crop import read_reference
 from refalign_ext.data.manifest_file import ManifestReader
@@ -379,7 +379,7 @@ def test_duplicates_are_those_that_all_pairs_of_masks_give() -> None:
             things.append(Thing(f"thing {number}", box, gme=rng.choice([0.61, 0.7, 0.8])))
         threshold = rng.choice([0.6, 0.8, 0.9])
         rules = replace(SHORT, max_mask_iou=threshold, min_area_ratio=None)
-        record = read_entry("key", good(*things), rules, "here", ConversionReport())
+        record = EntryReader(rules, ConversionReport()).read("key", good(*things), "here")
         masks = [parse_mask(mask_entry(thing.rectangle, (80, 56))) for thing in things]
         kept: list[int] = []
         for index in sorted(range(12), key=lambda position: -things[position].gme):
@@ -470,16 +470,16 @@ def files_of(native: NativeSet, name: str) -> tuple[bytes, bytes]:
 def test_killed_work_goes_on_with_the_part_it_was_at(
     native: NativeSet, converted: tuple[dict[str, Clip], ConversionReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = read_entry
+    original = EntryReader.read
 
-    def fatal(key: str, *rest: Any) -> dict[str, Any]:
+    def fatal(reader: EntryReader, key: str, *rest: Any) -> dict[str, Any]:
         if key == "beta_part1":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(key, *rest)
+        return original(reader, key, *rest)
 
     child = os.fork()
     if not child:
-        opens2v.read_entry = fatal
+        EntryReader.read = fatal
         try:
             convert(native, "killed.jsonl")
         finally:

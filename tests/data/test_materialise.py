@@ -202,39 +202,49 @@ def test_packed(source: Path, tmp_path: Path) -> None:
     check_rows(again, source)
 
 
+class MadePieces(list[int]):
+    """The numbers of the pieces that were begun; those in `killed` are broken off once."""
+
+    killed: frozenset[int] = frozenset()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> MadePieces:
+    numbers = MadePieces()
+    monkeypatch.setattr(module, "PIECE_ROWS", 2)
+    for job in (FilesJob, PackJob):
+
+        def make(self: Any, rows: range, original: Any = job.make) -> Any:
+            numbers.append(self.number(rows))
+            if self.number(rows) in numbers.killed:
+                numbers.killed -= {self.number(rows)}
+                raise KeyboardInterrupt
+            return original(self, rows)
+
+        monkeypatch.setattr(job, "make", make)
+    return numbers
+
+
 @pytest.mark.parametrize("pack", [False, True])
 def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: bool
+    source: Path, tmp_path: Path, made: MadePieces, pack: bool
 ) -> None:
-    monkeypatch.setattr(module, "PIECE_ROWS", 2)
     settings: dict[str, Any] = {"pack": pack, "shard_size": 2}
-    whole = tmp_path / "whole"
+    whole, broken, shared = tmp_path / "whole", tmp_path / "broken", tmp_path / "shared"
     first = materialise(source, whole, **settings)
     expected = digests(whole)
     assert len(expected) > 6
 
-    # Killed while the picture of a row is made, at each row in turn.
-    broken, done = tmp_path / "broken", []
-    job = PackJob if pack else FilesJob
-    original = job.make
-
-    def killed(self: Any, rows: range) -> Any:
-        done.append(self.number(rows))
-        if done.count(self.number(rows)) == 1:
-            raise KeyboardInterrupt
-        return original(self, rows)
-
-    monkeypatch.setattr(job, "make", killed)
+    made.clear()
+    made.killed = frozenset(range(6))
     for _ in range(6):
         with pytest.raises(KeyboardInterrupt):
             materialise(source, broken, **settings)
         assert not (broken / "manifest.jsonl").exists() and not (broken / "shards.json").exists()
     assert materialise(source, broken, **settings).to_dict() == first.to_dict()
-    assert done == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert made == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert digests(broken) == expected
-    monkeypatch.setattr(job, "make", original)
 
-    shared = tmp_path / "shared"
     for index in (2, 0):
         report = materialise(source, shared, share=Share(index, 3), **settings)
         assert "of 6 pieces are finished" in report.next_step
@@ -243,24 +253,14 @@ def test_work_that_is_broken_off_or_shared_gives_the_same_bytes(
     assert digests(shared) == expected
 
 
-def test_a_listing_does_not_outlive_its_shards(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_listing_does_not_outlive_its_shards(source: Path, tmp_path: Path, made: MadePieces) -> None:
     out = tmp_path / "packed"
     materialise(source, out, pack=True, shard_size=2)
-    original = PackJob.make
-
-    def killed(self: Any, rows: range) -> Any:
-        if rows.start == 3:
-            raise KeyboardInterrupt
-        return original(self, rows)
-
-    monkeypatch.setattr(PackJob, "make", killed)
+    made.killed = frozenset({1})
     with pytest.raises(KeyboardInterrupt):
         materialise(source, out, pack=True, shard_size=3)
     with pytest.raises(ValueError, match="has neither"):
         open_clip_set(out)
-    monkeypatch.setattr(PackJob, "make", original)
     materialise(source, out, pack=True, shard_size=3)
     assert all(verify_shard(out, info) is None for info in read_listing(out))
 
@@ -294,31 +294,24 @@ def test_rows_broken_off_in_the_middle_leave_nothing_half_written(
 
 
 def test_only_pieces_that_changed_or_are_gone_are_done_again(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, made: MadePieces
 ) -> None:
-    monkeypatch.setattr(module, "PIECE_ROWS", 2)
-    root = tmp_path / "root"
+    root, out, fresh = tmp_path / "root", tmp_path / "out", tmp_path / "fresh"
     link_files(source, root)
     lines = source.read_text().splitlines(keepends=True)
     (root / "data.jsonl").write_text("".join(lines))
-    out, done = tmp_path / "out", []
-    original = FilesJob.make
-    monkeypatch.setattr(
-        FilesJob, "make", lambda self, rows: done.append(self.number(rows)) or original(self, rows)
-    )
     materialise(root / "data.jsonl", out)
-    done.clear()
+    made.clear()
     lines[3] = lines[3].replace("A grey box", "Another box")
     (root / "data.jsonl").write_text("".join(lines[:9]))
     materialise(root / "data.jsonl", out)
-    assert done == [1, 4]
+    assert made == [1, 4]
     assert "Another box" in open_clip_set(out)[3].prompt and len(open_clip_set(out)) == 6
-    done.clear()
+    made.clear()
     next((out / "references/000000").iterdir()).unlink()
     (out / ".work/000004.jsonl").write_text("{}")
     materialise(root / "data.jsonl", out)
-    assert done == [0, 4]
-    fresh = tmp_path / "fresh"
+    assert made == [0, 4]
     materialise(root / "data.jsonl", fresh)
     kept = {name: value for name, value in digests(out).items() if not name.startswith("references/000005")}
     assert kept == digests(fresh)

@@ -126,9 +126,6 @@ def test_what_can_be_drawn_is_listed_whole() -> None:
     assert [c.augmentation for c in possible_references(item, endless)] == [None]
 
 
-# --- buckets
-
-
 def test_buckets_have_the_area_of_the_task_and_divide() -> None:
     buckets = make_buckets((832, 480), (81, 49), (4, 16, 16), (1.0, 9 / 16, 832 / 480))
     assert buckets[0] == Bucket(832, 480, 81) and buckets[1] == Bucket(832, 480, 49)
@@ -149,9 +146,6 @@ def test_clips_go_to_the_longest_bucket_they_fill_of_the_nearest_shape() -> None
     frames = np.array([33, 33, 17, 16, 1000])
     found = assign(widths, heights, frames, np.full(5, 30.0), sampling)
     assert found.tolist() == [0, 1, 2, -1, 0]
-
-
-# --- order
 
 
 def set_order(
@@ -250,15 +244,6 @@ def test_sets_are_mixed_by_share_or_follow_each_other() -> None:
     assert parts == [0] * 240 + [1] * 260
     second = [stages.at(position).row for position in range(240, 250)]
     assert sorted(second[:5]) == sorted(second[5:]) == list(range(5))
-
-
-def test_a_shift_moves_the_runs_of_another_batch_size() -> None:
-    order = Order([set_order([50, 13], 4)], shift=3)
-    for start in range(3, 400, 4):
-        assert len({order.at(position).bucket for position in range(start, start + 4)}) == 1
-
-
-# --- split
 
 
 def holds(split: Split, group: str) -> bool:

@@ -82,9 +82,6 @@ def same(one: EncodedSample, other: EncodedSample) -> bool:
     return is_same and (one.name, one.prompt) == (other.name, other.prompt)
 
 
-# --- samples
-
-
 def test_samples_are_encoded_pixels_of_the_choice(folder: Path) -> None:
     clips = clip_set(folder, row("a", "long.mp4", Reference("cross", image="b.png")))
     sampling = Sampling((BUCKET,), clip_variants=1)
@@ -165,28 +162,6 @@ def test_several_sets_are_mixed(folder: Path) -> None:
             make(first, second, mix=mix)
 
 
-def test_a_cache_stands_in_for_what_it_has(folder: Path) -> None:
-    clips = clip_set(folder, *(row(name) for name in "abc"))
-    sampling = Sampling((BUCKET,), clip_variants=2, reference_variants=2, seed=3)
-
-    class Cache:
-        def video(self, clip_id: str, bucket: Bucket, cut: int) -> torch.Tensor | None:
-            number = "abc".index(clip_id)
-            video = from_uint8(video_uint8(clips, number, clips[number], bucket, cut, sampling))
-            return None if clip_id == "c" else encode([video])[0]
-
-        def reference(self, clip_id: str, bucket: Bucket, choice: ReferenceSpec) -> tuple | None:
-            number = "abc".index(clip_id)
-            picture = load_reference(clips, number, clips[number], choice, bucket, sampling)
-            found = features(picture[None])[0] if clip_id == "a" else None
-            return None if clip_id == "c" else (encode([picture[:, None]])[0], found)
-
-    without, cached = (
-        at(make(clips, sampling=sampling, caches=caches), *range(12)) for caches in ([], [Cache()])
-    )
-    assert all(map(same, without, cached))
-
-
 def test_a_packed_folder_gives_the_samples_of_its_manifest(folder: Path) -> None:
     clips = clip_set(folder, *(row(f"{n}") for n in range(9)))
     materialise(folder / "data.jsonl", folder / "packed", pack=True, shard_size=2)
@@ -206,9 +181,6 @@ def test_a_packed_folder_gives_the_samples_of_its_manifest(folder: Path) -> None
         changes = sum(one != other for one, other in zip(visited, visited[1:]))
         assert changes == len(set(visited)) - 1  # one shard after the other
     assert [sample.name for sample in from_shards[:9]] != sorted(from_files)
-
-
-# --- bad clips
 
 
 def test_bad_clips_are_left_out_or_replaced_counted_and_named_once(
@@ -275,9 +247,6 @@ def test_a_cache_that_breaks_stops_training_at_once(folder: Path, workers: int) 
         source.samples(0, range(1))
     assert source.bad_clips == 0
     source.close()
-
-
-# --- split
 
 
 def holds(split: Split, group: str) -> bool:

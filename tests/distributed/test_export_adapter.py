@@ -26,10 +26,8 @@ from refalign_ext.backbone import (
 )
 from refalign_ext.checkpoint import reading
 from refalign_ext.checkpoint.adapters import files_sha256
-from refalign_ext.checkpoint.checkpointer import Checkpointer, is_checkpoint
 from refalign_ext.checkpoint.export import export_adapter, export_checkpoint
 from refalign_ext.checkpoint.reading import read_any_dit
-from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.cli import main
 from refalign_ext.config import TrainConfig
@@ -235,18 +233,6 @@ def test_an_untrained_adapter_gives_the_base_bitwise(base: Path, tmp_path: Path,
     assert_bitwise(load_file(tmp_path / "out" / FILE), weights)
 
 
-def test_the_base_keeps_its_dtype(checkpoint: Path, base: Path, tmp_path: Path) -> None:
-    half = {name: value.to(torch.bfloat16) for name, value in load_file(base / FILE).items()}
-    save_file(half, tmp_path / "half.safetensors")
-    out = tmp_path / "out"
-    export_checkpoint(checkpoint, out, base=tmp_path / "half.safetensors")
-    found, single = load_file(out / FILE), read_dit(checkpoint)
-    assert {value.dtype for value in found.values()} == {torch.bfloat16}
-    for name in ADAPTED:
-        torch.testing.assert_close(found[name].float(), single[name], atol=5e-3, rtol=1e-2)
-        assert not torch.equal(found[name], half[name])
-
-
 def test_an_adapter_of_an_adapter_of_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     """Each run started from the one before, the first of them with a moving average of all weights."""
     whole = tiny_training.build(change(out=str(tmp_path / "whole"), learning_rate=0.02, warmup_steps=0))
@@ -338,18 +324,6 @@ def test_mistakes_are_said_in_one_line(checkpoint: Path, base: Path, tmp_path: P
         assert message in attempt(copied)
 
 
-def test_alpha_0_means_the_rank(checkpoint: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(checkpoint, tmp_path / "copied")
-    meta = json.loads((copied / "trainer.json").read_text())
-    read = {}
-    for alpha in (0, RANK):
-        meta["settings"]["lora_alpha"] = alpha
-        (copied / "trainer.json").write_text(json.dumps(meta))
-        read[alpha] = read_dit(copied)
-    assert_bitwise(read[0], read[RANK])
-    assert not torch.equal(read[0]["blocks.0.ffn.0.weight"], read_dit(checkpoint)["blocks.0.ffn.0.weight"])
-
-
 def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: set[int] = set()
     most, merged = 0, 0
@@ -369,15 +343,3 @@ def test_merging_holds_one_layer(checkpoint: Path, tmp_path: Path, monkeypatch: 
     gc.collect()
     assert merged == len(ADAPTED) and not alive
     assert most <= 2  # while one is made, the one before may still have a name
-
-
-def test_what_is_neither_whole_nor_an_adapter(base: Path, tmp_path: Path) -> None:
-    trained = tiny_training.build(change()).trained
-    trained.requires_grad_(False).dit.head.head.weight.requires_grad_(True)
-    checkpointer = Checkpointer(tmp_path / "run", Parallel.single(CPU), keep_last=1)
-    state = build_state(trained, [], None, trainable_only=True)
-    checkpointer.save(1, state, {"samples_seen": 0, "settings": {}}, {"_class_name": "WanModel"})
-    path = checkpointer.finish()
-    assert is_checkpoint(path) and not any(map(is_adapter_key, read_dit(path)))
-    with pytest.raises(ValueError, match="holds only what was trained, not a whole DiT"):
-        export_checkpoint(path, tmp_path / "out")

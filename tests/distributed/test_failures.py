@@ -82,7 +82,7 @@ CASES = {
     "a rank hangs": (
         hang,
         None,
-        "a rank did not answer for 0.05 minutes (--timeout_minutes): it hangs or is much slower than the others",
+        "a rank did not answer for 0.05 minutes",
     ),
     "a rank is killed": (die, None, "a rank ended without saying why"),
     "a rank breaks": (break_, None, "RuntimeError: something"),
@@ -114,7 +114,7 @@ def test_one_line_and_the_end_of_all_ranks(tmp_path: Path, case: str) -> None:
         prepare(tmp_path / "run")
     minutes = 0.05 if patch is hang else 1
     with agent(tmp_path, 2, *RUN, "--timeout_minutes", minutes, patch=patch) as job:
-        assert job.wait(50) == 1, job.said()
+        assert job.wait(180) == 1, job.said()
         said = job.own()
     is_bug = patch is break_
     errors = [line for line in said.splitlines() if "error: " in line.lower()]
@@ -126,7 +126,7 @@ def test_one_line_and_the_end_of_all_ranks(tmp_path: Path, case: str) -> None:
 
 def test_ranks_that_do_not_come_are_named(tmp_path: Path) -> None:
     with agent(tmp_path, 2, *RUN, "--timeout_minutes", 0.03, patch=stay_away) as job:
-        assert job.wait(40) == 1, job.said()
+        assert job.wait(180) == 1, job.said()
         assert "the 2 ranks did not find each other (ranks [1] did not come within 2 seconds)" in job.own()
         assert job.own().count("error: ") == 1
 
@@ -193,7 +193,7 @@ def poison_all(rank: int) -> None:
 @pytest.mark.slow
 def test_too_many_skipped_steps_end_the_run_on_all_ranks(tmp_path: Path) -> None:
     with agent(tmp_path, 2, *RUN, "--steps", 40, "--max_skipped_steps", 3, patch=poison_all) as job:
-        assert job.wait(50) == 1, job.said()
+        assert job.wait(180) == 1, job.said()
         said = job.own()
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert "error: 3 steps in a row gave a loss or gradient that is not finite" in said

@@ -411,16 +411,6 @@ def test_rates_are_this_runs_and_an_average_may_begin(tmp_path: Path) -> None:
     assert not torch.equal(begun["head.modulation"], other.dit.head.modulation)
 
 
-def test_a_start_without_optimizer_state_is_saved_as_such(tmp_path: Path) -> None:
-    trained, optimizers, average = make(Parallel.single(CPU))
-    checkpointer = Checkpointer(tmp_path, Parallel.single(CPU), keep_last=1)
-    checkpointer.save(0, build_state(trained, optimizers, average), META, CONFIG)
-    path = checkpointer.finish()
-    assert not optimizers[0].state
-    restore_state(path, trained, optimizers, average)
-    assert not optimizers[0].state
-
-
 class _Evil:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -107,14 +107,12 @@ def make_entry(
 
 
 def make_pair(
-    cur: tuple[str, int | None, str], aft: tuple[str, int | None, str], text: float = 1.0, image: float = 0.9
+    cur: tuple[str, int, str], aft: tuple[str, int, str], text: float = 1.0, image: float = 0.9
 ) -> dict[str, Any]:
-    """One cross pair of two (clip, number or None as in older files, class name)."""
-    pair: dict[str, Any] = {"cur_id": cur[0], "aft_id": aft[0]}
-    if cur[1] is not None:
-        pair |= {"cur_class_id": cur[1], "aft_class_id": aft[1]}
-    pair |= {"cur_class_name": cur[2], "aft_class_name": aft[2]}
-    return pair | {"text_similarity": text, "image_similarity": image, "cur_frame_idx": 2, "aft_frame_idx": 2}
+    """One cross pair of two (clip, number, class name)."""
+    names = {"cur_id": cur[0], "aft_id": aft[0], "cur_class_name": cur[2], "aft_class_name": aft[2]}
+    numbers = {"cur_class_id": cur[1], "aft_class_id": aft[1], "cur_frame_idx": 2, "aft_frame_idx": 2}
+    return names | numbers | {"text_similarity": text, "image_similarity": image}
 
 
 def write_part(path: Path, entries: Iterable[tuple[str, Any]], indent: int | None = 4) -> Path:

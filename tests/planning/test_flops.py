@@ -42,13 +42,9 @@ def test_parameter_counts_are_those_of_the_real_model(task: str) -> None:
         assert named[name].weight.shape == (layer.outputs, layer.inputs)
 
 
-@pytest.mark.parametrize("norms", [False, True])
-def test_parameter_counts_without_norms(norms: bool) -> None:
-    model = WanModel(**SIZES, qk_norm=norms, cross_attn_norm=norms)
+def test_parameter_counts_without_norms_and_of_projectors() -> None:
+    model = WanModel(**SIZES, qk_norm=False, cross_attn_norm=False)
     assert ModelShape.of(model).parameters == sum(p.numel() for p in model.parameters())
-
-
-def test_parameters_of_the_projectors() -> None:
     projectors = ReferenceProjectors(48, 30, 5)
     assert AlignmentShape(5, 30).parameters(48) == sum(p.numel() for p in projectors.parameters())
 
@@ -138,14 +134,7 @@ def test_alignment_flops_are_those_of_the_projectors_and_the_pairs() -> None:
 def test_lora_trains_less() -> None:
     shape = ModelShape(**SIZES)
     model = WanModel(**SIZES)
-    for targets in (
-        "q, ffn.0",
-        "ffn,cross_attn.v",
-        "blocks.1",
-        "q,k,v,o,ffn",
-        r"re:blocks\.\d\.self_attn\.[qk]",
-        "0",
-    ):
+    for targets in ("q, ffn.0", "ffn,cross_attn.v", "blocks.1", r"re:blocks\.\d\.self_attn\.[qk]", "0"):
         assert list(lora_layers(shape, targets)) == matching_layers(model, targets)
     assert lora_parameters(shape, 4, "self_attn.q") == 3 * 4 * (48 + 48)
     full, lora = step_flops(shape, 72, 24), step_flops(shape, 72, 24, lora_rank=1, lora_targets="q,k,v,o")
@@ -169,13 +158,10 @@ def test_lora_trains_less() -> None:
         ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA H100 NVL", 835e12),
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
 def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
-
-
-def test_a_cpu_has_no_peak() -> None:
     assert peak_flops(torch.device("cpu")) is None

@@ -23,7 +23,6 @@ from refalign_ext.planning.memory import (
     activation_bytes,
     alignment_bytes,
     block_activations,
-    full_precision_parameters,
     optimizer_working_bytes,
     t5_parameters,
     vae_parameters,
@@ -38,7 +37,7 @@ from wan.modules.vae import build_vae
 def test_sizes_of_the_frozen_parts() -> None:
     for name in ("r2v-tiny", "r2v-14B"):
         task = copy.deepcopy(WAN_CONFIGS[name])
-        task.t5.num_layers = 2
+        task.t5.num_layers = 1
         with torch.device("meta"):
             text = build_t5(task.t5)
         assert t5_parameters(task) == sum(p.numel() for p in text.parameters())
@@ -52,7 +51,7 @@ def test_float32_parts_of_the_model() -> None:
     with torch.device("meta"):
         model = WanModel(**dit_arguments(task))
     parts = (model.time_embedding, model.time_projection, model.head)
-    assert full_precision_parameters(ModelShape.of(task)) == sum(
+    assert ModelShape.of(task).full_precision_parameters == sum(
         p.numel() for m in parts for p in m.parameters()
     )
 

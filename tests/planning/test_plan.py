@@ -13,7 +13,7 @@ from refalign_ext.distributed.sizes import ParallelSizes
 from refalign_ext.planning.flops import ModelShape
 from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.plan import ASSUMED_MEMORY, Plan
-from refalign_ext.planning.table import describe
+from refalign_ext.planning.table import plan_table
 from refalign_ext.planning.training_plan import make_training_plan
 from refalign_ext.tasks import TASKS
 
@@ -27,9 +27,8 @@ def plan_of(task: str, world: int, *, memory: int | None = None, references: int
 
 def test_a_plan_for_64_devices_adds_up() -> None:
     plan = plan_of("r2v-14B", 64)
-    text = describe(plan)
+    text = plan_table(plan)
     assert plan.sizes.world == 64
-    assert (plan.video_tokens, plan.reference_tokens) == (21 * 1560, 3 * 1560)
     assert plan.tokens_per_rank * plan.sizes.sequence == 37440
     assert plan.samples_per_step == 128
     assert plan.device_memory == ASSUMED_MEMORY
@@ -63,16 +62,12 @@ def test_states_are_those_of_the_trained_parameters() -> None:
 def test_what_leaves_the_device_goes_to_the_host() -> None:
     on_device = plan_of("r2v-1.3B", 8)
     moved = plan_of("r2v-1.3B", 8, t5_cpu=True, cpu_offload=True)
-    assert set(moved.host) == {
-        "weights (float32)",
-        "gradients (float32)",
-        "optimizer state (adamw)",
-        "text encoder",
-    }
+    states = {"weights (float32)", "gradients (float32)", "optimizer state (adamw)"}
+    assert set(moved.host) == {*states, "text encoder"}
     assert moved.device_total + sum(moved.host.values()) == on_device.device_total
     alone = plan_of("r2v-1.3B", 1, cpu_offload=True)
     assert not alone.host
-    assert "no effect on one device" in describe(alone)
+    assert "no effect on one device" in plan_table(alone)
 
 
 def test_lora_trains_adapters_only() -> None:
@@ -120,15 +115,10 @@ def test_given_sizes_are_used_or_refused() -> None:
     assert (chosen.data, chosen.ring, chosen.ulysses) == (2, 1, 4)
     with pytest.raises(ValueError, match="choose Ulysses x ring from"):
         plan_of("r2v-1.3B", 8, ulysses_size=8)
-
-
-def test_tiny_model_is_data_parallel_and_never_refused() -> None:
-    config = dataclasses.replace(recipe("tiny"))
-    plan = make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 4)
-    assert plan.sizes == ParallelSizes(4)
-    assert plan.device_memory is None and plan.fits
-    assert plan.samples_per_step == 32
-    plan.require_fit()
+    tiny = make_training_plan(recipe("tiny"), WAN_CONFIGS["r2v-tiny"], 4)
+    assert tiny.sizes == ParallelSizes(4)
+    assert tiny.device_memory is None and tiny.samples_per_step == 32
+    tiny.require_fit()
 
 
 def test_global_batch_decides_what_is_possible() -> None:
@@ -150,7 +140,7 @@ def test_unsharded_14b_is_refused_with_a_way_out() -> None:
     ) as error:
         plan.require_fit()
     assert "\n" not in str(error.value)
-    assert "DOES NOT FIT" in describe(plan) and "would fit: 8 devices" in describe(plan)
+    assert "DOES NOT FIT" in plan_table(plan) and "would fit: 8 devices" in plan_table(plan)
 
 
 @pytest.mark.parametrize(
@@ -197,20 +187,16 @@ def test_generation_divides_branches_and_tokens() -> None:
     assert sharded.device["transformer"] == 2 * parameters // 6
     assert sharded.device["text encoder"] == plan.device["text encoder"] // 6
     assert generation_plan_of("r2v-tiny", ParallelSizes(1, 1, 2), references=1).fits
-    text = describe(sharded)
-    assert "branch group 2" in text and "one denoising step" in text
-
-
-def test_generation_that_does_not_fit_says_what_to_try() -> None:
-    plan = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
-    assert plan.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
+    text = plan_table(sharded)
+    assert "3 x 2 in order" in text and "one denoising step" in text
+    small = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
+    assert small.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
     with pytest.raises(ValueError, match="r2v-14B does not fit on 2 devices"):
-        plan.require_fit()
+        small.require_fit()
 
 
 def test_a_teacher_that_is_in_no_table_is_an_error() -> None:
-    config = dataclasses.replace(
-        recipe("tiny"), alignment=dataclasses.replace(recipe("tiny").alignment, teacher="dinov9")
-    )
+    tiny = recipe("tiny")
+    config = dataclasses.replace(tiny, alignment=dataclasses.replace(tiny.alignment, teacher="dinov9"))
     with pytest.raises(ValueError, match="unknown teacher 'dinov9'.*dinov3-l"):
         make_training_plan(config, WAN_CONFIGS["r2v-tiny"], 1)

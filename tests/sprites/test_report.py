@@ -11,32 +11,31 @@ import pytest
 from PIL import Image
 
 from refalign_ext.sprites import judged as judged_module
-from refalign_ext.sprites.evaluate import Evaluation, Job, judge_folder
-from refalign_ext.sprites.guidance_grid import judge_grid, pooled, rise
-from refalign_ext.sprites.judge import judge_clip
-from refalign_ext.sprites.judged import METRICS, Judged, JudgedFolder, clip_shares, percent
+from refalign_ext.sprites.evaluate import Evaluation, JudgingJob, judge_folder
+from refalign_ext.sprites.guidance_grid import clips_at, judge_grid, rise
+from refalign_ext.sprites.judge import METRIC_NAMES
+from refalign_ext.sprites.judged import Judged, JudgedFolder
 from refalign_ext.sprites.report import (
     GATES,
     ROWS,
     Gate,
     color_chance,
     gate_results,
-    job_of,
     make_report,
 )
 from refalign_ext.sprites.world import render_clip, sample_clip, sample_reference, subjects_of
 from tests.helpers import tiny_checkpoint as checkpoints
 
-QUICK = Job(clips=2, sample_steps=1)
+QUICK = JudgingJob(clips=2, sample_steps=1)
 
 
 class Counting:
     """`judge_folder` on real clips of the job, counting the calls: generating them would only take longer."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, Job]] = []
+        self.asked: list[tuple[str, JudgingJob]] = []
 
-    def __call__(self, folder: Path, what: str, job: Job, **settings: object) -> Evaluation:
+    def __call__(self, folder: Path, what: str, job: JudgingJob, **settings: object) -> Evaluation:
         self.asked.append((what, job))
         found = Evaluation()
         for index in range(job.clips):
@@ -47,12 +46,7 @@ class Counting:
             if job.references == "shuffled" or (job.ref_guide_scale or 9) < 3:
                 shown = sample_clip(np.random.default_rng(index), subjects_of("palette"), job.subjects)
             video, _ = render_clip(shown, 9, 48, 48)
-            background, verdicts = judge_clip(video, clip, [reference[1:] for reference in references])
-            found.clips.append(clip)
-            found.videos.append(video)
-            found.references.append([reference[0] for reference in references])
-            found.backgrounds.append(background)
-            found.verdicts.append(verdicts)
+            found.add(video, clip, references)
         return found
 
 
@@ -67,7 +61,7 @@ def test_a_generated_row_is_judged_once(tiny_checkpoint: Path, tmp_path: Path) -
     first = JudgedFolder(tiny_checkpoint).judge("generation", QUICK, tmp_path / "row")
     assert first.is_new and first.sheet == tmp_path / "row.png" and Image.open(first.sheet).width > 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["row.json", "row.png"]
-    assert set(first.answers) == set(first.table) == set(METRICS)
+    assert set(first.answers) == set(first.table) == set(METRIC_NAMES)
     assert [len(clip) for clip in first.answers["colors"]] == [1, 1]
     again = JudgedFolder(tiny_checkpoint).judge("generation", QUICK, tmp_path / "row")
     assert not again.is_new and (again.table, again.answers) == (first.table, first.answers)
@@ -78,7 +72,7 @@ def test_anything_that_answers_depend_on_makes_them_new(
 ) -> None:
     folder, stem = JudgedFolder(tiny_checkpoint), tmp_path / "row"
 
-    def is_new(folder: JudgedFolder, what: str = "generation", job: Job = QUICK) -> bool:
+    def is_new(folder: JudgedFolder, what: str = "generation", job: JudgingJob = QUICK) -> bool:
         return folder.judge(what, job, stem).is_new
 
     assert is_new(folder) and not is_new(folder)
@@ -100,17 +94,12 @@ def test_anything_that_answers_depend_on_makes_them_new(
     assert is_new(folder)
 
 
-def test_missing_parts_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Wan2.1_VAE_tiny.pth"):
-        JudgedFolder(tmp_path)
-
-
 def test_report_has_every_row_and_gate_and_resumes(
     tiny_checkpoint: Path, tmp_path: Path, counting: Counting
 ) -> None:
     judge = JudgedFolder(tiny_checkpoint)
     path = make_report(judge, QUICK, tmp_path)
-    assert counting.asked == [(row.what, job_of(row, QUICK)) for row in ROWS]
+    assert counting.asked == [(row.what, row.job(QUICK)) for row in ROWS]
     entry = json.loads((tmp_path / "report.json").read_text())
     assert entry["base"] == asdict(QUICK) and list(entry["rows"]) == [row.name for row in ROWS]
     # Real clips meet every gate; the last one is the control's, for which the stand-in shows other subjects.
@@ -131,26 +120,23 @@ def test_report_has_every_row_and_gate_and_resumes(
 
 def test_gates_are_those_of_rows_that_are_judged_and_can_fail() -> None:
     names = {row.name for row in ROWS}
-    assert len(names) == len(ROWS) and all(gate.row in names and gate.metric in METRICS for gate in GATES)
+    assert len(names) == len(ROWS) and all(
+        gate.row in names and gate.metric in METRIC_NAMES for gate in GATES
+    )
     assert Gate("a", "colors", 0.7).is_met(0.7) and not Gate("a", "colors", 0.7).is_met(0.69)
     assert Gate("a", "swapped", 0.1, at_most=True).is_met(0.1)
     assert not Gate("a", "swapped", 0.1, at_most=True).is_met(0.11)
     row = {"share": 0.5, "low": 0.4, "high": 0.6, "count": 9}
-    half = Judged({}, {metric: row for metric in METRICS}, Path(), True)
+    half = Judged({}, dict.fromkeys(METRIC_NAMES, row), Path(), True)
     assert not any(result["met"] for result in gate_results(dict.fromkeys(names, half)))
-    nothing = Judged({}, {metric: None for metric in METRICS}, Path(), True)
+    nothing = Judged({}, dict.fromkeys(METRIC_NAMES), Path(), True)
     assert not any(result["met"] for result in gate_results(dict.fromkeys(names, nothing)))
     assert 1 / 15 < color_chance() < 0.15
 
 
-def test_percent() -> None:
-    assert percent(None) == "-"
-    assert percent({"share": 0.0, "low": -1e-18, "high": 0.0434}) == "0.0 [0-4]"
-
-
 def test_grid_of_scales(tiny_checkpoint: Path, tmp_path: Path, counting: Counting) -> None:
     judge = JudgedFolder(tiny_checkpoint)
-    job = Job(clips=3, seed=7)
+    job = JudgingJob(clips=3, seed=7)
     entry = judge_grid(judge, job, (1, 9, 5), (7.5, 1), tmp_path)
     scales = [(found.ref_guide_scale, found.text_guide_scale) for _, found in counting.asked]
     assert scales == [(1, 1), (1, 7.5), (5, 1), (5, 7.5), (9, 1), (9, 7.5)]
@@ -194,14 +180,13 @@ def test_differences_are_paired_by_clip() -> None:
     flat = rise(grid, "text", "colors")["lowest_to_highest"]
     assert (flat["mean"], flat["low"], flat["high"]) == (0, 0, 0)
     assert rise(grid, "image", "swapped")["lowest_to_highest"] is None
-    assert pooled(grid, "image", 1.0, "swapped") is None
-    row = pooled(grid, "image", 1.0, "colors")
-    assert row["share"] == 0.25 and row["count"] == 4  # clips, not clips times text scales
-
-
-def test_clip_shares() -> None:
-    shares = clip_shares([[True, False], [None, True], [None]])
-    assert shares[:2].tolist() == [0.5, 1.0] and np.isnan(shares[2])
+    assert np.isnan(clips_at(grid, "image", 1.0, "swapped")).all()
+    assert clips_at(grid, "image", 1.0, "colors").tolist() == [
+        0,
+        0,
+        1,
+        0,
+    ]  # clips, not clips times text scales
 
 
 @pytest.mark.parametrize("scales", [(5.0,), (1.0, 1.0), (-1.0, 2.0), (1.0, float("nan"))])
@@ -215,7 +200,11 @@ def test_half_precision_generates_the_same_but_for_rounding(tiny_checkpoint: Pat
     full, half = (
         np.stack(
             judge_folder(
-                tiny_checkpoint, "generation", Job(2, sample_steps=2), precision=precision, progress=False
+                tiny_checkpoint,
+                "generation",
+                JudgingJob(2, sample_steps=2),
+                precision=precision,
+                progress=False,
             ).videos
         ).astype(int)
         for precision in ("fp32", "bf16")

@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from refalign_ext.backbone import WAN_CONFIGS, WanVAE
-from refalign_ext.cli.sprites_parts import train_vae
-from refalign_ext.sprites.evaluate import Job, SpriteEvaluator
-from refalign_ext.sprites.train_vae import CONFIG, Sprites, initialize
+from refalign_ext.cli.sprites_parts import train_vae as train_vae_command
+from refalign_ext.sprites import train_vae
+from refalign_ext.sprites.evaluate import JudgingJob, SpriteEvaluator
+from refalign_ext.sprites.train_vae import CONFIG, VaeBatches, initialize
 from refalign_ext.sprites.vae_latents import decoder_metric, fold_normalization, place_error, place_latents
 from refalign_ext.sprites.vae_onepass import (
     decode_latents,
@@ -52,7 +53,7 @@ def test_one_pass_equals_the_chunked_path(frames, channels_last):
 
 
 def test_folded_normalisation_keeps_pictures_and_makes_latents_as_far_apart_as_their_pixels():
-    vae, data = small_vae(), Sprites(0, 32, 5)
+    vae, data = small_vae(), VaeBatches(0, 32, 5)
     video = data.images(0, 4)[0]
     before_latents, _ = encode_one_pass(vae, video)
     before = decode_one_pass(vae, before_latents)
@@ -91,13 +92,16 @@ def test_places_are_told_from_one_another():
 def test_training_in_two_stages_resumes_and_writes_a_vae(tmp_path, monkeypatch):
     # bf16 takes many times longer on processors without it.
     monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
+    monkeypatch.setattr(train_vae, "CONFIG", {**CONFIG, "base_dim": 8})
+    monkeypatch.setattr(train_vae, "CHECKED", (2, 2))
+    monkeypatch.setattr(train_vae, "FOLDED", 2)
     words = ["--steps", "2", "--image_steps", "1", "--place_steps", "2", "--save_every", "1"]
     words += ["--size", "16", "--frames", "5", "--crop", "8", "--out", str(tmp_path)]
-    train_vae.main(words, standalone_mode=False)
+    train_vae_command.main(words, standalone_mode=False)
     whole = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert {path.name for path in tmp_path.iterdir()} == {"pictures.pt", "places.pt", "vae.pt", "log.txt"}
     (tmp_path / "places.pt").unlink()
-    train_vae.main(words, standalone_mode=False)
+    train_vae_command.main(words, standalone_mode=False)
     again = torch.load(tmp_path / "vae.pt", weights_only=True)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -106,7 +110,7 @@ def test_embedded_vae_keeps_both_colors():
     task = WAN_CONFIGS["r2v-tiny"]
     vae = WanVAE(vae_pth=EMBEDDED / task.vae_checkpoint, config=task.vae)
     evaluator = SpriteEvaluator(task, vae, lambda prompts: [])
-    table = evaluator.reconstruct(Job(clips=24)).table()
+    table = evaluator.reconstruct(JudgingJob(clips=12)).table()
     assert table["colors"]["share"] >= 0.95 and table["motion"]["share"] >= 0.95
 
 

@@ -30,7 +30,12 @@ from refalign_ext.sprites.world import (
 def test_splits_cover_all_subjects_and_hide_whole_palettes():
     splits = {name: set(subjects_of(name)) for name in ("train", "held_out", "palette")}
     assert set.union(*splits.values()) == set(all_subjects())
-    assert sum(len(group) for group in splits.values()) == len(all_subjects()) == 360
+    # A stored model was trained on these: another rule would silently test on its training subjects.
+    assert {name: len(group) for name, group in splits.items()} == {
+        "train": 231,
+        "held_out": 57,
+        "palette": 72,
+    }
     assert not any(subject.colors in HELD_OUT_PALETTES for subject in splits["train"] | splits["held_out"])
     # every single factor is seen in training
     assert {s.shape for s in splits["train"]} == set(SHAPES)
@@ -38,12 +43,6 @@ def test_splits_cover_all_subjects_and_hide_whole_palettes():
     assert {s.first for s in splits["train"]} == {s.second for s in splits["train"]} == set(COLORS)
     with pytest.raises(ValueError, match="held_out"):
         subjects_of("test")
-
-
-def test_the_split_of_a_subject_never_changes():
-    # a stored model was trained on these: another rule would silently test on its training subjects
-    assert [len(subjects_of(name)) for name in ("train", "held_out", "palette")] == [231, 57, 72]
-    assert [subject_split(s) for s in all_subjects()[:6]] == [subject_split(s) for s in all_subjects()[:6]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -57,6 +56,7 @@ def test_captions_never_tell_pattern_or_color(count):
             assert performance.subject.shape in words and performance.size in words
         assert clip.background in clip.caption
         assert len({p.subject for p in clip.performances}) == count
+        assert count == 1 or tuple(p.lane for p in clip.performances) in LANES.values()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -105,20 +105,11 @@ def test_pairs_differ_in_pose():
     _, angle, _ = sample_reference(np.random.default_rng(2), performance, 48, 48, "regular")
     assert angle == performance.angle
     _, angle, _ = sample_reference(np.random.default_rng(2), performance, 48, 48, "cross")
-    assert angle != performance.angle
+    assert performance.angle == 0 and REFERENCE_TILT[0] <= abs(angle) <= REFERENCE_TILT[1]
+    tilted = sample_clip(np.random.default_rng(1), all_subjects(), 1, tilted=True)
+    assert REFERENCE_TILT[0] <= abs(tilted.performances[0].angle) <= REFERENCE_TILT[1]
     with pytest.raises(ValueError, match="cross or regular"):
         sample_reference(np.random.default_rng(2), performance, 48, 48, "other")
-
-
-def test_clips_stand_upright_unless_they_are_tilted_as_references_are():
-    rng = np.random.default_rng(0)
-    low, high = REFERENCE_TILT
-    for _ in range(20):
-        upright, turned = (sample_clip(rng, all_subjects(), 2, tilted=tilted) for tilted in (False, True))
-        assert all(performance.angle == 0 for performance in upright.performances)
-        assert all(low <= abs(performance.angle) <= high for performance in turned.performances)
-        _, angle, _ = sample_reference(rng, upright.performances[0], 48, 48)
-        assert low <= abs(angle) <= high
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -130,15 +121,6 @@ def test_ways_begin_and_end_on_the_grid_of_tokens(count):
             for moment in (-0.5, 0.5):
                 place = 48 * (np.array(performance.center) + moment * way)
                 assert np.allclose(place % 8, 4)
-
-
-def test_captions_name_the_subjects_from_the_first_lane_on():
-    rng = np.random.default_rng(0)
-    for count in (2, 3):
-        for _ in range(10):
-            clip = sample_clip(rng, all_subjects(), count)
-            lanes = tuple(performance.lane for performance in clip.performances)
-            assert lanes in LANES.values()
 
 
 def test_free_colors_are_new_and_keep_their_names():

@@ -107,12 +107,6 @@ def test_projectors_of_another_depth_are_refused_with_the_way_out(checkpoint: Pa
     assert len(parts(checkpoint, depth=1, new_projectors=True)[1].blocks) == 1
 
 
-def test_a_checkpoint_without_projectors_gets_new_ones(trained: TrainedModules, tmp_path: Path) -> None:
-    trained.projectors = None
-    _, projectors = parts(save(trained, tmp_path))
-    assert len(projectors.blocks) == 2
-
-
 def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
     trained: TrainedModules, tmp_path: Path
 ) -> None:
@@ -136,6 +130,10 @@ def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
         (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
         (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
         (TrainConfig(lora_rank=4, from_scratch=True), "--lora_rank adapts weights that exist"),
+        (
+            replace(recipe("paper_stage2"), task="r2v-tiny"),
+            "--recipe paper_stage2 .* first stage: .*--dit_ckpt",
+        ),
     ],
 )
 def test_what_is_missing_is_named(
@@ -145,15 +143,6 @@ def test_what_is_missing_is_named(
     with pytest.raises(ValueError, match=message):
         build_alone(config)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_second_stage_wants_the_first_ones_result(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = replace(recipe("paper_stage2"), task="r2v-tiny", ckpt_dir=str(tiny_checkpoint))
-    with pytest.raises(ValueError, match="--recipe paper_stage2 goes on from the first stage: .*--dit_ckpt"):
-        build_alone(config)
 
 
 def test_texts_are_encoded_once_and_in_full_precision(

@@ -81,14 +81,6 @@ def test_cosine_falls_from_the_end_of_the_warm_up_to_the_end_of_the_run() -> Non
     assert [learning_rate_scale(step, short) for step in range(3)] == pytest.approx([0.5, 1, 1])
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_every_schedule_warms_up(schedule: str) -> None:
-    config = dataclasses.replace(CONFIG, steps=1000, warmup_steps=10, schedule=schedule)
-    scales = [learning_rate_scale(step, config) for step in range(11)]
-    assert scales[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
-    assert scales[10] == pytest.approx(1)
-
-
 def test_scaling_starts_from_the_full_rates() -> None:
     config = dataclasses.replace(CONFIG, optimizer="muon")
     optimizers = build_optimizers(TrainedModules(small_model(), ReferenceProjectors(4, 6, 1)), config)

@@ -42,20 +42,14 @@ def test_numbers_go_to_both_files_and_a_resumed_run_forgets_what_it_does_again(t
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss/to')  # cut short by a crash
     with open_log(tmp_path, first_step=1) as log:
-        log.log(2, {"loss/total": 20.0})
+        log.log(2, {"loss/total": 20.0, "a": math.nan, "b": -math.inf})
     assert metrics(tmp_path) == [
         {"step": 1, "loss/total": 1.0, "speed": 0.5},
-        {"step": 2, "loss/total": 20.0},
+        {"step": 2, "loss/total": 20.0, "a": "nan", "b": "-inf"},
     ]
     scalars = tensorboard(tmp_path).Scalars("loss/total")
     assert [(event.step, event.value) for event in scalars] == [(1, 1.0), (2, 20.0)]
     assert not list(tmp_path.glob("*.part"))
-
-
-def test_numbers_that_are_none_stay_valid_json(tmp_path: Path) -> None:
-    with open_log(tmp_path) as log:
-        log.log(1, {"a": math.nan, "b": -math.inf})
-    assert metrics(tmp_path) == [{"step": 1, "a": "nan", "b": "-inf"}]
 
 
 def test_pictures_and_videos(tmp_path: Path) -> None:
@@ -180,7 +174,7 @@ def test_wandb_without_network_goes_offline(
     assert "wandb sync" in caplog.text
 
 
-@pytest.mark.parametrize("failure", [None, OSError("broken pipe"), TimeoutError(), RuntimeError("closed")])
+@pytest.mark.parametrize("failure", [None, OSError("broken pipe"), RuntimeError("closed")])
 def test_a_failing_network_warns_once_and_the_rest_goes_on(
     tmp_path: Path, fake_wandb: FakeWandb, caplog: pytest.LogCaptureFixture, failure: Exception | None
 ) -> None:
@@ -190,14 +184,11 @@ def test_a_failing_network_warns_once_and_the_rest_goes_on(
         fake_wandb.fails_on_log = True
         for step in (2, 3):
             log.log(step, {"a": 1.0})
+    fake_wandb.failure = TypeError("a mistake of the caller")
+    with pytest.raises(TypeError), open_log(tmp_path / "other", wandb="project") as log:
+        log.log(1, {"a": 1.0})
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
     assert len(caplog.records) == 1 and "the training goes on" in caplog.text
-
-
-def test_a_mistake_of_the_caller_is_no_network_failure(tmp_path: Path, fake_wandb: FakeWandb) -> None:
-    fake_wandb.failure, fake_wandb.fails_on_log = TypeError("not a picture"), True
-    with pytest.raises(TypeError), open_log(tmp_path, wandb="project") as log:
-        log.log(1, {"a": 1.0})
 
 
 def test_wandb_that_cannot_start_says_what_to_do(

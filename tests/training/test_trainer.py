@@ -60,6 +60,11 @@ def gradients(config: TrainConfig) -> tuple[dict[str, float], dict[str, Tensor]]
     return values, dict(zip(weights, recorder.gradients, strict=True))
 
 
+def assert_close_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-8, name
+
+
 @pytest.mark.parametrize("tap", ["block", "self_attn"])
 @pytest.mark.parametrize("timesteps", ["paper", "release"])
 def test_a_batch_of_two_equals_two_accumulated_batches_of_one(timesteps: str, tap: str) -> None:
@@ -72,10 +77,8 @@ def test_a_batch_of_two_equals_two_accumulated_batches_of_one(timesteps: str, ta
         assert single_values[name] == pytest.approx(batch_values[name], rel=1e-5), name
         assert batch_values[name] > 0
     assert sum(name.startswith("projectors.") for name in batch) == 2 * DEPTH
-    for name, gradient in batch.items():
-        largest = gradient.abs().max()
-        assert largest > 0, name
-        assert (single[name] - gradient).abs().max() <= 2e-5 * largest + 1e-8, name
+    assert_close_gradients(single, batch)
+    assert all(gradient.any() for gradient in batch.values())
     four_values, _ = gradients(change(config, batch_size=2, global_batch_size=4))
     assert four_values["loss/total"] != batch_values["loss/total"]
 
@@ -88,8 +91,7 @@ def test_dropped_conditions_and_samples_without_references_equal_in_any_batch(ba
     values, reference = gradients(change(config, batch_size=8, global_batch_size=8))
     others, found = gradients(change(config, batch_size=batch_size, global_batch_size=8))
     assert others["loss/total"] == pytest.approx(values["loss/total"], rel=1e-5)
-    for name, gradient in reference.items():
-        assert (found[name] - gradient).abs().max() <= 2e-5 * gradient.abs().max() + 1e-8, name
+    assert_close_gradients(found, reference)
 
 
 @pytest.mark.parametrize("tap", ["block", "self_attn"])
@@ -234,23 +236,17 @@ def test_average_can_be_switched_on_and_off(tmp_path: Path) -> None:
 def test_conditions_are_dropped_as_often_as_asked() -> None:
     config = change(drop_text=0.1, drop_references=0.1, drop_both=0.1)
     sample = EncodedSample("a", "p", torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), None)
-    count = 12000
+    count = 4000
     found = Counter(
         (d.keep_text, d.keep_references) for d in (sample_randomness(sample, i, config) for i in range(count))
     )
     for kept in ((False, True), (True, False), (False, False)):
-        assert found[kept] / count == pytest.approx(0.1, abs=0.011)  # four standard deviations
-    assert found[True, True] / count == pytest.approx(0.7, abs=0.017)
-    never = change(drop_text=0.0, drop_references=0.0, drop_both=0.0)
-    assert all(
-        sample_randomness(sample, i, never).keep_text and sample_randomness(sample, i, never).keep_references
-        for i in range(300)
-    )
-    always = change(drop_text=0.0, drop_references=0.0, drop_both=1.0)
-    assert not any(
-        sample_randomness(sample, i, always).keep_text or sample_randomness(sample, i, always).keep_references
-        for i in range(300)
-    )
+        assert found[kept] / count == pytest.approx(0.1, abs=0.019)  # four standard deviations
+    assert found[True, True] / count == pytest.approx(0.7, abs=0.029)
+    for drop_both, kept in ((0.0, (True, True)), (1.0, (False, False))):
+        config = change(drop_text=0.0, drop_references=0.0, drop_both=drop_both)
+        chosen = [sample_randomness(sample, i, config) for i in range(100)]
+        assert {(one.keep_text, one.keep_references) for one in chosen} == {kept}
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
@@ -288,15 +284,7 @@ def seen_by_backbone(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[
 
 def a_draw(sample: EncodedSample, **changes: object) -> SampleRandomness:
     noise = torch.randn(sample.latents.shape, generator=torch.Generator().manual_seed(9))
-    return SampleRandomness(
-        **{
-            "timestep": torch.tensor(600.0),
-            "noise": noise,
-            "keep_text": True,
-            "keep_references": True,
-            **changes,
-        }
-    )
+    return dataclasses.replace(SampleRandomness(torch.tensor(600.0), noise, True, True), **changes)
 
 
 def test_a_dropped_reference_is_zero_latents_with_its_tokens_and_no_alignment(
@@ -305,11 +293,15 @@ def test_a_dropped_reference_is_zero_latents_with_its_tokens_and_no_alignment(
     trainer = build(BASE)
     calls = seen_by_backbone(trainer, monkeypatch)
     dropped, kept = Source().sample(1), Source().sample(3)
-    losses = trainer.losses([dropped, kept], [a_draw(dropped, keep_references=False), a_draw(kept)])
+    losses = trainer.losses(
+        [dropped, kept], [a_draw(dropped, keep_text=False, keep_references=False), a_draw(kept)]
+    )
     (call,) = calls
     assert call["references"][0].shape == dropped.references.shape == (4, 3, 4, 4)
     assert not call["references"][0].any()
     assert torch.equal(call["references"][1], kept.references)
+    assert torch.equal(call["context"][0], encode_text([""])[0])
+    assert torch.equal(call["context"][1], encode_text([kept.prompt])[0])
     assert call["output"].reference_tokens[0].shape == (2, 3, 4, 24)
     alone = trainer.losses([kept], [a_draw(kept)])
     assert alone.positive.shape == alone.negative.shape == (DEPTH,)
@@ -321,16 +313,6 @@ def test_a_dropped_reference_is_zero_latents_with_its_tokens_and_no_alignment(
     assert nothing.total == nothing.flow
     nothing.total.backward()
     assert all(not p.grad.any() for p in trainer.trained.projectors.parameters())
-
-
-def test_a_dropped_text_is_the_empty_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = build(BASE)
-    calls = seen_by_backbone(trainer, monkeypatch)
-    sample = Source().sample(1)
-    trainer.losses([sample, sample], [a_draw(sample, keep_text=False), a_draw(sample)])
-    empty, full = calls[0]["context"]
-    assert torch.equal(empty, encode_text([""])[0])
-    assert torch.equal(full, encode_text([sample.prompt])[0])
 
 
 @pytest.mark.parametrize("tap", ["block", "self_attn"])
@@ -560,15 +542,6 @@ def test_positions_are_consecutive_over_micro_batches_and_steps() -> None:
     assert (trainer.step, trainer.samples_seen) == (2, 12)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "global_batch_size", "passes"), [(2, 0, 1), (2, 2, 1), (2, 8, 4), (3, 9, 3), (1, 5, 5)]
-)
-def test_the_global_batch_is_accumulated(batch_size: int, global_batch_size: int, passes: int) -> None:
-    trainer = build(change(batch_size=batch_size, global_batch_size=global_batch_size))
-    assert trainer.accumulation == passes
-    assert trainer.clips_per_step == batch_size * passes == (global_batch_size or batch_size)
-
-
 def test_a_resumed_run_may_have_another_batch_size(tmp_path: Path) -> None:
     """What was seen counts, not the steps: no sample is left out or seen twice."""
     first = build(change(batch_size=1, global_batch_size=3, out=str(tmp_path)))
@@ -586,17 +559,11 @@ def test_reports_tell_each_block_and_whether_to_stop() -> None:
     trainer = build(BASE)
     report = trainer.train_step()
     assert type(report) is StepReport and not report.stopping and not report.skipped
+    kinds = ("positive", "negative")
     assert set(report.values) == {
-        "loss/total",
-        "loss/flow",
-        "alignment/positive",
-        "alignment/negative",
-        "alignment_by_block/positive_0",
-        "alignment_by_block/positive_1",
-        "alignment_by_block/negative_0",
-        "alignment_by_block/negative_1",
-        "gradient_norm",
-        "learning_rate",
+        *("loss/total", "loss/flow", "gradient_norm", "learning_rate"),
+        *(f"alignment/{kind}" for kind in kinds),
+        *(f"alignment_by_block/{kind}_{block}" for kind in kinds for block in range(DEPTH)),
     }
     for name in ("positive", "negative"):
         blocks = [report.values[f"alignment_by_block/{name}_{block}"] for block in range(DEPTH)]
@@ -705,16 +672,6 @@ def test_averaged_weights_are_in_the_model_for_a_block_only() -> None:
     assert_same(copies(trainer), copies(undisturbed))
 
 
-def test_without_an_average_the_trained_weights_generate() -> None:
-    trainer = build(change(ema_decay=0.0))
-    trainer.train_step()
-    raw = {key: value.clone() for key, value in trainer.trained.dit.state_dict().items()}
-    with trainer.ema.applied():
-        assert_same(dict(trainer.trained.dit.state_dict()), raw)
-    assert_same(dict(trainer.trained.dit.state_dict()), raw)
-    assert_same(trainer.ema.full_state_dict(), raw)
-
-
 def build_adapters(out: Path) -> Trainer:
     """A trainer of adapters on the same tiny model."""
     config = change(ema_decay=0.0, lora_rank=3, lora_alpha=6.0, out=str(out))
@@ -751,16 +708,6 @@ def test_adapters_train_alone_and_are_merged_for_generation(tmp_path: Path) -> N
     torch.testing.assert_close(adapted, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_checkpoint_of_adapters_resumes(tmp_path: Path) -> None:
-    trainer = build_adapters(tmp_path)
-    trainer.train_step()
-    folder = saved(trainer)
-    resumed = build_adapters(tmp_path / "other")
-    resumed.load(folder)
-    assert trainer.train_step() == resumed.train_step()
-    assert_same(copies(resumed), copies(trainer))
-
-
 def test_saving_goes_on_while_training_does(tmp_path: Path) -> None:
     trainer = build(change(out=str(tmp_path)))
     assert trainer.finish_saving() is None
@@ -774,16 +721,3 @@ def test_saving_goes_on_while_training_does(tmp_path: Path) -> None:
     other.load(tmp_path / "checkpoints" / "step-00000001")
     assert (other.step, other.samples_seen) == (1, 2)
     assert_same(copies(other), at_one)
-
-
-def test_waiting_for_samples_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-
-    class Slow(Source):
-        def samples(self, step: int, indices: range) -> list[EncodedSample]:
-            now[0] += 0.25
-            return super().samples(step, indices)
-
-    monkeypatch.setattr("refalign_ext.training.trainer.time.monotonic", lambda: now[0])
-    trainer = build(change(batch_size=1, global_batch_size=2), Slow())
-    assert trainer.train_step().data_wait == 0.5

@@ -38,19 +38,8 @@ def test_doctor_fits_on_one_screen(root: Path) -> None:
     lines = done.output.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 120
-    for subject in (
-        "tree",
-        "missing",
-        "changed",
-        "present",
-        "task",
-        "patches",
-        "python",
-        "attention",
-        "devices",
-    ):
-        assert any(line.startswith(subject) for line in lines), subject
-    for subject in ("free", "teachers", "result"):
+    subjects = "tree missing changed present task patches python attention devices free teachers result"
+    for subject in subjects.split():
         assert any(line.startswith(subject) for line in lines), subject
     for part in (
         "version 0.9.0, commit ",
@@ -80,6 +69,7 @@ def test_doctor_goes_on_where_patches_cannot_tell(root: Path) -> None:
     assert done.exit_code == 1
     assert "model.py was edited after it was patched" in " ".join(done.output.split())
     assert "goes through something else first" in done.output
+    assert "costs: references (generation and training)" in " ".join(done.output.split())
 
 
 def test_doctor_of_files_that_are_no_python(root: Path) -> None:
@@ -99,13 +89,6 @@ def test_another_copy_of_this_repository_is_known(root: Path) -> None:
     (root / "wan" / "utils" / "weights.py").write_text("")
     assert not doctor(root).patches
     assert "RefAlign's own tree" in str(run("patch", "apply", "--wan_root", root).exception)
-
-
-def test_doctor_of_a_drifted_release(root: Path) -> None:
-    gate_the_text(root)
-    report = doctor(root)
-    assert report.exit_code == 1
-    assert "costs: references (generation and training)" in " ".join(str(report).split())
 
 
 def test_flash_attention_on_cuda_needs_no_patch_for_one_device(
@@ -160,12 +143,10 @@ def test_patch_status_says_that_a_place_has_changed(root: Path) -> None:
         ((), "no tree named: give --wan_root FOLDER or set WAN_ROOT"),
         (("--wan_root", OURS), "is RefAlign's own tree, which needs no patches"),
         (("--wan_root", "none"), "none: there is no folder wan/"),
-        (("--wan_root", OURS / "docs"), "there is no folder wan/"),
     ],
 )
-@pytest.mark.parametrize("action", ["status", "apply", "revert", "diff"])
-def test_mistakes_are_one_line(action: str, arguments: tuple[object, ...], message: str) -> None:
-    done = run("patch", action, *arguments)
-    assert isinstance(done.exception, ValueError)
-    assert message in str(done.exception)
-    assert "\n" not in str(done.exception)
+def test_mistakes_are_one_line(arguments: tuple[object, ...], message: str) -> None:
+    for action in ("status", "apply", "revert", "diff"):
+        done = run("patch", action, *arguments)
+        assert isinstance(done.exception, ValueError)
+        assert message in str(done.exception) and "\n" not in str(done.exception)

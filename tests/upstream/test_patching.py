@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refalign_ext.upstream import patching
 from refalign_ext.upstream.patching import Unit, apply, diff, load_units, revert, status
 from refalign_ext.upstream.record import RECORD, read_record
 from refalign_ext.upstream.source import PlaceNotFound, SourceTree
@@ -33,14 +31,6 @@ def states(root: Path) -> dict[str, str]:
     return {outcome.unit.name: outcome.state for outcome in status(root, UNITS)}
 
 
-def test_units_describe_themselves() -> None:
-    assert len(set(NAMES)) == len(NAMES) >= 7
-    for unit in UNITS:
-        assert unit.summary.endswith(".")
-    for path in patching.FOLDER.glob("*.py"):
-        assert len(ast.get_docstring(ast.parse(path.read_text())).splitlines()) > 2, f"{path} says too little"
-
-
 def test_apply_and_revert_come_back_byte_for_byte(root: Path) -> None:
     before = contents(root)
     shown = diff(root, UNITS)
@@ -50,27 +40,23 @@ def test_apply_and_revert_come_back_byte_for_byte(root: Path) -> None:
     assert set(states(root).values()) == {"applied"}
     after = contents(root)
     assert {name for name in before if after[name] != before[name]} == {ATTENTION, MODEL, T5}
+    assert apply(root, UNITS) == ""
+    assert contents(root) == after, "twice is once"
     assert revert(root, UNITS)
+    assert revert(root, UNITS) == ""
     assert contents(root) == before
     assert not git(root, "status", "--porcelain", "--ignored")
 
 
 def test_the_shown_diff_is_one_that_git_applies(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "shown.diff").write_text(diff(root, UNITS))
+    change(root, T5, ("import torch\n", "import torch\n\f\nPAGE = '\u2028'\n"))
+    commit(root)
+    (tmp_path / "shown.diff").write_text(diff(root, UNITS), encoding="utf-8")
     git(root, "apply", str(tmp_path / "shown.diff"))
     by_git = contents(root)
     git(root, "checkout", "--quiet", ".")
     apply(root, UNITS)
     assert {name: text for name, text in contents(root).items() if RECORD not in name} == by_git
-
-
-def test_twice_is_once(root: Path) -> None:
-    apply(root, UNITS)
-    once = contents(root)
-    assert apply(root, UNITS) == ""
-    assert contents(root) == once
-    assert revert(root, UNITS)
-    assert revert(root, UNITS) == ""
 
 
 def test_units_come_and_go_one_by_one(root: Path) -> None:
@@ -95,12 +81,9 @@ def test_a_unit_that_others_need_stays(root: Path) -> None:
     before = contents(root)
     with pytest.raises(ValueError, match="positional-blocks is needed too"):
         revert(root, UNITS, names=["positional-blocks"])
-    assert contents(root) == before
-
-
-def test_unknown_units_are_named(root: Path) -> None:
     with pytest.raises(ValueError, match="no patch cuda-attention: choose from cpu-attention"):
         apply(root, UNITS, names=["cuda-attention"])
+    assert contents(root) == before
 
 
 def test_a_tree_with_edits_is_left_alone_unless_told(root: Path) -> None:
@@ -118,13 +101,6 @@ def test_a_tree_with_edits_is_left_alone_unless_told(root: Path) -> None:
     assert "# mine" in (root / T5).read_text()
     revert(root, UNITS)
     assert contents(root) == before
-
-
-def test_our_own_edits_do_not_count_as_dirt(root: Path) -> None:
-    apply(root, UNITS, names=["cpu-attention"])
-    (root / "wan" / "__pycache__").mkdir()
-    (root / "wan" / "__pycache__" / "vae.cpython-311.pyc").write_bytes(b"what running it leaves behind")
-    assert apply(root, UNITS)
 
 
 def test_a_tree_without_git_is_left_alone_unless_told(tmp_path: Path) -> None:
@@ -201,25 +177,23 @@ def killed(action: Callable[[], object], steps: int) -> bool:
 
 
 @pytest.mark.parametrize("act", [apply, revert])
-def test_a_kill_at_any_moment_can_be_made_good(tmp_path: Path, act: Callable[..., str]) -> None:
-    start, seen, steps = checkout(tmp_path / "start"), set(), 0
+def test_a_kill_can_be_made_good(tmp_path: Path, act: Callable[..., str]) -> None:
+    """Killed while originals are copied, before the note on what will be written, and between two files."""
+    start, seen = checkout(tmp_path / "start"), set()
     released = contents(start)
+    few = UNITS[:3]  # they touch all three files
     if act is revert:
-        apply(start, UNITS)
-    while True:
+        apply(start, few)
+    for steps in (2, 4, 6):
         root = Path(shutil.copytree(start, tmp_path / f"killed{steps}"))
-        if not killed(lambda root=root: act(root, UNITS), steps):
-            break
-        seen |= set(states(root).values())
+        assert killed(lambda root=root: act(root, few), steps)
+        seen |= {outcome.state for outcome in status(root, few)}
         again = Path(shutil.copytree(root, tmp_path / f"again{steps}"))
-        apply(root, UNITS)
-        assert set(states(root).values()) == {"applied"}
-        revert(root, UNITS)
-        revert(again, UNITS)
-        for tree in (root, again):
-            assert contents(tree) == released
-        steps += 1
-    assert steps >= 4
+        apply(root, few)
+        assert {outcome.state for outcome in status(root, few)} == {"applied"}
+        revert(root, few)
+        revert(again, few)
+        assert contents(root) == contents(again) == released
     assert "unfinished" in seen
 
 
@@ -250,13 +224,6 @@ def test_line_ends_of_windows_are_kept(root: Path) -> None:
     assert contents(root) == before
 
 
-def test_a_diff_has_the_lines_that_git_sees(root: Path, tmp_path: Path) -> None:
-    change(root, T5, ("import torch\n", "import torch\n\f\nPAGE = '\u2028'\n"))
-    commit(root)
-    (tmp_path / "shown.diff").write_text(diff(root, UNITS), encoding="utf-8")
-    git(root, "apply", "--check", str(tmp_path / "shown.diff"))
-
-
 def test_links_and_permissions_stay(root: Path, tmp_path: Path) -> None:
     (root / T5).rename(tmp_path / "t5.py")
     (root / T5).symlink_to(tmp_path / "t5.py")
@@ -278,11 +245,6 @@ def test_a_damaged_record_is_reported(root: Path) -> None:
     (root / RECORD / "applied.json").write_text("{")
     with pytest.raises(ValueError, match="applied.json is damaged.*restore the tree with git"):
         status(root, UNITS)
-
-
-def test_a_folder_without_wan_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no folder wan/"):
-        status(tmp_path, UNITS)
 
 
 def test_edits_that_meet_are_refused(root: Path) -> None:

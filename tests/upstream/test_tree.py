@@ -21,15 +21,7 @@ from refalign_ext.upstream.tree import TreeVAE, WanTree, refusal, selected_tree
 from tests.helpers.rebase_trees import MODEL, change, checkout
 from wan.configs import SIZE_CONFIGS, SUPPORTED_SIZES
 
-SIZES = {
-    "dim": 48,
-    "ffn_dim": 48,
-    "freq_dim": 32,
-    "text_dim": 20,
-    "text_len": 8,
-    "num_heads": 2,
-    "num_layers": 1,
-}
+SIZES = dict(dim=48, ffn_dim=48, freq_dim=32, text_dim=20, text_len=8, num_heads=2, num_layers=1)
 
 
 @pytest.fixture
@@ -43,15 +35,12 @@ def tree(root: Path) -> WanTree:
     return WanTree(root, f"tree_{root.parent.name}")
 
 
-def test_without_a_variable_or_with_this_repository_it_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_tree_the_variable_selects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("", "  ", str(own_wan.OURS), f"{own_wan.OURS}/docs/.."):
         monkeypatch.setenv("WAN_ROOT", value)
         assert selected_tree() is None
     monkeypatch.delenv("WAN_ROOT")
     assert selected_tree() is None
-
-
-def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WAN_ROOT", str(tmp_path))
     with pytest.raises(ValueError, match=r"WAN_ROOT=.*there is no wan/modules/model.py; name the folder"):
         selected_tree()
@@ -110,17 +99,14 @@ def test_the_command_line_says_why_a_task_of_the_tree_is_refused(root: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    ("old", "new", "message"),
     [
-        (("self.time_projection = nn", "self.time_head = nn"), "time_projection"),
-        (
-            ("self.freqs = rotation_tables(", "self.table = rotation_tables("),
-            "WanModel.freqs has the shape None",
-        ),
+        ("self.time_projection = nn", "self.time_head = nn", "time_projection"),
+        ("self.freqs = rotation", "self.table = rotation", "WanModel.freqs has the shape None"),
     ],
 )
-def test_other_weights_are_named(tree: WanTree, pair: tuple[str, str], message: str) -> None:
-    change(tree.root, MODEL, pair)
+def test_other_weights_are_named(tree: WanTree, old: str, new: str, message: str) -> None:
+    change(tree.root, MODEL, (old, new))
     with pytest.raises(ValueError, match=message):
         tree.adopt_parameters(WanModel(**SIZES))
 
@@ -154,12 +140,9 @@ def test_the_trees_autoencoder_is_taken_in_its_released_size(
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())
     vae.vae.encode = lambda videos: [*videos, *vae.vae.scale]
     assert {tensor.device.type for tensor in vae.encode([video])} == {"meta"}, "all of it follows the model"
-
-
-def test_a_missing_autoencoder_is_named(tree: WanTree) -> None:
     (tree.root / "wan/modules/vae.py").unlink()
     with pytest.raises(ValueError, match="no autoencoder of Wan2.1 under a known name"):
-        tree.replacement_for("WanVAE", None)(vae_pth="x", device="cpu")
+        make(vae_pth="x", device="cpu")
 
 
 def test_two_experts_and_another_autoencoder_are_refused() -> None:

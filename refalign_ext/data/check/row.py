@@ -81,7 +81,7 @@ def _unreadable(row: int, message: str) -> Finding:
     where, _, what = message.partition(": ")
     if _FIELD.fullmatch(where) or what.startswith("unknown key"):
         return Finding(row + 1, "error", "schema", where, what)
-    is_text = message.startswith(("not valid JSON", "not UTF-8"))
+    is_text = message.startswith("not valid JSON")
     return Finding(row + 1, "error", "not_json" if is_text else "row_unreadable", "", message)
 
 

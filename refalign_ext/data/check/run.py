@@ -151,13 +151,12 @@ def check(
 ) -> CheckResult:
     """Checks every row of a manifest or packed folder; what is found never ends the check.
 
-    All findings go to `<path>.check.jsonl`, those of a share to `<path>.check.<i>of<n>.jsonl`. If the check is killed, the
-    next one with the same settings goes on from it: rows without errors are not read again. A row that kills the process
-    reading it (a fault in a decoder) is named too, unless `workers` is 0.
+    All findings go to `<path>.check.jsonl`, those of a share to `<path>.check.<i>of<n>.jsonl`. After a check that was
+    killed, rows without errors are not read again. A row that kills the process reading it (a fault in a decoder) is
+    named too, unless `workers` is 0.
 
     Args:
-        path: a JSON-lines manifest, or a folder written by `data materialise --pack`.
-        workers: processes; 0 checks in this one.
+        path: a manifest, or a folder written by `data materialise --pack`.
         share: check only this part of the rows, and of the shards' checksums.
         decode: "ends" decodes the first and last frame and those of targets, "all" every frame of the span, "none"
             only looks whether files exist.

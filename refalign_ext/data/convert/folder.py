@@ -125,8 +125,7 @@ def _probed_clip(
     clip, frames, fps = rows[row], int(record["frames"]), float(record["fps"])
     if record["state"] != USABLE or not fps > 0:
         raise _why_unusable(rows, row, clip)
-    selection.check_clip(frames, clip.scores)
-    if length and not length.fits(frames, fps):
+    if selection.clip_problem(frames, clip.scores) or (length and not length.fits(frames, fps)):
         raise Unusable("too_short", f"{frames} frames at {fps:.3g} fps")
     subjects = _selected(clip, selection, report)
     return replace(clip, video=_filled_in(clip.video, record), subjects=subjects)

@@ -58,7 +58,7 @@ def rows_in_table(
             report.drop("clips", row.reason, f"row {number}: {row}")
             continue
         columns = columns or _columns(path, row, chosen)
-        cells = {_plain(name): value for name, value in row.items() if value not in (None, "")}
+        cells = {_column_key(name): value for name, value in row.items() if value not in (None, "")}
         values = {name: value for name, value in cells.items() if NUMBERED.fullmatch(name)}
         for what, names in columns.items():
             given = [cells[name] for name in names if name in cells]
@@ -68,7 +68,7 @@ def rows_in_table(
 
 def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """By what names each thing is found, given the first row's columns and those that the user names."""
-    plain = {_plain(name) for name in names}
+    plain = {_column_key(name) for name in names}
     # Half of a character, which a damaged file may have, could not be shown.
     listed = ", ".join(names).encode("utf-8", "backslashreplace").decode("utf-8")
     for what, name in chosen.items():
@@ -76,11 +76,11 @@ def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dic
             raise ValueError(
                 f"--column {what}={name}: unknown {what!r}; known are {', '.join(COLUMNS)} and ref1, ..."
             )
-        if _plain(name) not in plain:
+        if _column_key(name) not in plain:
             close = difflib.get_close_matches(name, list(names), 1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {listed}"
             raise ValueError(f"--column {what}={name}: {path} has no such column; {hint}")
-    columns = COLUMNS | {what: (_plain(name),) for what, name in chosen.items()}
+    columns = COLUMNS | {what: (_column_key(name),) for what, name in chosen.items()}
     has_references = any(map(NUMBERED.fullmatch, {*plain, *chosen}))
     for what in ("video", "prompt", *(() if has_references else ("references",))):
         if plain.isdisjoint(columns[what]):
@@ -91,7 +91,7 @@ def _columns(path: Path, names: Iterable[str], chosen: Mapping[str, str]) -> dic
     return columns
 
 
-def _plain(name: str) -> str:
+def _column_key(name: str) -> str:
     return re.sub(r"\s+", "_", name.strip().lower())
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from refalign_ext.atomic_io import FileLocked, locked
 from refalign_ext.data.conversion_report import ConversionReport, Unusable, report_path
 from refalign_ext.data.convert.json_stream import IncompleteFile, read_entries
-from refalign_ext.data.convert.opens2v_entry import pack_record, read_entry
+from refalign_ext.data.convert.opens2v_entry import EntryReader, pack_record
 from refalign_ext.data.convert.opens2v_join import ClipJoiner
 from refalign_ext.data.convert.opens2v_pairs import stage_pairs
 from refalign_ext.data.convert.rows import clip_lines, folder_inside, manifest_root, write_lines
@@ -149,6 +149,7 @@ def _stage_part(part: _Part, *, selection: Selection, bar_lines: int) -> None:
     from tqdm import tqdm
 
     report, name = ConversionReport(), part.path.name
+    reader = EntryReader(selection, report)
     # Parts have tens of gigabytes: each has a bar of its own below that of all of them.
     size, line = part.path.stat().st_size, 1 + part.number % bar_lines
     bar = tqdm(total=size, desc=name, unit="B", unit_scale=True, leave=False, position=line, disable=None)
@@ -157,7 +158,7 @@ def _stage_part(part: _Part, *, selection: Selection, bar_lines: int) -> None:
             for position, (key, entry) in enumerate(read_entries(part.path, bar.update), 1):
                 identity = f"{part.path.stem}/{key}"
                 try:
-                    record = read_entry(key, entry, selection, identity, report)
+                    record = reader.read(key, entry, identity)
                     row = (position, key, pack_record(record))
                     staged.execute("INSERT INTO entry VALUES (?, ?, ?)", row)
                     if record["reason"]:

@@ -18,7 +18,7 @@ from refalign_ext.data.schema import Clip, parse
 
 _CACHED_RECORDS = 64  # clips of a cluster lie near each other
 
-_Record = dict[str, Any]  # as `read_entry` makes them
+_Record = dict[str, Any]  # as `EntryReader` makes them
 _Reference = dict[str, Any]  # as in the manifest's lines
 
 
@@ -65,20 +65,17 @@ class ClipJoiner:
         """
         part, key, record = row
         identity, line = f"{part}/{key}", record["clip"]
-        line["video"] = self._located(part, line["video"], "video_missing")
+        video = self._located(part, line["video"], "video_missing")
         cross = self._cross_references(identity, key, record)
         for subject in line["subjects"]:
-            own = [
-                ref | {"video": self._located(part, ref["video"], "video_missing")} for ref in subject["refs"]
-            ]
-            subject["refs"] = own + cross[subject["subject_id"]]
-        subjects = self._largest(
-            identity, [item for item in line["subjects"] if item["refs"]], record["areas"]
-        )
+            subject["refs"] = [reference | {"video": video} for reference in subject["refs"]]
+            subject["refs"] += cross[subject["subject_id"]]
+        subjects = self._largest(identity, line["subjects"], record["areas"])
         if not subjects:
             raise Unusable("no_references")
         subjects += self._background(part, key, record["background"])
         line |= {"id": identity, "group_id": self._group(part, key), "subjects": subjects}
+        line["video"] = video | {"fps": record["fps"]}
         try:
             return parse(line, "")
         except ValueError as error:
@@ -87,13 +84,15 @@ class ClipJoiner:
     def _largest(
         self, identity: str, subjects: list[dict[str, Any]], areas: dict[str, float]
     ) -> list[dict[str, Any]]:
-        """The subjects with the largest pictures, in the order of the entry."""
+        """Subjects that have a reference, of these the ones with the largest pictures, in the order of the entry."""
+        subjects = [subject for subject in subjects if subject["refs"]]
         ranked = sorted(subjects, key=lambda subject: -areas[subject["subject_id"]])
-        for subject in ranked[self.selection.max_references :] if self.selection.max_references else ():
-            what = f"{identity}, {subject['subject_id']}"
-            self.report.drop("references", "beyond_largest", what, len(subject["refs"]))
-            subjects.remove(subject)
-        return subjects
+        kept = {subject["subject_id"] for subject in ranked[: self.selection.max_references]}
+        for subject in subjects:
+            if subject["subject_id"] not in kept:
+                what = f"{identity}, {subject['subject_id']}"
+                self.report.drop("references", "beyond_largest", what, len(subject["refs"]))
+        return [subject for subject in subjects if subject["subject_id"] in kept]
 
     def _cross_references(self, identity: str, key: str, record: _Record) -> dict[str, list[_Reference]]:
         """Subject -> its references in other clips, the most similar first."""
@@ -109,12 +108,12 @@ class ClipJoiner:
                 cross[subject][source] = reference
             except Unusable as problem:
                 self.report.drop("references", problem.reason, f"{identity} from {pair.source}")
-        limit = self.selection.max_cross
-        kept = {subject: list(others.values())[:limit] for subject, others in cross.items()}
+        kept: dict[str, list[_Reference]] = defaultdict(list)
         for subject, others in cross.items():
+            kept[subject] = list(others.values())[: self.selection.max_cross]
             beyond = len(others) - len(kept[subject])
             self.report.drop("references", "beyond_max_cross", f"{identity}, {subject}", beyond)
-        return defaultdict(list, kept)
+        return kept
 
     def _from_other_clip(self, identity: str, pair: CrossPair) -> tuple[tuple[str, str], _Reference]:
         """(which subject of which clip, the reference) of a pair."""
@@ -130,15 +129,14 @@ class ClipJoiner:
             raise Unusable("cross_thing_missing")
         if not subjects[0]["refs"]:
             raise Unusable("cross_unfit")
-        reference = subjects[0]["refs"][0]
         added = {
             "pair": "cross",
-            "video": self._located(part, reference["video"], "cross_video_missing"),
-            "scores": reference["scores"] | {"sim": pair.similarity},
+            "video": self._located(part, record["clip"]["video"], "cross_video_missing"),
+            "scores": subjects[0]["refs"][0]["scores"] | {"sim": pair.similarity},
             "source_id": source,
             "source_group": self._group(part, key),
         }
-        return (source, number), reference | added
+        return (source, number), subjects[0]["refs"][0] | added
 
     def _located(self, part: str, video: dict[str, Any], reason: str) -> dict[str, Any]:
         """A staged video with its path below the manifest's folder."""

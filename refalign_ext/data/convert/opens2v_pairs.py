@@ -112,12 +112,11 @@ def _is_text(value: object) -> bool:
 
 def _directions(item: object, selection: Selection) -> Iterator[CrossPair]:
     pair = converted(item, _NativePair, "cross_broken")
-    try:
-        if pair.cur_id == pair.aft_id:
-            raise Unusable("cross_self")
-        selection.check_pair(pair.text_similarity, pair.image_similarity)
-    except Unusable as problem:
-        raise Unusable(problem.reason, f"{pair.cur_id} and {pair.aft_id}") from None
+    problem = selection.pair_problem(pair.text_similarity, pair.image_similarity)
+    if pair.cur_id == pair.aft_id:
+        problem = "cross_self"
+    if problem:
+        raise Unusable(problem, f"{pair.cur_id} and {pair.aft_id}")
     here = (pair.cur_id, f"{pair.cur_class_id} {pair.cur_class_name.strip()}")
     there = (pair.aft_id, f"{pair.aft_class_id} {pair.aft_class_name.strip()}")
     yield CrossPair(*here, *there, pair.image_similarity)

@@ -58,9 +58,9 @@ class ClipBuilder:
         if not isinstance(caption, str) or not caption.strip():
             raise Unusable("no_prompt")
         info = self._info(vid)
-        self.rules.selection.check_clip(info.frames, info.scores)
-        if not self.rules.length.fits(info.frames, info.fps):
-            raise Unusable("too_short")
+        problem = self.rules.selection.clip_problem(info.frames, info.scores)
+        if problem or not self.rules.length.fits(info.frames, info.fps):
+            raise Unusable(problem or "too_short")
         video = self._video(vid, info)
         subjects = self._subjects(vid, parse_cross_pair(cell, vid, self.report))
         if not subjects:
@@ -128,19 +128,19 @@ class ClipBuilder:
                 self.report.drop("references", "is_the_subject_itself", vid)
             else:
                 candidates.append((item, reference))
-        kept: dict[Any, Reference] = {}
+        selection, kept = self.rules.selection, dict[Any, Reference]()
         for item, reference in candidates:
-            try:
-                self.rules.selection.check_reference(reference.scores)
-                if reference.pair == "cross":
-                    self.rules.selection.check_pair(None, item.score)
-                if item[:3] in kept:
-                    raise Unusable("listed_twice")
+            problem = selection.reference_problem(reference.scores)
+            if problem is None and reference.pair == "cross":
+                problem = selection.pair_problem(None, item.score)
+            if problem is None and item[:3] in kept:
+                problem = "listed_twice"
+            if problem:
+                self.report.drop("references", problem, vid)
+            else:
                 kept[item[:3]] = reference
-            except Unusable as problem:
-                self.report.drop("references", problem.reason, vid)
         cross = [ref for ref in kept.values() if ref.pair == "cross"]
-        best = sorted(cross, key=lambda ref: -(ref.scores.sim or 0))[: self.rules.selection.max_cross]
+        best = sorted(cross, key=lambda ref: -(ref.scores.sim or 0))[: selection.max_cross]
         self.report.drop("references", "too_many_cross", vid, len(cross) - len(best))
         regular = [ref for ref in kept.values() if ref.pair == "regular"]
         cls = next((item.cls for item, _ in own + referred if item.cls), None)

@@ -20,7 +20,6 @@ from refalign_ext.data.convert.staging import fingerprint, staged_report, stagin
 from refalign_ext.data.schema import ClipScores
 
 MAX_REVERSE_PAIRS = 64  # that one clip is given
-_OPTIONAL = ("fps", "num_frames", "aesthetic_score", "motion_score", "clarity_score")
 _TABLES = "CREATE TABLE info (vid TEXT, info TEXT); CREATE TABLE reverse_pair (vid TEXT, pair TEXT);"
 # Sorting once at the end is far quicker than keeping names that come in any order sorted.
 _INDICES = "CREATE INDEX info_by_vid ON info (vid); CREATE INDEX reverse_pair_by_vid ON reverse_pair (vid);"
@@ -93,7 +92,7 @@ def stage_lookup(pairs: Path, columns: list[str], info: Path, folder: Path, both
 
     needed = [("vid", "video_id"), ("width",), ("height",), ("fps", "num_frames")]
     (vid_column, *_), names, count = find_columns(info, *needed)
-    keys = ["width", "height", *(name for name in _OPTIONAL if name in names)]
+    keys = [name for name in _NativeInfo.__struct_fields__ if name in names]
     mark = fingerprint({"both_ways": both_ways, "format": 3}, [info, pairs])
     target = folder / f"lookup-{mark[:12]}.sqlite"
     if staged_report(target, mark):

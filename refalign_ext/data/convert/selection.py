@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from refalign_ext.data.conversion_report import Unusable
-
 if TYPE_CHECKING:
     from refalign_ext.data.schema import ClipScores, ReferenceScores
 
 OVERFLOW = ("drop", "clamp")
+_CLIP_SCORES = ("aesthetic", "motion", "tech")
 
 _HUMANS = """
     actor actress adult athlete audience baby boy bride chef child children couple crowd dancer doctor driver elder family
@@ -66,29 +65,31 @@ class Selection:
             if isinstance(value, (int, float)) and not lowest <= value < math.inf:
                 raise ValueError(f"--{name} {value}: expected a number of at least {lowest:g}")
 
-    def check_clip(self, frames: int, scores: ClipScores) -> None:
-        """Raises `Unusable` for a clip that is not kept."""
+    def clip_problem(self, frames: int, scores: ClipScores) -> str | None:
+        """Under which reason a clip of so many frames is dropped; None if it is kept."""
         if self.min_frames is not None and frames < self.min_frames:
-            raise Unusable("too_short")
-        for name in ("aesthetic", "motion", "tech"):
-            if _is_below(getattr(scores, name), getattr(self, f"min_clip_{name}")):
-                raise Unusable(f"clip_{name}_low")
+            return "too_short"
+        low = [
+            name
+            for name in _CLIP_SCORES
+            if _is_below(getattr(scores, name), getattr(self, f"min_clip_{name}"))
+        ]
+        return f"clip_{low[0]}_low" if low else None
 
-    def check_reference(self, scores: ReferenceScores) -> None:
-        """Raises `Unusable` for a reference that is not kept."""
+    def reference_problem(self, scores: ReferenceScores) -> str | None:
+        """Under which reason a reference is dropped; None if it is kept."""
         if _is_below(scores.area_ratio, self.min_area_ratio):
-            raise Unusable("area_small")
+            return "area_small"
         rules = [(scores.aes, self.min_aesthetic), (scores.gme, self.min_gme)]
         judged = [score < least for score, least in rules if score is not None and least is not None]
-        if judged and all(judged):
-            raise Unusable("quality_low")
+        return "quality_low" if judged and all(judged) else None
 
-    def check_pair(self, text: float | None, image: float | None) -> None:
-        """Raises `Unusable` for a cross pair whose similarities are too low."""
+    def pair_problem(self, text: float | None, image: float | None) -> str | None:
+        """Under which reason a cross pair with these similarities is dropped; None if it is kept."""
         if _is_below(text, self.min_text_similarity):
-            raise Unusable("cross_text_low")
-        if None not in (image, self.min_image_similarity) and image <= self.min_image_similarity:
-            raise Unusable("cross_image_low")
+            return "cross_text_low"
+        is_judged = image is not None and self.min_image_similarity is not None
+        return "cross_image_low" if is_judged and image <= self.min_image_similarity else None
 
 
 OPENS2V_SELECTION = Selection()

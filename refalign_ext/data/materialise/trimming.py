@@ -6,7 +6,6 @@ import io
 from bisect import bisect_left
 from dataclasses import replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -89,6 +88,7 @@ def _remux(
     import av
 
     places = {packet.pts: place for place, packet in enumerate(packets)}
+    base = packets[first].pts
     file = io.BytesIO()
     try:
         source = packets_from(container, stream, packets, places, first)
@@ -97,15 +97,14 @@ def _remux(
         # Nothing that differs from one time to the next, such as random identifiers.
         with av.open(file, "w", format=muxer, options={"fflags": "+bitexact"}) as output:
             target = output.add_stream_from_template(stream)
-            base = packets[first].pts
-            for packet in islice((packet for packet in source if packet.size), last - first + 1):
-                if packet.pts not in places:
+            filled = (packet for packet in source if packet.size)
+            for packet, listed in zip(filled, packets[first : last + 1]):
+                if packet.pts != listed.pts:
                     return None
                 if packet.pts < base:
                     continue  # builds on frames before the key frame
                 # After a seek FFmpeg does not know all times of decoding; when it read from the start it did.
-                packet.dts = packets[places[packet.pts]].dts - base
-                packet.pts -= base
+                packet.pts, packet.dts = listed.pts - base, listed.dts - base
                 packet.stream = target
                 output.mux(packet)
     except (av.error.FFmpegError, ValueError, OSError):

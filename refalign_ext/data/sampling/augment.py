@@ -28,11 +28,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. ITU-R BT.601
 
 
 def augment(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """A varied picture on white, seldom of the same size; all draws are made in a fixed order.
-
-    Args:
-        image: RGB, its surroundings white or whatever the frame showed.
-    """
+    """A varied picture on white of an RGB one, seldom of the same size; all draws are made in a fixed order."""
     image = _jitter_colors(image, generator)
     image = _warp(image, generator)
     has_blur, share = generator.random() < BLUR, generator.uniform(*BLUR_RADIUS)
@@ -56,13 +52,8 @@ def _warp(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     backward = np.linalg.inv(forward)
     offset = half - backward @ centre
     matrix = (*backward[0], offset[0], *backward[1], offset[1])
-    return image.transform(
-        (int(canvas[0]), int(canvas[1])),
-        Image.Transform.AFFINE,
-        tuple(float(value) for value in matrix),
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=WHITE,
-    )
+    options = {"resample": Image.Resampling.BICUBIC, "fillcolor": WHITE}
+    return image.transform(tuple(canvas.tolist()), Image.Transform.AFFINE, [*map(float, matrix)], **options)
 
 
 def _jitter_colors(image: Image.Image, generator: np.random.Generator) -> Image.Image:

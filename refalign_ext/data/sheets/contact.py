@@ -41,14 +41,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Draws random samples, one below the other: frames with target boxes and masks, prompt, references.
 
-    Frames are whole ones; a crop is outlined in yellow, the box and mask of a subject in the colour that marks its
-    references too. References are cut as for training, with pair, class and box space under them. What cannot be
-    read is shown by its error.
-
-    Args:
-        samples: how many; all if there are fewer.
-        seed: the same choice for the same number of rows.
-        width: of the page in pixels.
+    A crop is outlined in yellow, the box and mask of a subject in the colour that marks its references too, which are
+    cut as for training. What cannot be read is shown by its error. `width` of the page is in pixels.
 
     Raises:
         ValueError: if the data set cannot be opened or is empty.
@@ -84,10 +78,9 @@ class SampleSheet:
             return stacked(
                 [paragraph(name, 20, INK, self.width, 1), self._error(error, self.width)], self.width
             )
-        details = " \u00b7 ".join(filter(None, (clip.source, clip.video.path, _span_text(clip.video))))
         parts = [
             paragraph(f"{name}: {clip.id}", 20, INK, self.width, 1),
-            paragraph(details, 15, FAINT, self.width, 1),
+            paragraph(f"{clip.source} \u00b7 {clip.video.path}", 15, FAINT, self.width, 1),
             paragraph(clip.prompt, 18, INK, self.width, _PROMPT_LINES),
         ]
         try:
@@ -135,13 +128,10 @@ class SampleSheet:
     def _references(self, clip: Clip) -> list[Image.Image]:
         frames = FrameMemory()
         listed = [(number, item) for number, subject in enumerate(clip.subjects) for item in subject.refs]
-        tiles = [
+        return [
             self._reference(number, clip.subjects[number], reference, frames)
             for number, reference in listed[:MAX_REFERENCES]
         ]
-        if len(listed) > MAX_REFERENCES:
-            tiles.append(paragraph(f"and {len(listed) - MAX_REFERENCES} more", 16, FAINT, 120, 2))
-        return tiles
 
     def _reference(
         self, number: int, subject: Subject, reference: Reference, frames: FrameMemory
@@ -198,13 +188,3 @@ def _colour(number: int) -> Colour:
 
 def _name(subject: Subject) -> str:
     return subject.cls or subject.phrase or f"subject {subject.subject_id}"
-
-
-def _span_text(span: VideoSpan) -> str:
-    for start, end, unit in (
-        (span.start_s, span.end_s, "seconds"),
-        (span.start_frame, span.end_frame, "frames"),
-    ):
-        if (start, end) != (None, None):
-            return f"{unit} {start or 0:g} to {'end' if end is None else f'{end:g}'}"
-    return ""

@@ -17,19 +17,22 @@ _PAPER, _LINE = (250, 250, 248), (214, 214, 210)
 # Pillow's own font knows Latin letters only; for others the first of these that is installed is used.
 _OTHER_FONTS = (
     "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "SourceHanSansSC-Regular.otf",
     "wqy-microhei.ttc",
     "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
     "msyh.ttc",
-    "Arial Unicode.ttf",
     "DejaVuSans.ttf",
 )
 
 
 def blank(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height), _PAPER)
+
+
+def padded(part: Image.Image, height: int) -> Image.Image:
+    """A part with empty paper under it, or cut off, so that it has this height."""
+    page = blank(part.width, height)
+    page.paste(part, (0, 0))
+    return page
 
 
 def stacked(parts: Sequence[Image.Image], width: int, *, margin: int = 0, gap: int = GAP) -> Image.Image:

@@ -16,6 +16,7 @@ from refalign_ext.data.sheets.layout import (
     captioned,
     flow,
     framed,
+    padded,
     paragraph,
     scaled,
     stacked,
@@ -30,6 +31,7 @@ _MARGIN, _GAP = 48, 20
 _WIDTH = PAGE_WIDTH - 2 * _MARGIN
 _REFERENCE_SIDE = 216
 _REFERENCES_PER_ROW = 4
+_LABEL_HEIGHT = 34
 _FRAME_HEIGHT = 360
 _MAX_FRAMES = 6
 
@@ -54,9 +56,9 @@ def make_sheet(
     """
     bands = [_conditions(references, prompt), _frames(video, fps)]
     if title:
-        bands.insert(0, paragraph(title, 34, INK, _WIDTH, 1))
+        bands.insert(0, padded(paragraph(title, 34, INK, _WIDTH, 1), 56))
     if footer:
-        bands.append(paragraph(footer, 17, FAINT, _WIDTH, 1))
+        bands.append(padded(paragraph(footer, 17, FAINT, _WIDTH, 1), 24))
     return stacked(bands, PAGE_WIDTH, margin=_MARGIN, gap=_GAP)
 
 
@@ -64,13 +66,14 @@ def _conditions(references: Sequence[Image.Image], prompt: str) -> Image.Image:
     """References in rows, with the prompt to their right."""
     left = min(len(references), _REFERENCES_PER_ROW) * (_REFERENCE_SIDE + _GAP)
     text = paragraph(prompt, 30, INK, _WIDTH - left - _GAP, MAX_PROMPT_LINES)
-    texts = _labelled("prompt", text)
+    texts = _labelled("prompt", padded(text, text.height + _GAP))
     if not references:
         return texts
     tiles = [framed(scaled(image, _REFERENCE_SIDE, _REFERENCE_SIDE)) for image in references]
     label = "reference" if len(tiles) == 1 else f"{len(tiles)} references"
     pictures = _labelled(label, flow(tiles, left, gap=_GAP - 2))
-    band = blank(_WIDTH, max(pictures.height, texts.height))
+    rows = -(-len(references) // _REFERENCES_PER_ROW)
+    band = blank(_WIDTH, max(_LABEL_HEIGHT + rows * (_REFERENCE_SIDE + _GAP), texts.height))
     band.paste(pictures, (0, 0))
     band.paste(texts, (left + _GAP, 0))
     return band
@@ -91,8 +94,10 @@ def _frames(video: torch.Tensor, fps: float) -> Image.Image:
         time = f"{index / fps:.2f} s" if count > 1 else ""
         tiles.append(captioned(scaled(Image.fromarray(pixels), cell, _FRAME_HEIGHT), (time, FAINT), size=17))
     label = "image" if count == 1 else f"video, {count} frames, {count / fps:.2f} s"
-    return _labelled(label, flow(tiles, _WIDTH + 2, gap=_GAP - 2))
+    band = flow(tiles, _WIDTH + 2, gap=_GAP - 2)
+    return _labelled(label, padded(band, band.height + 8))
 
 
 def _labelled(label: str, band: Image.Image) -> Image.Image:
-    return stacked([paragraph(label, 20, ACCENT, band.width, 1), band], band.width, gap=8)
+    title = padded(paragraph(label, 20, ACCENT, band.width, 1), _LABEL_HEIGHT)
+    return stacked([title, band], band.width, gap=0)

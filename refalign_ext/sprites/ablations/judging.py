@@ -8,21 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.atomic_io import atomic_open
-from refalign_ext.sprites.evaluate import Job, contact_sheet, judge_folder
-from refalign_ext.sprites.judged import answers_of
+from refalign_ext.sprites.evaluate import JudgingJob, judge_folder
+from refalign_ext.sprites.pixels import save_picture
 
 FLOW_ERROR = "validation/flow"
 JOB_SEED = 1000  # plus the seed of the arm; previews, by which recipes are chosen, have another one
 
 
-def jobs(seed: int, clips: int, sample_steps: int) -> dict[str, Job]:
+def judging_jobs(seed: int, clips: int, sample_steps: int) -> dict[str, JudgingJob]:
     """What every arm of a seed generates: held-out subjects, references in another pose and scale.
 
     `shuffled` is the control, with a quarter of the clips: a model that heeds its references shows the wrong subjects there,
     and one that guesses finds the colours by chance.
     """
-    usual = Job(clips, 1, seed=JOB_SEED + seed, sample_steps=sample_steps)
+    usual = JudgingJob(clips, 1, seed=JOB_SEED + seed, sample_steps=sample_steps)
     return {
         "one": usual,
         "two": replace(usual, subjects=2),
@@ -31,30 +30,24 @@ def jobs(seed: int, clips: int, sample_steps: int) -> dict[str, Job]:
 
 
 def judge_checkpoint(
-    frozen: Path, checkpoint: Path, out: Path, wanted: dict[str, Job], *, device: str, precision: str
+    frozen: Path, checkpoint: Path, out: Path, jobs: dict[str, JudgingJob], *, device: str, precision: str
 ) -> dict[str, dict[str, Any]]:
     """Judge the averaged weights of a checkpoint; a picture of every job goes to `out`.
 
     Args:
         frozen: folder of VAE, text encoder and teacher.
-        wanted: see `jobs`.
         precision: of the DiT, `fp32` or `bf16`.
 
     Returns:
-        for every job the judge's `table` (metric -> share, low, high, count, or None without answers) and its `answers`.
+        for every job the judge's `table` and its `answers`; see `judge.tabulate` and `judge.judge_clip`.
     """
-    from PIL import Image
-
     found = {}
-    for name, job in wanted.items():
+    for name, job in jobs.items():
         evaluation = judge_folder(
             frozen, "generation", job, dit_ckpt=checkpoint, device=device, precision=precision
         )
-        with atomic_open(out / f"{name}.png") as file:
-            Image.fromarray(contact_sheet(evaluation, rows=min(10, job.clips))).save(file, format="PNG")
-        # JSON knows no nan, which is what the share of no answers is.
-        table = {metric: row if row["count"] else None for metric, row in evaluation.table().items()}
-        found[name] = {"table": table, "answers": answers_of(evaluation)}
+        save_picture(out / f"{name}.png", evaluation.contact_sheet(rows=10))
+        found[name] = {"table": evaluation.table(), "answers": evaluation.answers}
     return found
 
 

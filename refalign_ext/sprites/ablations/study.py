@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from refalign_ext.atomic_io import FileLocked, locked, write_json
+from refalign_ext.atomic_io import FileLocked, atomic_folder, locked, write_json
 from refalign_ext.backbone import file_sha256
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.checkpoint.reading import read_any_dit
@@ -23,7 +23,7 @@ from refalign_ext.config import TrainConfig, configure
 from refalign_ext.distributed.process_group import environment_world_size
 from refalign_ext.encoders import checkpoint_folder, task_config
 from refalign_ext.sprites.ablations.arms import RECIPE, TABLES, Arm, MadeTeacher, Table
-from refalign_ext.sprites.ablations.judging import jobs, judge_checkpoint, read_metrics
+from refalign_ext.sprites.ablations.judging import judge_checkpoint, judging_jobs, read_metrics
 from refalign_ext.sprites.ablations.teacher_input import TEACHER_INPUT
 from refalign_ext.sprites.teacher_settings import TeacherSettings
 from refalign_ext.sprites.training_data import SPRITE_DATA
@@ -46,19 +46,13 @@ _WAIT_S = 5.0
 
 @dataclass(frozen=True)
 class Study:
-    """What is asked for.
+    """What is asked for; see the options of `ablate`.
 
     Attributes:
         table: key of `TABLES`.
         out: folder of all tables, with the runs, start, teachers and sprite cache that they share.
         seeds: arms are trained with the seeds 1 to `seeds`.
-        steps: optimizer steps of every arm.
-        start_steps: of the text-to-video model that they start from.
-        clips: judged with one subject and with two.
-        sample_steps: with which they and the previews are made.
         settings: other settings of train_refalign.py, for the start and for every arm.
-        start: a text-to-video model that is there already, in any layout; None: it is trained.
-        teachers: folder of teachers; None: in `out`.
         teacher_steps: for which teachers are trained; None: as long as the command does that trains them.
     """
 
@@ -85,7 +79,6 @@ class Study:
 
     @property
     def arms(self) -> Table:
-        """The table's arms."""
         return TABLES[self.table]
 
     @property
@@ -97,13 +90,10 @@ class Study:
         """What an arm changes of the recipe and the user's settings, without what is so anyway."""
         usual = configure(RECIPE, self.settings)
         changes = {**self.arms.base, **arm.changes}
+        changes = {name: value for name, value in changes.items() if attrgetter(name)(usual) != value}
         if arm.teacher is not None:
             changes["teacher"] = self._teacher_folder(arm.teacher).name
-        return {
-            name: value
-            for name, value in sorted(changes.items())
-            if name == "teacher" or attrgetter(name)(usual) != value
-        }
+        return dict(sorted(changes.items()))
 
     def arm_folder(self, arm: Arm, seed: int) -> Path:
         """Where one run lies: tables whose arms change the same share it."""
@@ -112,17 +102,15 @@ class Study:
 
     def identity(self, arm: Arm, seed: int) -> dict[str, Any]:
         """What a result must be of to count as this arm's."""
-        return _plain(
-            {
-                "changes": self.changes(arm),
-                "seed": seed,
-                "steps": self.steps,
-                "clips": self.clips,
-                "sample_steps": self.sample_steps,
-                "settings": self.settings,
-                **self._world(),
-            }
-        )
+        return {
+            "changes": self.changes(arm),
+            "seed": seed,
+            "steps": self.steps,
+            "clips": self.clips,
+            "sample_steps": self.sample_steps,
+            "settings": self.settings,
+            **self._world(),
+        }
 
     def _world(self) -> dict[str, Any]:
         """What all runs of a study rest on: replaced in between, their results could not be compared."""
@@ -197,48 +185,48 @@ class Study:
             ValueError: if the folder holds another study, and as `run_training`.
             KeyboardInterrupt: after a stop that was asked for.
         """
-        folder, identity = self.arm_folder(arm, seed), self.identity(arm, seed)
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        folder = self.arm_folder(arm, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with locked(folder):
-                if self.result(arm, seed) is not None:
-                    return True
-                start = self._start()
-                digest = _digest(start)
-                _claim(folder / "arm.json", {**identity, "start": digest})
-                logger.info("table %s, seed %d, arm %s: %s", self.table, seed, arm.letter, arm.title)
-                if arm.teacher is not None:
-                    self._make_teacher(arm.teacher)
-                settings = self.arm_settings(arm, seed, start)
-                checkpoint = self._train(settings)
-                begun = time.perf_counter()
-                judged = judge_checkpoint(
-                    self._frozen(),
-                    checkpoint,
-                    folder,
-                    jobs(seed, self.clips, self.sample_steps),
-                    device=self.device,
-                    precision=configure(RECIPE, settings).precision,
-                )
-                seconds = time.perf_counter() - begun
-                curve, speed = read_metrics(folder / METRICS_FILE)
-                write_json(
-                    folder / "result.json",
-                    {
-                        "study": identity,
-                        "start": digest,
-                        "clips_per_second": speed,
-                        "judging_seconds": seconds,
-                        "curve": curve,
-                        "judged": judged,
-                    },
-                    indent=None,
-                )
+                if self.result(arm, seed) is None:
+                    write_json(folder / "result.json", self._run(arm, seed), indent=None)
         except FileLocked:
             return False
         return True
+
+    def _run(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """What `result.json` holds."""
+        folder, identity = self.arm_folder(arm, seed), self.identity(arm, seed)
+        start = self._start()
+        digest = weights_sha256(start)
+        _claim(folder / "arm.json", {**identity, "start": digest})
+        logger.info("table %s, seed %d, arm %s: %s", self.table, seed, arm.letter, arm.title)
+        if arm.teacher is not None:
+            self._make_teacher(arm.teacher)
+        settings = self.arm_settings(arm, seed, start)
+        checkpoint = self._train(settings)
+        begun = time.perf_counter()
+        judged = judge_checkpoint(
+            self._frozen(),
+            checkpoint,
+            folder,
+            judging_jobs(seed, self.clips, self.sample_steps),
+            device=self.device,
+            precision=configure(RECIPE, settings).precision,
+        )
+        seconds = time.perf_counter() - begun
+        curve, speed = read_metrics(folder / METRICS_FILE)
+        return {
+            "study": identity,
+            "start": digest,
+            "clips_per_second": speed,
+            "judging_seconds": seconds,
+            "curve": curve,
+            "judged": judged,
+        }
 
     def result(self, arm: Arm, seed: int) -> dict[str, Any] | None:
         """What `run` found, or None if it has not.
@@ -259,7 +247,7 @@ class Study:
         settings = self.start_settings()
         folder = Path(settings["out"])
         own = {name: value for name, value in settings.items() if name not in ("out", "cache")}
-        identity = _plain({**own, **self._world()})
+        identity = {**own, **self._world()}
 
         def make() -> None:
             _claim(folder / "start.json", identity)
@@ -296,10 +284,9 @@ class Study:
 
         def make() -> None:
             logger.info("training the teacher %s", folder.name)
-            aside = folder.with_name(folder.name + ".part")
             settings = TeacherSettings(teacher.kind, teacher.size)
-            train_teacher(settings if steps is None else replace(settings, steps=steps), aside)
-            aside.rename(folder)
+            with atomic_folder(folder) as unfinished:
+                train_teacher(settings if steps is None else replace(settings, steps=steps), unfinished)
 
         _once(folder, lambda: (folder / "teacher" / "config.json").is_file(), make)
 
@@ -309,7 +296,7 @@ def _last_checkpoint(folder: Path, steps: int) -> Path | None:
     return found[-1] if found and read_meta(found[-1])["step"] == steps else None
 
 
-def _digest(start: Path) -> str:
+def weights_sha256(start: Path) -> str:
     """SHA-256 of a model's weights, the same for every layout of them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(read_any_dit(start).state_dict.items()):
@@ -343,14 +330,11 @@ def _claim(path: Path, identity: dict[str, Any]) -> None:
 
 
 def _agree(path: Path, found: dict[str, Any], identity: dict[str, Any]) -> None:
-    for name in {**identity, **found}:
-        if found.get(name) != identity.get(name):
+    """Compares what a file says with an identity as JSON gives it back (lists for tuples)."""
+    asked = json.loads(json.dumps(identity))
+    for name in {**asked, **found}:
+        if found.get(name) != asked.get(name):
             raise ValueError(
-                f"{path} is of another study ({name} is {found.get(name)}, asked for {identity.get(name)}): "
+                f"{path} is of another study ({name} is {found.get(name)}, asked for {asked.get(name)}): "
                 "repeat that command, or give another --out"
             )
-
-
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: lists for tuples."""
-    return json.loads(json.dumps(value))

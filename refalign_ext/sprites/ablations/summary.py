@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from refalign_ext.sprites.ablations.intervals import mean_and_error, paired_interval
+from refalign_ext.evaluation.intervals import mean_and_error, paired_interval
 from refalign_ext.sprites.ablations.judging import FLOW_ERROR
 from refalign_ext.sprites.ablations.study import Study
 
@@ -54,49 +54,46 @@ def collect(study: Study) -> Results:
     return found
 
 
-def shares(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
+def _values(results: dict[int, dict[str, Any]], job: str, metric: str) -> Values:
     """A metric by seed, without seeds in which its question never arose."""
     if job == VALIDATION:
-        last = {
-            seed: max(result["curve"].items(), key=lambda row: int(row[0]))[1]
-            for seed, result in results.items()
-        }
+        curves = {seed: result["curve"] for seed, result in results.items() if result["curve"]}
+        last = {seed: curve[max(curve, key=int)] for seed, curve in curves.items()}
         return {seed: shown[FLOW_ERROR] for seed, shown in last.items() if FLOW_ERROR in shown}
     rows = {seed: result["judged"][job]["table"].get(metric) for seed, result in results.items()}
     return {seed: row["share"] for seed, row in rows.items() if row is not None}
 
 
-def summarize(study: Study, found: Results) -> dict[str, Any]:
+def summarize_study(study: Study, found: Results) -> dict[str, Any]:
     """For every arm, job and metric: values by seed, mean, standard error, and A minus this arm with its interval."""
     first = study.arms.reference
     arms = {}
     for arm in study.arms.arms:
+        results = found.get(arm.letter, {})
         figures: dict[str, dict[str, Any]] = defaultdict(dict)
         for _, job, metrics in PARTS:
+            is_compared = arm is not first and are_comparable(job, arm.changes, first.changes)
             for metric in metrics:
-                values = shares(found.get(arm.letter, {}), job, metric)
-                reference = shares(found.get(first.letter, {}), job, metric)
-                is_comparable = are_comparable(job, arm.changes, first.changes)
-                compared = None if arm is first or not is_comparable else reference
-                figures[job][metric] = _figure(values, compared)
+                values = _values(results, job, metric)
+                figure = figures[job][metric] = _figure(values)
+                reference = _values(found.get(first.letter, {}), job, metric)
+                difference = paired_difference(reference, values) if is_compared else None
+                if figure is not None and difference is not None:
+                    figure["a_minus_this"] = difference
         arms[arm.letter] = {
             "title": arm.title,
             "changes": arm.changes,
-            "seeds": sorted(found.get(arm.letter, {})),
+            "seeds": sorted(results),
             "figures": figures,
         }
     return {"table": study.table, "title": study.arms.title, "arms": arms}
 
 
-def _figure(values: Values, reference: Values | None) -> dict[str, Any] | None:
+def _figure(values: Values) -> dict[str, Any] | None:
     if not values:
         return None
     center, error = mean_and_error(list(values.values()))
-    figure: dict[str, Any] = {"by_seed": values, "mean": center, "standard_error": error}
-    difference = None if reference is None else paired_difference(reference, values)
-    if difference is not None:
-        figure["a_minus_this"] = difference
-    return figure
+    return {"by_seed": values, "mean": center, "standard_error": error}
 
 
 def are_comparable(job: str, changes: dict[str, Any], others: dict[str, Any]) -> bool:
@@ -115,17 +112,6 @@ def paired_difference(first: Values, second: Values) -> dict[str, Any] | None:
         return None
     difference, low, high = paired_interval([first[s] for s in paired], [second[s] for s in paired])
     return {"mean": difference, "low": low, "high": high, "seeds": paired}
-
-
-def curve_of(results: dict[int, dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """A preview's figure by step, averaged over the seeds that have it at that step."""
-    by_step: dict[int, list[float]] = defaultdict(list)
-    for result in results.values():
-        for step, shown in result["curve"].items():
-            if name in shown:
-                by_step[int(step)].append(shown[name])
-    steps = sorted(by_step)
-    return steps, [mean_and_error(by_step[step])[0] for step in steps]
 
 
 def common_seeds(found: Results) -> list[int]:

@@ -37,10 +37,6 @@ class TeacherInput(nn.Module):
 
     It starts at zero, so that training starts from the model as it is, and zero features (a dropped reference) add
     nothing at any time.
-
-    Args:
-        teacher_dim: width D of the teacher's features.
-        dim: width d of the diffusion transformer.
     """
 
     def __init__(self, teacher_dim: int, dim: int) -> None:
@@ -115,7 +111,6 @@ class TeacherInputModule:
     name = NAME
 
     def attach(self, config: TrainConfig, model: nn.Module, encoders: Encoders) -> AttachedModule:
-        assert encoders.teacher is not None
         source = Path(config.dit_ckpt or encoders.folder)
         saved = {} if config.from_scratch else read_extra_module(source, NAME)
         module = load_teacher_input(
@@ -155,11 +150,7 @@ def trained_reference_context(
 def saved_reference_context(
     source: Path, folder: Path, model: nn.Module, device: torch.device
 ) -> ReferenceContext | None:
-    """For a DiT out of a checkpoint; None for one that was trained without `teacher_input`.
-
-    Args:
-        source: the DiT's checkpoint; its settings name the teacher.
-        folder: of the frozen parts, with the task's own teacher.
+    """For a DiT out of the checkpoint `source`, which names the teacher; None for one without `teacher_input`.
 
     Raises:
         ValueError: if the teacher is not there or is another one.
