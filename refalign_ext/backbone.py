@@ -98,9 +98,8 @@ class BackboneOutput:
 
     Attributes:
         prediction: velocity of the video frames, one [C, F, H, W] per sample.
-        reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block; M is the largest number
-            of references in the batch and missing ones are zeros (`layout.samples` tells how many a sample has). Under sequence
-            parallelism those that this rank holds, one [S, dim] per block, as `reference_spans` says.
+        reference_tokens: features of the reference tokens, one [B, M, N, dim] per tapped block, zeros where a sample
+            has fewer than M references. Under sequence parallelism those that this rank holds, one [S, dim] per block.
         layout: where the tokens lay.
         reference_spans: None, or per sample the (first, count) of the held tokens among its M*N.
     """

@@ -58,31 +58,24 @@ class Result:
         references: the prepared references, as the VAE saw them.
         settings: every setting that took effect, ready for json.
         timings: seconds per step.
-        peak_memory: bytes (see `PeakMemory`), or None when the system does not tell.
+        peak_memory: bytes, see `PeakMemory`.
     """
 
     video: Tensor | None
     references: list[Image.Image]
     settings: dict[str, Any]
     timings: dict[str, float] = field(default_factory=dict)
-    peak_memory: int | None = None
+    peak_memory: int = 0
 
 
 @dataclass(eq=False, kw_only=True)
 class R2VPipeline:
     """Videos of the subjects on reference images (paper, section on inference), and every other task of the table.
 
-    The steps are public: `prepare` -> `denoise` -> `decode`; `generate` runs them in order. The model appends the
-    references behind the video on the frame axis and `ReferenceBackbone` crops them off every prediction, so the
-    latents that travel between the steps hold the video only.
+    The steps are public: `prepare` -> `denoise` -> `decode`; `generate` runs them in order. The latents that travel
+    between them hold the video only.
 
     Attributes:
-        task: the row of the table of tasks.
-        config: its entry of `WAN_CONFIGS`.
-        backbone: the DiT with references attached.
-        vae: the video autoencoder.
-        text_encoder: the T5 encoder.
-        device: where to sample.
         dtype: the number format of the DiT's matrix products.
         t5_cpu: keeps the text encoder on the CPU.
         offload_model: keeps only the part at work on the device and runs the guidance branches one by one.
@@ -216,18 +209,12 @@ class R2VPipeline:
         noise = initial_noise(self.latent_shape(request), request.seed)
         memory = PeakMemory(self.device)
         timings: dict[str, float] = {}
-
-        # 1. Prepare the conditions
         with _timed(timings, "prepare"):
             conditions = self.prepare(request)
-
-        # 2. Denoise
         with _timed(timings, "denoise"):
             latents = self.denoise(
                 noise, conditions, request, progress=progress and self.ranks.is_main, callback=callback
             )
-
-        # 3. Decode
         video = None
         if self.ranks.is_main:
             with _timed(timings, "decode"):
@@ -264,17 +251,7 @@ class R2VPipeline:
         progress: bool = True,
         callback: StepCallback | None = None,
     ) -> Tensor:
-        """Samples video latents with the request's solver and guidance.
-
-        Args:
-            noise: [C, f, h, w], float32.
-            conditions: from `prepare`, for the same h and w.
-            request: of these conditions.
-            progress, callback: see `generate`.
-
-        Returns:
-            [C, f, h, w] float32.
-        """
+        """Video latents [C, f, h, w] from noise [C, f, h, w], both float32, by the request's solver and guidance."""
         solver = make_solver(
             request.sample_solver,
             request.sample_steps,

@@ -21,7 +21,7 @@ from wan.modules import model as model_module
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = WAN_CONFIGS["r2v-tiny"].num_layers
-STEPS = 3
+STEPS = 2
 SMALL = {"size": (32, 24), "frame_num": 5, "seed": 0, "sample_steps": STEPS, "progress": False}
 # the model sees two latent frames of 8 x 6 cells, 4 x 3 tokens each
 VIDEO_TOKENS, TOKENS_PER_REFERENCE = 24, 12
@@ -80,7 +80,7 @@ result = pipeline.generate("up", [Image.new("RGB", (40, 30), "red")], **{SMALL!r
 print(json.dumps([list(result.video.shape), sorted(sys.modules)]))
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     shape, loaded = json.loads(done.stdout.splitlines()[-1])
@@ -94,15 +94,7 @@ print(json.dumps([list(result.video.shape), sorted(sys.modules)]))
 
 @pytest.mark.parametrize(
     ("count", "scales"),
-    [
-        (2, (5.0, 7.5)),
-        (1, (5.0, 7.5)),
-        (1, (3.0, 3.0)),
-        (1, (1.0, 4.0)),
-        (1, (1.0, 1.0)),
-        (0, (5.0, 4.0)),
-        (0, (5.0, 1.0)),
-    ],
+    [(2, (5.0, 7.5)), (1, (3.0, 3.0)), (1, (1.0, 4.0)), (1, (1.0, 1.0)), (0, (5.0, 4.0)), (0, (5.0, 1.0))],
 )
 def test_one_batched_call_per_step(
     pipeline: R2VPipeline,

@@ -22,7 +22,7 @@ from wan.sampling import initial_noise
 from wan.text2video import WanT2V
 
 PROMPT = "a large circle moves right"
-FEW = {"sample_steps": 2, "progress": False}
+FEW = {"size": (32, 24), "frame_num": 5, "sample_steps": 2, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +56,10 @@ def batch_sizes(pipeline: R2VPipeline, monkeypatch: pytest.MonkeyPatch) -> list[
 
 def test_result_and_settings(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
     result = pipeline.generate(PROMPT, references, seed=1, **FEW)
-    assert result.video.shape == (3, 9, 48, 48)
+    assert result.video.shape == (3, 5, 24, 32)
     assert result.video.dtype == torch.float32
     assert result.video.abs().max() <= 1
-    assert [image.size for image in result.references] == [(48, 48)] * 2
+    assert [image.size for image in result.references] == [(32, 24)] * 2
     assert result.settings["seed"] == 1
     assert result.settings["sample_solver"] == "euler"
     for name in ("ref_guide_scale", "text_guide_scale"):
@@ -81,12 +81,6 @@ def test_seed_and_references_decide(pipeline: R2VPipeline, references: list[Imag
         video(references, 1, "up"),
     )
     assert all((first - other).abs().max() > 1e-3 for other in others)
-
-
-def test_any_size_and_length(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
-    result = pipeline.generate(PROMPT, references[:1], size=(64, 40), frame_num=5, seed=0, **FEW)
-    assert result.video.shape == (3, 5, 40, 64)
-    assert result.references[0].size == (64, 40)
 
 
 def test_sampling_follows_equation_five(pipeline: R2VPipeline, references: list[Image.Image]) -> None:
@@ -180,36 +174,14 @@ def test_branches_that_do_not_fit_together_run_one_by_one(
     torch.testing.assert_close(video, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("scales", "branches"), [((3.0, 3.0), 2), ((1.0, 4.0), 2), ((1.0, 1.0), 1), ((5.0, 7.5), 3)]
-)
-def test_useless_branches_are_not_computed(
-    pipeline: R2VPipeline,
-    references: list[Image.Image],
-    batch_sizes: list[int],
-    scales: tuple[float, float],
-    branches: int,
-) -> None:
-    settings = {
-        "ref_guide_scale": scales[0],
-        "text_guide_scale": scales[1],
-        "sample_steps": 1,
-        "progress": False,
-    }
-    pipeline.generate(PROMPT, references, seed=0, **settings)
-    assert batch_sizes == [branches]
-
-
 @pytest.mark.parametrize("solver", ["euler", "unipc", "dpm++"])
 def test_no_references_is_plain_text_to_video(
     pipeline: R2VPipeline, text_to_video: WanT2V, solver: str
 ) -> None:
-    r2v = pipeline.generate(
-        PROMPT, size=(48, 32), frame_num=5, seed=5, sample_solver=solver, text_guide_scale=4.0, **FEW
-    )
+    r2v = pipeline.generate(PROMPT, seed=5, sample_solver=solver, text_guide_scale=4.0, **FEW)
     t2v = text_to_video.generate(
         PROMPT,
-        size=(48, 32),
+        size=FEW["size"],
         frame_num=5,
         shift=WAN_CONFIGS["r2v-tiny"].sample_shift,
         sample_solver=solver,

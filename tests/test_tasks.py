@@ -57,7 +57,7 @@ def test_other_names_are_refused(name: str, family: str | None, message: str) ->
         ("r2v-tiny", {"sample_guide_scale": 4.0}, "has --ref_guide_scale and --text_guide_scale"),
         ("r2v-tiny", {"inputs": (("image", "a.png"),)}, "--image: task r2v-tiny does not take it"),
         ("t2v-1.3B", {"references": ["a.png"]}, "--ref: task t2v-1.3B does not take it"),
-        ("t2v-1.3B", {"size": (1280, 720)}, r"the nearest is 832\*480"),
+        ("t2v-1.3B", {"size": (1280, 720)}, r"give 480\*832 or 832\*480"),
         ("t2i-14B", {"frame_num": 5}, "makes one image"),
     ],
 )

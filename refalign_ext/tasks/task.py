@@ -61,11 +61,9 @@ class Task:
     Attributes:
         name: as --task takes it; the key in WAN_CONFIGS.
         base: entry of WAN_CONFIGS that this one grows from; its own name for a task of Wan's.
-        download: the checkpoint's name on the Hugging Face hub; None where it is `bundled`.
-        bundled: the checkpoint folder in this repository.
+        download, bundled: the checkpoint's name on the Hugging Face hub, or its folder in this repository.
         sizes: sizes "width*height" that the model was made for.
         size, frame_num, sample_solver, sample_steps, sample_shift, magnify: defaults of `GenerationRequest`.
-        fps: frames per second of the videos.
         example_prompt: the prompt where none is given; None: one has to be given.
         family: the part of its name that tasks of one kind share.
         needs: inputs that have to be given: "references" or names in `GenerationRequest.inputs`.
@@ -169,21 +167,13 @@ class Task:
             raise ValueError(f"sample_shift is {request.sample_shift}: give a number above 0 (5.0 is usual)")
         if request.seed >= 2**63:
             raise ValueError(f"seed is {request.seed}: give a number below 2**63")
-        for name, value, choices in (
-            ("sample_solver", request.sample_solver, SOLVERS),
-            ("matte", request.matte, MATTE_MODES),
-        ):
-            if value not in choices:
+        for name, choices in (("sample_solver", SOLVERS), ("matte", MATTE_MODES)):
+            if (value := getattr(request, name)) not in choices:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
         width, height = request.size
         if not self.any_size and f"{width}*{height}" not in self.sizes:
-            nearest = min(
-                self.sizes,
-                key=lambda name: sum(abs(a - int(b)) for a, b in zip(request.size, name.split("*"))),
-            )
             raise ValueError(
-                f"size {width}*{height} is not one that task {self.name} makes: the nearest is {nearest} "
-                f"(of {', '.join(self.sizes)})"
+                f"size {width}*{height} is not one that task {self.name} makes: give {' or '.join(self.sizes)}"
             )
 
     def require_inputs(self, request: GenerationRequest) -> None:

@@ -251,7 +251,7 @@ def test_sizes_and_frame_numbers(fails) -> None:
     assert "nearest valid size is 48*48" in fails("--ref", "red.png", **{"--size": "50*47"})
     assert "nearest valid is 9 or 13" in fails("--ref", "red.png", **{"--frame_num": "11"})
     t2v = {"--task": "t2v-1.3B", "--size": "1280*720"}
-    assert "the nearest is 832*480" in fails(**t2v)
+    assert "give 480*832 or 832*480" in fails(**t2v)
     t2i = {"--task": "t2i-14B", "--frame_num": "5", "--save_file": "out/a.png"}
     assert "makes one image" in fails(**t2i)
 

@@ -275,16 +275,6 @@ def test_a_random_seed_is_that_of_the_first_rank(checkpoint: Path) -> None:
     assert tensor.tolist() == their.tolist() == [0.0, 0.0]
 
 
-def test_offloading_and_sharding_exclude_each_other(checkpoint: Path) -> None:
-    class Sharding(SingleProcess):
-        shards_text_encoder = True
-
-    with pytest.raises(ValueError, match="--offload_model True does not go with --dit_fsdp or --t5_fsdp"):
-        R2VPipeline.from_pretrained(checkpoint, offload_model=True, ranks=Sharding())
-    with pytest.raises(ValueError, match="--t5_cpu does not go with --t5_fsdp"):
-        R2VPipeline.from_pretrained(checkpoint, t5_cpu=True, ranks=Sharding())
-
-
 class FakeXfuser:
     """The part of xfuser's interface that is used, answering with torch over groups of its own."""
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HuggingfaceTokenizer", "clean_text"]
-
 
 def clean_text(text: str) -> str:
     """Repair broken Unicode, resolve HTML entities (twice escaped ones too) and collapse white space.
