@@ -88,7 +88,7 @@ def register_tasks(
     """
     for task in TASKS.values():
         configs[task.name] = task.configuration(configs)
-        supported[task.name] = tuple(supported.get(task.base, task.sizes))
+        supported.setdefault(task.name, task.sizes)
         for name in task.sizes:
             width, height = name.split("*")
             sizes.setdefault(name, (int(width), int(height)))

@@ -30,8 +30,8 @@ class TextToVideo(Task):
         return request.sample_guide_scale, request.sample_guide_scale
 
     def configuration(self, configs: Mapping[str, EasyDict]) -> EasyDict:
-        """Wan's own entry as it is."""
-        return configs[self.name]
+        """The base's entry of Wan's as it is."""
+        return configs[self.base]
 
 
 @dataclass(frozen=True, kw_only=True)
