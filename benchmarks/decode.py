@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import processor, section_head, show_section
+from benchmarks.machine import interleaved_medians, processor, section_head, show_section
 from refalign_ext.data.decoding import read_clip, resize_and_crop
 
 KEY_INTERVALS = (48, 250)  # frames
@@ -72,18 +71,6 @@ def decode_all(path: Path, frame_num: int, size: tuple[int, int]) -> Tensor:
     return torch.stack([resize_and_crop(frame.to_ndarray(format="rgb24"), size) for frame in last], 1)
 
 
-def compare(sides: list[Callable[[], Tensor]], repeats: int) -> list[float]:
-    """Median processor seconds of each, measured alternately after one run to warm up, in which they have to agree."""
-    assert torch.equal(*(side() for side in sides)), "the two sides give different frames"
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(repeats):
-        for seconds, side in zip(times, sides):
-            start = time.process_time()
-            side()
-            seconds.append(time.process_time() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=600, help="length of the clip")
@@ -113,7 +100,8 @@ def main() -> None:
                     partial(read_clip, path, count, target, 1.0),
                     partial(decode_all, path, count, target),
                 ]
-                ours, theirs = compare(sides, arguments.repeats)
+                assert torch.equal(*(side() for side in sides)), "the two sides give different frames"
+                ours, theirs = interleaved_medians(sides, arguments.repeats, time.process_time)
                 what = f"a key frame every {key_interval} frames{name}"
                 lines.append(f"| {what} | {1 / ours:.3g} | {1 / theirs:.3g} | {theirs / ours:.2f} |")
     show_section(lines, write=False)

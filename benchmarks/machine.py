@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import datetime
 import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +23,21 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def interleaved_medians(
+    functions: Sequence[Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Median seconds of each function, called in turns so that other programs disturb all alike; waits for CUDA."""
+    runs: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for seconds, function in zip(runs, functions, strict=True):
+            start = clock()
+            function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
+            seconds.append(clock() - start)
+    return [statistics.median(seconds) for seconds in runs]
 
 
 def section_head(title: str, machine: str, *libraries: str) -> list[str]:

@@ -15,10 +15,10 @@ CUDA it is the allocator's peak above the inputs.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import processor, section_head, show_section
+from benchmarks.machine import interleaved_medians, processor, section_head, show_section
 from refalign_ext.losses import reference_alignment_loss
 
 TIME_LIMIT, MEMORY_LIMIT = 0.55, 0.35
@@ -58,16 +58,12 @@ def make_inputs(shape: tuple[int, int, int], device: str) -> tuple[Tensor, Tenso
     return student.requires_grad_(True), teacher
 
 
-def step(variant: str, student: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """(seconds, loss) of one forward + backward; the gradient is left in student.grad."""
-    clock = time.perf_counter if student.is_cuda else time.process_time
+def step(variant: str, student: Tensor, teacher: Tensor) -> float:
+    """The loss of one forward + backward; the gradient is left in student.grad."""
     student.grad = None
-    start = clock()
     loss = VARIANTS[variant](student, teacher)
     loss.backward()
-    if student.is_cuda:
-        torch.cuda.synchronize()
-    return clock() - start, loss.item()
+    return loss.item()
 
 
 def extra_peak_bytes(variant: str, shape: tuple[int, int, int], device: str, threads: int) -> int:
@@ -107,10 +103,11 @@ def main(
     student, teacher = make_inputs(shape, device)
     losses, gradients = {}, {}
     for variant in VARIANTS:
-        _, losses[variant] = step(variant, student, teacher)
+        losses[variant] = step(variant, student, teacher)
         gradients[variant] = student.grad.clone()
-    runs = [[step(variant, student, teacher)[0] for variant in VARIANTS] for _ in range(repeats)]
-    seconds = dict(zip(VARIANTS, map(statistics.median, zip(*runs, strict=True)), strict=True))
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    steps = [partial(step, variant, student, teacher) for variant in VARIANTS]
+    seconds = dict(zip(VARIANTS, interleaved_medians(steps, repeats, clock), strict=True))
     ratios = [found["blocked"] / found["dense"] for found in (seconds, memory)]
     difference = (gradients["blocked"] - gradients["dense"]).norm() / gradients["dense"].norm()
     name = processor() if device == "cpu" else torch.cuda.get_device_name()

@@ -37,8 +37,8 @@ def describe_error(error: BaseException, memory_advice: str) -> str | None:
 
 
 def one_line(error: object, limit: int | None = None) -> str:
-    """What an error says in one line, of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+    """What an error says in one line, of at most `limit` characters; its class if it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from refalign_ext.atomic_io import sync, write_text
-from refalign_ext.checkpoint.stored_tensors import METADATA_FILE, damaged, one_line
+from refalign_ext.checkpoint.stored_tensors import METADATA_FILE, damaged
 from refalign_ext.distributed.mesh import Parallel
+from refalign_ext.errors import one_line
 
 STATE_FILE = "trainer.json"
 CONFIG_FILE = "config.json"
@@ -62,11 +63,7 @@ def abandon_checkpoints_after(folder: Path, step: int) -> list[Path]:
 
 
 def resolve_resume(folder: Path, resume: str) -> Path | None:
-    """The checkpoint that `--resume` names: `auto` (the newest or none), `off`, or a folder.
-
-    Raises:
-        ValueError: if a named folder is no complete checkpoint.
-    """
+    """The checkpoint that `--resume` names: `auto` (the newest or none), `off`, or a folder; ValueError if it is none."""
     if resume == "off":
         return None
     if resume == "auto":
@@ -105,7 +102,6 @@ class Checkpointer:
     it looks for every file that `.metadata` names, at its full length: machines that do not share the folder fail here.
 
     Args:
-        folder: where the checkpoints of the run go; created.
         keep_last: how many checkpoints remain.
         timeout_seconds: how long ranks wait for each other's writing.
     """
@@ -131,7 +127,7 @@ class Checkpointer:
 
         Args:
             state: what `state.build_state` returns.
-            meta: `samples_seen` and `settings`, written to trainer.json beside the step.
+            meta: `samples_seen` and `settings`.
             model_config: the DiT's constructor arguments and `_class_name`.
 
         Raises:
@@ -162,12 +158,19 @@ class Checkpointer:
             writer = dcp.FileSystemWriter(unfinished)
             metadata = dcp.save(staged, storage_writer=writer, process_group=self._group)
             self._on_main_rank(lambda: self._complete(unfinished, final, metadata, texts))
-        except CheckpointException as error:
-            rank, (reason, _) = next(iter(error.failures.items()))
-            where = "" if self._group is None else f"rank {rank}: "
-            raise _failed_to_write(final, where + one_line(reason)) from error
-        except (OSError, RuntimeError) as error:
-            raise _failed_to_write(final, one_line(error)) from error
+        except (CheckpointException, OSError, RuntimeError) as error:
+            reason = one_line(error, 200)
+            if isinstance(error, CheckpointException):
+                rank, (cause, _) = next(iter(error.failures.items()))
+                reason = (
+                    one_line(cause, 200) if self._group is None else f"rank {rank}: {one_line(cause, 200)}"
+                )
+            nearest = next(folder for folder in final.absolute().parents if folder.is_dir())
+            free = shutil.disk_usage(nearest).free / 2**30
+            raise OSError(
+                f"checkpoint {final} could not be written ({reason}): {free:.1f} GiB are free there, make room or choose "
+                "another --out"
+            ) from error
         return final
 
     def _on_main_rank(self, work: Callable[[], None]) -> None:
@@ -177,7 +180,7 @@ class Checkpointer:
             try:
                 work()
             except OSError as error:
-                failure = [one_line(error)]
+                failure = [one_line(error, 200)]
         if self._group is not None:
             dist.broadcast_object_list(failure, src=0, group=self._group)
         if failure[0] is not None:
@@ -205,15 +208,6 @@ class Checkpointer:
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
             if old != final:
                 _remove_whole(old)
-
-
-def _failed_to_write(final: Path, reason: str) -> OSError:
-    nearest = next(folder for folder in final.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(nearest).free / 2**30
-    return OSError(
-        f"checkpoint {final} could not be written ({reason}): {free:.1f} GiB are free there, make room or choose "
-        "another --out"
-    )
 
 
 def _lacking(path: Path) -> list[str]:

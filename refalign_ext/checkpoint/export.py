@@ -88,15 +88,8 @@ def export_adapter(
 ) -> list[Path]:
     """Write the adapter of a LoRA run's checkpoint alone; returns the file with the tensors.
 
-    Args:
-        checkpoint, out, raw: as in `export_checkpoint`.
-        layout: `upstream` (peft's folder, for a WanModel) or `diffusers` (for WanTransformer3DModel.load_lora_adapter).
-        base: what the files name as the adapter's base; None: what the settings name. It is recorded with its SHA-256
-            where it is at hand.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or holds no adapter, or the folder is in use.
-        OSError: if the folder cannot be written.
+    Arguments and errors as in `export_checkpoint`; `upstream` is peft's folder for a WanModel, `diffusers` a file for
+    WanTransformer3DModel.load_lora_adapter. The base is recorded with its SHA-256 where it is at hand.
     """
     _check_folders(checkpoint, out)
     adapter = read_trained_adapter(checkpoint, raw=raw, base=base)

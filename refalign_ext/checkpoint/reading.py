@@ -40,11 +40,7 @@ class StoredDiT:
 
 
 def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
-    """A DiT from a training checkpoint or from any published layout (see `wan.utils.dit_checkpoint`).
-
-    Raises:
-        ValueError: if nothing readable is there, or as `open_dit`.
-    """
+    """A DiT from a training checkpoint (see `open_dit`) or from any published layout (see `wan.utils.dit_checkpoint`)."""
     if not is_checkpoint(path):
         return read_dit_checkpoint(path)
     found = open_dit(path, extra=extra)
@@ -63,7 +59,6 @@ def open_dit(
     """A training checkpoint's DiT: the moving average if there is one, else what was trained.
 
     Args:
-        path: the checkpoint's folder.
         raw: what was trained, even if there is an average.
         base: the model that the checkpoint's adapter belongs to (a training checkpoint or any published layout), if it
             is not where the settings say.
@@ -95,15 +90,7 @@ def open_dit(
 
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
-    """The adapter that a LoRA run trained, on the CPU; its base need not be there.
-
-    Args:
-        path, raw: as in `open_dit`.
-        base: what the adapter belongs to, if it is not where the settings say.
-
-    Raises:
-        ValueError: if the checkpoint is damaged or holds no adapter, or `base` does not exist.
-    """
+    """The adapter that a LoRA run trained, on the CPU; arguments as in `open_dit`, but its base need not be there."""
     weights = _stored_dit(StoredTensors(path), raw=raw)
     tensors = {base_key(name): weight.read() for name, weight in weights.items() if is_adapter_key(name)}
     if not tensors:
@@ -118,13 +105,7 @@ def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = N
 
 
 def read_extra_module(path: Path, name: str) -> dict[str, Tensor]:
-    """The weights of an extra module by its own names on the CPU, their moving average if there is one.
-
-    Empty for a checkpoint without it and for any other layout.
-
-    Raises:
-        ValueError: if the checkpoint is damaged.
-    """
+    """The weights of an extra module by its own names on the CPU, averaged ones first; empty where there are none."""
     if not is_checkpoint(path):
         return {}
     stored = StoredTensors(path)
@@ -153,11 +134,7 @@ def _open_any_dit(path: Path) -> StoredDiT:
 def _merged_weights(
     base: Mapping[str, Weight], adapter: Mapping[str, Weight], rank: int, alpha: float
 ) -> dict[str, Weight]:
-    """The base's weights, in its order and dtypes; those of adapted layers are merged when they are read.
-
-    Raises:
-        ValueError: if the adapter was made for another model.
-    """
+    """The base's weights, in its order and dtypes; those of adapted layers are merged when they are read."""
 
     def merged(layer: str) -> Weight:
         weight = base[f"{layer}.weight"]

@@ -37,7 +37,6 @@ def build_state(
     Args:
         trained: the container of `dit`, `projectors` and extra modules.
         optimizers: over its parameters, of different classes, whose names become part of the names.
-        average: moving average of the DiT by the DiT's own names (and of extra modules), or None.
         trainable_only: leave out what does not require gradients (the base model of an adapter).
 
     Returns:
@@ -66,13 +65,8 @@ def restore_state(
     """Load a checkpoint in place, whatever number of ranks wrote it. All ranks call it.
 
     Each rank reads the pieces it holds and nothing else. Learning rates, betas and weight decay stay this run's. A
-    checkpoint without a moving average starts one from its weights. A checkpoint that holds only what was trainable
-    (see `build_state`) leaves the rest as it is.
-
-    Args:
-        path: the checkpoint's folder.
-        trained, optimizers: as given to `build_state`; loaded in place.
-        average: tensors by the DiT's names, loaded in place; None ignores the checkpoint's.
+    checkpoint without a moving average starts one from its weights; with `average` None the checkpoint's is ignored. A
+    checkpoint that holds only what was trainable (see `build_state`) leaves the rest as it is.
 
     Raises:
         ValueError: on all ranks, if it is damaged, or if its names and shapes are not exactly this run's.
@@ -122,12 +116,9 @@ def _model_targets(stored: StoredTensors, model: Mapping[str, Tensor]) -> dict[s
 def _new_states(
     stored: StoredTensors, optimizer: Optimizer, model: Mapping[str, Tensor], targets: dict[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """Memory for the states that the checkpoint holds of an optimizer, sharded as the parameters are.
+    """Memory for the checkpoint's states of an optimizer, sharded as the parameters are; also added to `targets`.
 
-    It is added to `targets`, and returned by the parameter's position and the state's name.
-
-    Raises:
-        ValueError: if the checkpoint's optimizer has other parameters.
+    Returns the tensors by the parameter's position and the state's name.
     """
     kind, parameters = type(optimizer).__name__, _parameters(optimizer)
     count = f"{OPTIMIZERS}.{kind}.{_COUNT}"

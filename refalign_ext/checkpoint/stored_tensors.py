@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from refalign_ext.checkpoint.weights import Weight
+from refalign_ext.errors import one_line
 
 METADATA_FILE = ".metadata"
 _METADATA_CLASSES = (
@@ -46,24 +47,12 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def damaged(path: Path, error: BaseException) -> ValueError:
     """The error for a checkpoint that cannot be read, in one line."""
     return ValueError(
-        f"checkpoint {path} is damaged or incomplete ({one_line(error)}): name an earlier one with --resume FOLDER"
+        f"checkpoint {path} is damaged or incomplete ({one_line(error, 200)}): name an earlier one with --resume FOLDER"
     )
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks and at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 class StoredTensors:
-    """The tensors of one checkpoint, by name.
-
-    Args:
-        path: the checkpoint's folder; only `.metadata` is read.
-
-    Raises:
-        ValueError: if `.metadata` is missing, damaged or not of our making.
-    """
+    """The tensors of one checkpoint, by name; ValueError if its `.metadata` is missing, damaged or not of our making."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -88,11 +77,7 @@ class StoredTensors:
         return {name.removeprefix(prefix): self.weight(name) for name in self.names(prefix)}
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor on the CPU; this process alone reads it.
-
-        Raises:
-            ValueError: a piece is missing or cannot be read.
-        """
+        """The whole tensor on the CPU, read by this process alone; ValueError if a piece is missing or damaged."""
         stored = self.tensors[name]
         whole = torch.empty(stored.size, dtype=stored.properties.dtype)
         reader, planner = _Reader(self.path, self._metadata), dcp.DefaultLoadPlanner()
@@ -105,11 +90,7 @@ class StoredTensors:
         return whole
 
     def load(self, targets: dict[str, Tensor]) -> None:
-        """Fill tensors in place, each rank the pieces that it holds. All ranks call it together.
-
-        Raises:
-            ValueError: on all ranks, if a piece is missing or cannot be read on one.
-        """
+        """Fill tensors in place, each rank the pieces that it holds; all ranks call it, and all get a ValueError of one."""
         try:
             dcp.load(targets, storage_reader=_Reader(self.path, self._metadata))
         except CheckpointException as error:

@@ -48,10 +48,6 @@ def write_safetensors(
     Args:
         note: the file's metadata besides `format`.
         progress: told the bytes of each tensor when it is written.
-
-    Raises:
-        ValueError: for a tensor that is not of floating-point numbers.
-        OSError: if the file cannot be written.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **note}}
     end = 0

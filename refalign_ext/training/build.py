@@ -33,16 +33,12 @@ def build_trainer(
     extra_modules: Sequence[ExtraModule] = (),
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """The trainer of a run, on this rank. Nothing is written: that begins with `Source.prepare`.
+    """The trainer of a run, on this rank; ValueError for files or settings that are missing or do not fit.
+
+    Nothing is written: that begins with `Source.prepare`.
 
     Args:
-        config: every setting; those that the data decides are filled in.
-        encoders: of the same configuration.
         extra_modules: those that exist; the configuration says which of them are used.
-        stop_requested: see `TrainerHooks`.
-
-    Raises:
-        ValueError: for missing or unfitting files and settings, named one by one.
     """
     if config.recipe == "paper_stage2" and config.dit_ckpt is None:
         raise ValueError(
@@ -87,9 +83,6 @@ def build_trained_modules(
         folder: of the checkpoint, where `dit_ckpt` names no other.
         teacher_dim: width of the features to align to; None: no projectors.
         extra: extra modules that the run uses, without which their checkpoints would be other models.
-
-    Raises:
-        ValueError: for weights that do not fit.
     """
     saved_projectors = {}
     if config.from_scratch:

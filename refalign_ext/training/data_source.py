@@ -40,11 +40,7 @@ class DataSource(Protocol):
         ...
 
     def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
-        """The samples of this rank. Nothing is written: that begins with `Source.prepare`.
-
-        Raises:
-            ValueError: for data or settings that do not fit.
-        """
+        """The samples of this rank; ValueError if they do not fit. Nothing is written before `Source.prepare`."""
         ...
 
     def make_preview(self, trainer: Trainer, encoders: Encoders, log: RunLog) -> Preview | None:

@@ -13,16 +13,11 @@ from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
 
 
 class EMA:
-    """The moving average of the DiT and of the extra modules beside it (projectors only serve training).
-
-    Without a decay there is no average, and the weights to generate with are the trained ones.
-
-    Args:
-        trained: sharded or not; the average is sharded alike.
-        decay: share of the average that a step keeps, in (0, 1); 0: no average.
+    """The moving average of the DiT and of the extra modules beside it (projectors only serve training), sharded alike.
 
     Attributes:
-        average: the DiT's tensors by its own names, extra modules' as `<module>.<name>`; None without a decay.
+        average: the DiT's tensors by its own names, extra modules' as `<module>.<name>`. None without a decay: then the
+            weights to generate with are the trained ones.
     """
 
     def __init__(self, trained: TrainedModules, decay: float) -> None:

@@ -29,22 +29,14 @@ class ExtraModule(Protocol):
     name: str
 
     def attach(self, config: TrainConfig, model: nn.Module, encoders: Encoders) -> AttachedModule:
-        """Put a new one, or that of the checkpoint that the run starts from, onto a DiT.
-
-        Raises:
-            ValueError: if the checkpoint's does not fit.
-        """
+        """Put a new one, or that of the checkpoint that the run starts from, onto a DiT; ValueError if it does not fit."""
         ...
 
 
 def wanted_modules(
     config: TrainConfig, extra_modules: Sequence[ExtraModule], world_size: int
 ) -> list[ExtraModule]:
-    """Those that the configuration asks for.
-
-    Raises:
-        ValueError: if they cannot be trained so: they are never sharded, and belong to a whole model.
-    """
+    """Those that the configuration asks for; ValueError with ranks or adapters: they are not sharded, beside a whole DiT."""
     wanted = [extra for extra in extra_modules if getattr(config, extra.name)]
     if wanted and (config.lora_rank or world_size > 1):
         raise ValueError(

@@ -21,12 +21,7 @@ from refalign_ext.backbone import PeakMemory
 class TimestepBins:
     """Flow loss by timestep, summed up in equal bins of [0, 1000] between two log entries.
 
-    Args:
-        bins: number of equal bins.
-        device: where the sums are kept; that of the losses avoids waiting for the device.
-
-    Attributes:
-        sums: [bins, 2], sum of the losses and number of samples; to be added up over ranks.
+    `sums` [bins, 2] holds losses and numbers of samples, on the losses' device so that nothing waits for it.
     """
 
     def __init__(self, bins: int = 10, device: torch.device | str = "cpu") -> None:
@@ -52,16 +47,9 @@ class TimestepBins:
 
 
 class LossSpikeDetector:
-    """Tells losses that stand out from those before.
+    """Tells losses more than `factor` standard deviations above the mean of the last `window`; 0 turns it off.
 
-    Spikes stay out of the statistics, so one does not hide the next; but so many in a row that they are a new level
-    become the statistics.
-
-    Args:
-        factor: standard deviations above the mean that make a spike; 0 turns the watch off.
-        window: number of recent losses that mean and deviation are taken over.
-        least: losses to see before the first verdict.
-        new_level: spikes in a row that are a new level.
+    Spikes stay out of the statistics, so one does not hide the next; `new_level` in a row become the statistics.
     """
 
     def __init__(self, factor: float, window: int = 200, *, least: int = 50, new_level: int = 10) -> None:
@@ -93,10 +81,7 @@ class LossSpikeDetector:
 class Throughput:
     """Speed between two log entries, and peak memory. For the speed of a whole run, counts are sums over ranks.
 
-    Args:
-        device: whose memory to watch.
-        peak_flops: floating-point operations a second that all devices together could do; None leaves MFU out.
-        clock: seconds that never go back.
+    Without `peak_flops`, operations a second that all devices together could do, MFU is left out.
     """
 
     def __init__(
@@ -122,14 +107,7 @@ class Throughput:
         self._began += self._clock() - began
 
     def step(self, clips: int, tokens: int, flops: float, *, data_wait: float = 0.0) -> None:
-        """Count one optimizer step.
-
-        Args:
-            clips: samples in the step.
-            tokens: tokens of these samples, references included, padding not.
-            flops: what the model has to compute for them, forward and backward, without recomputation.
-            data_wait: seconds of the step in which samples were awaited.
-        """
+        """Count one optimizer step: samples, tokens without padding, FLOPs without recomputation, seconds of waiting."""
         self._steps += 1
         self._waited += data_wait
         self._clips += clips

@@ -23,22 +23,13 @@ def json_values(value: Any) -> Any:
 
 
 class NonFiniteGuard:
-    """Writes down steps that were skipped, and ends a run whose steps are skipped too often in a row.
-
-    Args:
-        limit: skipped steps in a row that end the run.
-        out: the run's folder.
-    """
+    """Writes down steps that were skipped in the run's folder, and ends a run after `limit` in a row."""
 
     def __init__(self, limit: int, out: Path) -> None:
         self.limit, self.folder, self.count = limit, out / "skipped", 0
 
     def skipped(self, step: int, report: Mapping[str, Any], *, writes: bool) -> None:
-        """Count a skipped step; one rank writes what is known of it to `out/skipped/step-00000012.json`.
-
-        Raises:
-            FloatingPointError: if it is one too many.
-        """
+        """Count a skipped step, which one rank writes down; FloatingPointError if it is one too many."""
         if writes:
             path = self.folder / f"step-{step:08d}.json"
             write_json(path, {"step": step, **json_values(report)}, indent=2)

@@ -27,10 +27,8 @@ def build_optimizers(trained: TrainedModules, config: TrainConfig) -> list[torch
     if beside:
         groups.append({"params": beside})
     decay = config.weight_decay
-    optimizers: list[torch.optim.Optimizer] = []
-    optimizers.append(
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=decay)
-    )
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=decay)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         optimizers.append(Muon(matrices, lr=config.muon_learning_rate, weight_decay=decay))
     for optimizer in optimizers:

@@ -56,11 +56,8 @@ def run_training(
 ) -> Trainer | None:
     """Train as the command line asks; returns the trainer at its last step, or None after a dry run.
 
-    Under torchrun every rank calls it.
-
     Args:
-        sources: the kinds of data that there are; the first that accepts the configuration is used.
-        extra_modules: those that there are; see `build_trainer`.
+        sources, extra_modules: those that there are.
         dry_run: print the plan and stop; nothing is loaded, written or needed.
         world_size: ranks to plan for in a dry run; None: those that there are.
 
@@ -77,9 +74,8 @@ def run_training(
     world = (world_size if dry_run else None) or environment_world_size()
     wanted_modules(config, extra_modules, world)
     place = None if dry_run else resolve_device(rank_device(device))
-    memory = None
-    if place is not None and place.type == "cuda":
-        memory = torch.cuda.get_device_properties(place).total_memory
+    on_gpu = place is not None and place.type == "cuda"
+    memory = torch.cuda.get_device_properties(place).total_memory if on_gpu else None
     plan = make_training_plan(config, task_config(config), world, device_memory=memory)
     is_small = plan.fits and world == 1 and TASKS[config.task].bundled is not None
     if is_main and (dry_run or not is_small):
@@ -171,10 +167,7 @@ def _require_writable(out: Path) -> None:
 
 @contextmanager
 def _stop_on_signal(received: list[int], is_main: bool) -> Iterator[None]:
-    """Adds signals to `received`: the first Ctrl-C or SIGTERM lets the running step finish and be saved.
-
-    A second Ctrl-C stops at once.
-    """
+    """Adds signals to `received`, so that the running step is finished and saved; a second Ctrl-C stops at once."""
 
     def handle(number: int, frame: Any) -> None:
         received.append(number)

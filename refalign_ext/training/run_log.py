@@ -33,11 +33,8 @@ class RunLog:
     done twice appear twice there, over the same `step` axis.
 
     Args:
-        out: the run's folder; made when missing.
-        first_step: optimizer steps done before this start (0, or the checkpoint's step).
-        wandb_project: project for Weights & Biases, or None. The run's id is kept in `out/wandb_id.txt`, so that a
-            resumed run goes on in the same place; remove the file for a new one.
-        settings: the resolved configuration, shown by W&B.
+        first_step: optimizer steps done before this start.
+        wandb_project: its run's id is kept in `out/wandb_id.txt`, so that a resumed run goes on in the same place.
         is_main: whether this rank writes; on the others every method does nothing.
 
     Raises:
@@ -103,11 +100,7 @@ class RunLog:
             self._wandb.log(step, lambda wandb: {name: wandb.Image(picture)})
 
     def video(self, step: int, name: str, video: Tensor, fps: float) -> None:
-        """Log a video [3, T, H, W] in [-1, 1]: an mp4 in `out/samples`, shown small by TensorBoard and as it is by W&B.
-
-        Raises:
-            ValueError: if the mp4 cannot be written.
-        """
+        """Log a video [3, T, H, W] in [-1, 1]: an mp4 in `out/samples`, shown small by TensorBoard and as it is by W&B."""
         if self._writer is None:
             return
         path = self.out / SAMPLES_FOLDER / f"step-{step:08d}-{name.replace('/', '-')}.mp4"

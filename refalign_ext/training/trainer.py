@@ -102,9 +102,7 @@ class Trainer:
     """Trains a backbone and its projectors, alone or as one of many ranks.
 
     Args:
-        backbone: the DiT with references attached, on the training device.
-        trained: the DiT, the projectors (None: training without alignment) and extra modules, parallelized.
-        validation: clips that training does not see.
+        trained: the backbone's DiT, projectors (None: training without alignment) and extra modules, parallelized.
     """
 
     def __init__(
@@ -139,8 +137,7 @@ class Trainer:
     def train_step(self) -> StepReport:
         """One optimizer step over all ranks; one that is not finite leaves the weights as they were.
 
-        Raises:
-            FloatingPointError: after `max_skipped_steps` such steps in a row.
+        FloatingPointError after `max_skipped_steps` such steps in a row.
         """
         set_learning_rates(self.optimizers, learning_rate_scale(self.step, self.config))
         batches = [self._forward_backward(micro) for micro in range(self.accumulation)]
@@ -321,19 +318,14 @@ class Trainer:
         return None if self._checkpointer is None else self._checkpointer.finish()
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint, whatever number of ranks wrote it; says which settings differ.
-
-        Raises:
-            ValueError: if it does not fit this model or its optimizers.
-        """
+        """Continue from a checkpoint of any number of ranks; ValueError if it does not fit. Says which settings differ."""
         meta = read_meta(path)
         if self.parallel.is_main:
             now, then = _flat(json.loads(json.dumps(self.config.to_dict()))), _flat(meta["settings"])
             for name in sorted(now.keys() & then.keys()):
                 if now[name] != then[name]:
-                    logger.warning(
-                        "resuming with %s = %s (the checkpoint has %s)", name, now[name], then[name]
-                    )
+                    text = "resuming with %s = %s (the checkpoint has %s)"
+                    logger.warning(text, name, now[name], then[name])
         restore_state(path, self.trained, self.optimizers, self.ema.average)
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
 

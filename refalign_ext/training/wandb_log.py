@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refalign_ext.atomic_io import write_text
+from refalign_ext.errors import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +19,7 @@ _NETWORK_PACKAGES = {"wandb", "requests", "urllib3", "httpx"}
 
 
 class WandbRun:
-    """A W&B run that may fail without the training noticing more than one warning.
-
-    Raises:
-        ValueError: if W&B wants a login.
-    """
+    """A W&B run that may fail without the training noticing more than one warning; ValueError if it wants a login."""
 
     def __init__(self, out: Path, project: str, settings: dict[str, Any]) -> None:
         import wandb
@@ -44,14 +41,14 @@ class WandbRun:
             self._run = wandb.init(**options, resume="allow")
         except wandb.errors.UsageError as error:
             raise ValueError(
-                f"Weights & Biases does not start ({_one_line(error)}): run `wandb login`, set WANDB_MODE=offline or leave "
+                f"Weights & Biases does not start ({one_line(error, 200)}): run `wandb login`, set WANDB_MODE=offline or leave "
                 "--wandb out"
             ) from error
         except Exception as error:
             if not _is_network_failure(error):
                 raise
             text = "W&B cannot be reached (%s): logging to %s/wandb, upload it later with `wandb sync`"
-            logger.warning(text, _one_line(error), options["dir"])
+            logger.warning(text, one_line(error, 200), options["dir"])
             wandb.teardown()  # the attempt above still holds the run's id
             self._run = wandb.init(**options, mode="offline")
         # Values carry their step: W&B's own counter never goes back, and a resumed run must.
@@ -75,14 +72,10 @@ class WandbRun:
                 raise
             self._run = None
             text = "W&B %s (%s): the training goes on, TensorBoard and metrics.jsonl have everything"
-            logger.warning(text, what, _one_line(error))
+            logger.warning(text, what, one_line(error, 200))
 
 
 def _is_network_failure(error: Exception) -> bool:
     """What W&B and the libraries below it raise of their own, which has no common base class."""
     packages = {kind.__module__.split(".")[0] for kind in type(error).__mro__}
     return isinstance(error, OSError | EOFError | RuntimeError) or bool(packages & _NETWORK_PACKAGES)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
