@@ -28,9 +28,6 @@ class VideoRanks(SingleProcess):
         dit_fsdp, t5_fsdp: shard the weights of the transformer, of the text encoder.
         sequence_backend: what exchanges tokens around self-attention: "auto" (torch), "torch", or "xfuser", which is tried
             first and gives way to torch with a warning.
-
-    Raises:
-        ValueError: where this torch cannot shard.
     """
 
     is_alone = False

@@ -58,9 +58,6 @@ class Parallel:
         Args:
             timeout_seconds: how long ranks wait for each other in the mesh's groups, which do not inherit it from the
                 process group; None: torch's default.
-
-        Raises:
-            ValueError: if the ranks have chosen different sizes.
         """
         if sizes.world == 1:
             return cls.single(device)

@@ -62,9 +62,6 @@ def parallelize(
 
     Alone (no process group) the first and the last do nothing. Parameters may lie in files (memory-mapped): every rank
     then reads its own shards only. Optimizers are built afterwards, from the sharded parameters.
-
-    Raises:
-        ValueError: if the heads do not divide among the Ulysses ranks, or where this torch cannot shard.
     """
     if not parallel.is_alone:
         require_sharding(parallel.device, "train in one process")

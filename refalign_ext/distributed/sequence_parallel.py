@@ -8,11 +8,9 @@ never cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from refalign_ext.backbone import ReferenceBackbone
 from refalign_ext.distributed.collectives import gather_heads, gather_tokens, scatter_heads
@@ -22,21 +20,15 @@ from refalign_ext.distributed.mesh import RING, SEQUENCE, ULYSSES, Parallel
 _TOKENS, _FREQS = 0, 4
 
 
-def attach_sequence_parallel(backbone: ReferenceBackbone, parallel: Parallel) -> Callable[[], None]:
+def attach_sequence_parallel(backbone: ReferenceBackbone, parallel: Parallel) -> None:
     """Divide the tokens of every sample among the sequence ranks of `parallel`, for training and generation alike.
 
     Call it before FSDP and compilation. Gradients follow the rule of `collectives`: averaged over all ranks they are
     those of one device.
-
-    Returns:
-        What takes it off again.
-
-    Raises:
-        ValueError: if the heads do not divide by the Ulysses size or the model has no attention core to attach to.
     """
     sizes, model = parallel.sizes, backbone.model
     if sizes.sequence == 1:
-        return lambda: None
+        return
     if model.num_heads % sizes.ulysses:
         raise ValueError(
             f"{model.num_heads} heads do not divide among {sizes.ulysses} Ulysses ranks: "
@@ -53,23 +45,14 @@ def attach_sequence_parallel(backbone: ReferenceBackbone, parallel: Parallel) ->
             "it as a child module `core`, as in this repository's wan/ (for another tree: python -m refalign_ext patch apply)"
         )
     hooks = _Hooks(backbone, parallel)
-    handles: list[RemovableHandle] = []
     for index, block in enumerate(model.blocks):
         core = block.self_attn.core
-        handles.append(block.register_forward_pre_hook(hooks.cut_first if index == 0 else hooks.cut))
-        handles.append(core.register_forward_pre_hook(hooks.before_attention))
-        handles.append(core.register_forward_hook(hooks.after_attention))
-    handles.append(model.head.register_forward_hook(hooks.join))
-    before = backbone.seq_len_multiple, backbone.sequence_rank, backbone.sequence_size
+        block.register_forward_pre_hook(hooks.cut_first if index == 0 else hooks.cut)
+        core.register_forward_pre_hook(hooks.before_attention)
+        core.register_forward_hook(hooks.after_attention)
+    model.head.register_forward_hook(hooks.join)
     backbone.seq_len_multiple = sizes.sequence
     backbone.sequence_rank, backbone.sequence_size = parallel.sequence_rank, sizes.sequence
-
-    def detach() -> None:
-        for handle in handles:
-            handle.remove()
-        backbone.seq_len_multiple, backbone.sequence_rank, backbone.sequence_size = before
-
-    return detach
 
 
 class _Hooks:

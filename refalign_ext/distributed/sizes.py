@@ -60,11 +60,7 @@ def possible_sizes(world_size: int, num_heads: int) -> list[ParallelSizes]:
 
 
 def training_sizes(world_size: int, num_heads: int, *, ulysses: int = 0, ring: int = 0) -> ParallelSizes:
-    """The sizes that `--ulysses_size` and `--ring_size` name (0: 1), the other ranks being data parallel.
-
-    Raises:
-        ValueError: listing the pairs that are possible.
-    """
+    """The sizes that `--ulysses_size` and `--ring_size` name (0: 1), the other ranks being data parallel."""
     ulysses, ring = ulysses or 1, ring or 1
     possible = possible_sizes(world_size, num_heads)
     for sizes in possible:
@@ -83,9 +79,6 @@ def generation_sizes(
     """How the ranks divide one video; `data` of the result are the groups that the guidance's branches are dealt to.
 
     All ranks work: a size that is 0 follows from the others, with as much Ulysses as the heads allow.
-
-    Raises:
-        ValueError: listing every combination that is possible.
     """
     possible = [sizes for sizes in possible_sizes(world_size, num_heads) if sizes.data <= len(BRANCHES)]
     chosen = [

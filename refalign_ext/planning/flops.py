@@ -156,11 +156,7 @@ class StepFlops:
 
 
 def lora_layers(shape: ModelShape, targets: str) -> dict[str, Linear]:
-    """The layers of the whole model that `targets` selects, see `refalign_ext.lora.add_lora`.
-
-    Raises:
-        ValueError: if a target selects nothing or is no regular expression.
-    """
+    """The layers of the whole model that `targets` selects, see `refalign_ext.lora.add_lora`."""
     layers = {
         "text_embedding.0": Linear(shape.text_dim, shape.dim, "text"),
         "text_embedding.2": Linear(shape.dim, shape.dim, "text"),
@@ -195,9 +191,6 @@ def step_flops(
         checkpointing: `none`, `full` (blocks run again in the backward) or `selective` (the same, but the results of
             attention and of every second matmul are kept).
         lora_rank, lora_targets: with a rank only adapters get gradients of weights.
-
-    Raises:
-        ValueError: for an unknown LoRA target.
     """
     everything = video_tokens + reference_tokens
     tokens = {"all": everything, "video": video_tokens, "text": shape.text_len}

@@ -55,9 +55,6 @@ def make_generation_plan(
         branches: of the guidance that are evaluated.
         dit_fsdp, t5_fsdp: shard the weights of transformer and text encoder over all ranks.
         device_memory: bytes of one device, see `memory_to_plan_with`.
-
-    Raises:
-        ValueError: for a size that does not fit the task.
     """
     config, world = WAN_CONFIGS[task_name], sizes.world
     shape = ModelShape.of(config)

@@ -71,11 +71,7 @@ class Plan:
         return self.device_memory is None or self.device_total <= USABLE * self.device_memory
 
     def require_fit(self) -> None:
-        """Refuse to start what would run out of memory.
-
-        Raises:
-            ValueError: with the reason and what would help; `planning.table.plan_table` shows the table.
-        """
+        """Refuse to start what would run out of memory."""
         if self.fits:
             return
         remedy = f"; use {', or '.join(self.suggestions)}" if self.suggestions else ""

@@ -11,7 +11,7 @@ _GIB = 2**30
 
 def plan_table(plan: Plan) -> str:
     """The plan as a table of plain text."""
-    lines = [plan.title, *(f"  {label:<8}  {text}" for label, text in (*plan.facts, *_rank_facts(plan)))]
+    lines = [plan.title, *(f"  {label:<8}  {text}" for label, text in plan.facts)]
     verdict = ""
     if plan.device_memory is not None:
         usable = f"{USABLE * plan.device_memory / _GIB:.1f} GiB usable of {plan.device_memory / _GIB:.1f}"
@@ -24,25 +24,6 @@ def plan_table(plan: Plan) -> str:
     lines += [f"  note: {note}" for note in plan.notes]
     lines += [f"  would fit: {suggestion}" for suggestion in plan.suggestions]
     return "\n".join(lines)
-
-
-def _rank_facts(plan: Plan) -> list[tuple[str, str]]:
-    """Which ranks hold what."""
-    sizes, is_training = plan.sizes, bool(plan.trained_parameters)
-    if sizes.world == 1:
-        return []
-    groups = f"{sizes.data} x {sizes.sequence} in order, each group with its own "
-    groups += "samples" if is_training else "branches of the guidance"
-    if sizes.ulysses > 1:
-        groups += f"; heads divided among {sizes.ulysses} neighbours"
-    if sizes.ring > 1:
-        groups += f"; keys and values gathered over {sizes.ring}"
-    facts = [("ranks", groups)]
-    if is_training:
-        facts.append(
-            ("weights", f"each rank keeps 1/{sizes.world} of weights, gradients and optimizer state")
-        )
-    return facts
 
 
 def _amounts(title: str, items: Mapping[str, int]) -> list[str]:

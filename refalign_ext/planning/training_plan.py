@@ -281,11 +281,9 @@ def _suggestions(
         if len(chosen) > 1 and fits(merged):
             yield " with ".join(chosen)
             break
-    more = (
-        {"": automatic}
-        if is_full
-        else {"": automatic, " with --activation_checkpointing full": automatic | full}
-    )
+    more = {"": automatic}
+    if not is_full:
+        more[" with --activation_checkpointing full"] = automatic | full
     for text, changes in more.items():
         worlds = (1 << power for power in range(world_size.bit_length(), MOST_DEVICES.bit_length()))
         world = next((world for world in worlds if fits(changes, world)), None)

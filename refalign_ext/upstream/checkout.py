@@ -16,29 +16,20 @@ def head_commit(root: Path) -> str | None:
 
 
 def changed_files(root: Path) -> list[str]:
-    """Python files below `wan/` that differ from the commit or that git does not know and does not ignore.
-
-    Raises:
-        ValueError: if git does not tell.
-    """
+    """Python files below `wan/` that differ from the commit or that git does not know and does not ignore."""
     lines = _git(root, "status", "--porcelain", "-z", "--untracked-files=all", "--no-renames", "--", "wan")
     if lines is None:
         raise ValueError(f"{root}: git status fails, so edits cannot be told from the release")
     return sorted(entry[3:] for entry in lines.split("\0") if entry.endswith(".py"))
 
 
-def stated_version(root: Path) -> str | None:
-    """The version in the tree's pyproject.toml."""
+def describe_checkout(root: Path) -> str:
+    """Version, commit and edits in one line."""
     path = root / "pyproject.toml"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
-    return found[1] if found else None
-
-
-def describe_checkout(root: Path) -> str:
-    """Version, commit and edits in one line."""
+    version = f"version {found[1] if found else 'unknown'}"
     commit = head_commit(root)
-    version = f"version {stated_version(root) or 'unknown'}"
     if commit is None:
         return f"{version}, no git checkout"
     date = _git(root, "log", "-1", "--format=%cs")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from refalign_ext.upstream.model_source import BLOCK, FORWARD, MODEL
 from refalign_ext.upstream.own_wan import is_ours
 from refalign_ext.upstream.source import (
-    Function,
     PlaceNotFound,
-    SourceFile,
     SourceTree,
-    absolute_imports,
     attributes_set,
     calls_of,
     defaults_of,
+    imported_packages,
     names_of,
-    outer_imports,
     parameters_of,
 )
 
@@ -35,7 +33,6 @@ TI2V = "the autoencoder of TI2V-5B"
 RECOMPUTING = "--activation_checkpointing"
 OPTIONAL = (PARALLEL, TI2V, RECOMPUTING)
 
-MODEL = "wan/modules/model.py"
 ARGUMENTS = (
     *("model_type", "patch_size", "text_len", "in_dim", "dim", "ffn_dim", "freq_dim", "text_dim", "out_dim"),
     *("num_heads", "num_layers", "window_size", "qk_norm", "cross_attn_norm", "eps"),
@@ -45,49 +42,37 @@ MODEL_ATTRIBUTES = (
     *("patch_size", "num_heads", "dim"),
 )
 BLOCK_ATTRIBUTES = ("self_attn", "cross_attn", "ffn", "norm1", "norm2", "norm3", "modulation")
-BLOCK_FORWARD = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 T5_ARGUMENTS = ("text_len", "dtype", "device", "checkpoint_path", "tokenizer_path", "shard_fn")
 
 
 @dataclass(frozen=True)
 class ContractEntry:
-    """One thing that refalign_ext relies on.
+    """One thing that refalign_ext relies on, whether it is there, and the feature that is lost unless it is."""
 
-    Attributes:
-        name: what it is, with its arguments.
-        state: "present", "changed" or "missing".
-        cost: the feature that is lost unless it is present.
-        detail: what differs.
-    """
-
-    name: str
-    state: str
+    name: str  # with its arguments
+    state: str  # PRESENT, CHANGED or MISSING
     cost: str
-    detail: str = ""
+    detail: str = ""  # what differs
 
 
 class Contract:
-    """The check of one tree; `findings` lists the outcome in the order of the files.
-
-    Raises:
-        ValueError: if there is no `wan/`.
-    """
+    """The check of one tree; `findings` lists the outcome in the order of the files."""
 
     def __init__(self, root: Path) -> None:
         self.tree = SourceTree(root)
         self.findings: list[ContractEntry] = []
-        by_name, by_position = self._by_name, self._by_position
-        by_name("WanModel.__init__", MODEL, ARGUMENTS, ATTACH)
-        by_name("WanModel.forward", MODEL, ("x", "t", "context", "seq_len"), ATTACH)
+        by_position = partial(self._function, in_order=True)
+        self._function("WanModel.__init__", MODEL, ARGUMENTS, ATTACH)
+        self._function("WanModel.forward", MODEL, FORWARD, ATTACH)
         self._attributes("WanModel", MODEL, MODEL_ATTRIBUTES, ATTACH)
         self._check("WanModel.forward takes t [B]", BATCHES, self._takes_batches)
 
         self._attributes("WanAttentionBlock", MODEL, BLOCK_ATTRIBUTES, ATTACH)
         by_position("WanSelfAttention.forward", MODEL, ("x", "seq_lens", "grid_sizes", "freqs"), ATTACH)
-        cross = "WanT2VCrossAttention.forward", "WanCrossAttention.forward"
-        by_position(cross, MODEL, ("x", "context", "context_lens"), ATTACH)
+        cross, later = "WanT2VCrossAttention.forward", "WanCrossAttention.forward"
+        by_position(cross, MODEL, ("x", "context", "context_lens"), ATTACH, later_name=later)
         self._check("WanAttentionBlock adds what cross_attn returns", ATTACH, self._adds_cross_attention)
-        by_position("WanAttentionBlock.forward", MODEL, BLOCK_FORWARD, PARALLEL)
+        by_position("WanAttentionBlock.forward", MODEL, BLOCK, PARALLEL)
         self._attributes("WanSelfAttention", MODEL, ("core",), PARALLEL)
         self._attributes("WanModel", MODEL, ("_supports_gradient_checkpointing",), RECOMPUTING)
 
@@ -95,7 +80,7 @@ class Contract:
             self._check(name, TASKS, lambda name=name: self._is_bound("wan/configs/__init__.py", name))
 
         t5 = "wan/modules/t5.py"
-        by_name("T5EncoderModel.__init__", t5, T5_ARGUMENTS, TEXT)
+        self._function("T5EncoderModel.__init__", t5, T5_ARGUMENTS, TEXT)
         by_position("T5EncoderModel.__call__", t5, ("texts", "device"), TEXT)
         self._attributes("T5EncoderModel", t5, ("model",), TEXT)
         homes = [("wan/modules/vae.py", "WanVAE", VAE), ("wan/modules/vae2_1.py", "Wan2_1_VAE", VAE)]
@@ -103,7 +88,7 @@ class Contract:
         if "wan/modules/vae2_2.py" in self.tree.texts:
             homes.append(("wan/modules/vae2_2.py", "Wan2_2_VAE", TI2V))
         for file, name, cost in homes:
-            by_name(f"{name}.__init__", file, ("vae_pth", "device"), cost)
+            self._function(f"{name}.__init__", file, ("vae_pth", "device"), cost)
             by_position(f"{name}.encode", file, (None,), cost)
             by_position(f"{name}.decode", file, (None,), cost)
         self._imports()
@@ -129,52 +114,46 @@ class Contract:
                 self.findings.append(ContractEntry(name, CHANGED, cost, str(error)))
                 continue
             # Ours are imported as `wan` and may say so.
-            if (lines := absolute_imports(tree)) and not is_ours(self.tree.root):
+            lines = [node.lineno for node in ast.walk(tree) if "wan" in imported_packages(node)]
+            if lines and not is_ours(self.tree.root):
                 detail = f"line {lines[0]} imports wan by name"
                 self.findings.append(ContractEntry(f"relative imports in {name}", CHANGED, cost, detail))
-            for library in outer_imports(tree):
+            # Imports inside `try` are guarded.
+            for library in sorted(set().union(*map(imported_packages, tree.body))):
                 if library not in ("wan", "__future__") and find_spec(library) is None:
                     what, remedy = f"{library}, which {name} imports", f"pip install {library}"
                     self.findings.append(
                         ContractEntry(what, MISSING, cost, f"it is not installed here: {remedy}")
                     )
 
-    def _by_name(self, name: str, file: str, parameters: tuple[str, ...], cost: str) -> None:
-        """A function that is called with these arguments by name, and no others."""
-
-        def look() -> str:
-            source, node = self.tree.function(file, name)
-            have = parameters_of(node)
-            lacking = [parameter for parameter in parameters if parameter not in have]
-            if lacking:
-                return f"line {node.lineno}: it has no {', '.join(lacking)}, it takes ({', '.join(have)})"
-            return _moved(source, file) + _demands(node, parameters)
-
-        self._check(f"{name}({', '.join(parameters)})", cost, look)
-
-    def _by_position(
-        self, names: str | tuple[str, ...], file: str, parameters: tuple[str | None, ...], cost: str
+    def _function(
+        self,
+        name: str,
+        file: str,
+        parameters: tuple[str | None, ...],
+        cost: str,
+        *,
+        in_order: bool = False,
+        later_name: str = "",
     ) -> None:
-        """A function, under one of its names, that is called with these first arguments and no others (None: any name)."""
-        names = (names,) if isinstance(names, str) else names
+        """A function that is called with these arguments (None: of any name) and no others."""
 
         def look() -> str:
-            source, node = self._first_of(file, names)
+            try:
+                source, node = self.tree.function(file, name)
+            except PlaceNotFound:
+                source, node = self.tree.function(file, later_name or name)
             have = parameters_of(node)
-            first = have[: len(parameters)]
-            wanted = [name if mine is None else mine for mine, name in zip(parameters, first)]
-            if len(first) < len(parameters) or wanted != first:
+            given = have[: len(parameters)] if in_order else [each for each in parameters if each in have]
+            expected = [mine or other for mine, other in zip(parameters, given)]
+            if len(given) < len(parameters) or given != expected:
                 return f"line {node.lineno}: it takes ({', '.join(have)})"
-            return _moved(source, file) + _demands(node, first)
+            moved = "" if source.name == file else f"it is in {source.name} now; "
+            needed = [each for each in have if each not in given and each not in defaults_of(node)]
+            return moved + (f"line {node.lineno}: it also demands {', '.join(needed)}" if needed else "")
 
         shown = ", ".join(parameter or "..." for parameter in parameters)
-        self._check(f"{names[0]}({shown})", cost, look)
-
-    def _first_of(self, file: str, names: tuple[str, ...]) -> tuple[SourceFile, Function]:
-        for name in names[:-1]:
-            with suppress(PlaceNotFound):
-                return self.tree.function(file, name)
-        return self.tree.function(file, names[-1])
+        self._check(f"{name}({shown})", cost, look)
 
     def _attributes(self, name: str, file: str, attributes: tuple[str, ...], cost: str) -> None:
         def look() -> str:
@@ -226,12 +205,3 @@ class Contract:
             for side in (sum_.left, sum_.right)
         ]
         return "" if all(call in added for call in calls) else "its result goes through something else first"
-
-
-def _moved(source: SourceFile, file: str) -> str:
-    return "" if source.name == file else f"it is in {source.name} now; "
-
-
-def _demands(node: Function, given: Sequence[str]) -> str:
-    needed = [name for name in parameters_of(node) if name not in given and name not in defaults_of(node)]
-    return f"line {node.lineno}: it also demands {', '.join(needed)}" if needed else ""

@@ -26,25 +26,15 @@ KERNELS = (("flash_attn_interface", "FlashAttention 3"), ("flash_attn", "FlashAt
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What `doctor` found.
+    """What `doctor` found."""
 
-    Attributes:
-        tree: path, version and commit.
-        findings: everything that refalign_ext relies on in it.
-        tasks: verdicts on its text-to-video tasks.
-        patches: how each patch stands; empty for this repository's own tree.
-        unclear: why that cannot be told; empty if it can.
-        machine: (subject, value) lines on this computer.
-        blocked: why the model cannot run here as it is; empty if it can.
-    """
-
-    tree: str
+    tree: str  # path, version and commit
     findings: list[ContractEntry]
-    tasks: dict[str, str]
-    patches: list[Outcome]
-    unclear: str
+    tasks: dict[str, str]  # verdicts on its text-to-video tasks
+    patches: list[Outcome]  # none for this repository's own tree
+    unclear: str  # why the state of the patches cannot be told
     machine: list[tuple[str, str]]
-    blocked: str
+    blocked: str  # why the model cannot run here as it is
 
     @property
     def exit_code(self) -> int:
@@ -72,14 +62,7 @@ class DoctorReport:
 
 
 def doctor(root: Path) -> DoctorReport:
-    """Looks at a tree, which is not imported, and at this machine.
-
-    Args:
-        root: the folder that holds `wan/`.
-
-    Raises:
-        ValueError: if there is no tree.
-    """
+    """Looks at a tree (the folder that holds `wan/`), which is not imported, and at this machine."""
     contract = Contract(root)
     outcomes, unclear = [], ""
     try:

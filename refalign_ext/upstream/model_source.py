@@ -19,20 +19,12 @@ BLOCK = ("x", "e", "seq_lens", "grid_sizes", "freqs", "context", "context_lens")
 
 
 def model_forward(tree: SourceTree) -> tuple[SourceFile, Function]:
-    """`WanModel.forward`.
-
-    Raises:
-        PlaceNotFound: if it is not there or takes something else.
-    """
+    """`WanModel.forward`."""
     return tree.function(MODEL, "WanModel.forward", FORWARD)
 
 
 def block_call(tree: SourceTree) -> tuple[SourceFile, ast.Call]:
-    """The call `block(...)` in the loop over the blocks.
-
-    Raises:
-        PlaceNotFound: if there is not exactly one.
-    """
+    """The call `block(...)` in the loop over the blocks."""
     source, forward = model_forward(tree)
     calls = [
         call
@@ -46,11 +38,7 @@ def block_call(tree: SourceTree) -> tuple[SourceFile, ast.Call]:
 
 
 def block_parameters(tree: SourceTree) -> list[str]:
-    """The parameters of a block's forward, the known ones first and in the known order.
-
-    Raises:
-        PlaceNotFound: naming what differs.
-    """
+    """The parameters of a block's forward, the known ones first and in the known order."""
     source, forward = tree.function(MODEL, "WanAttentionBlock.forward", BLOCK)
     have = parameters_of(forward)
     if tuple(have[: len(BLOCK)]) != BLOCK:
@@ -61,11 +49,7 @@ def block_parameters(tree: SourceTree) -> list[str]:
 
 
 def require_positional(source: SourceFile, call: ast.Call) -> None:
-    """Refuses a call of the blocks that hides arguments in a dictionary.
-
-    Raises:
-        PlaceNotFound: naming the unit that changes it.
-    """
+    """Refuses a call of the blocks that hides arguments in a dictionary."""
     if any(keyword.arg is None for keyword in call.keywords):
         raise source.changed(
             call, "blocks get their arguments from a dictionary: the unit positional-blocks is needed too"

@@ -15,11 +15,7 @@ def is_ours(root: Path) -> bool:
 
 
 def check_own_wan() -> None:
-    """Refuses a `wan` package found first on the path that is not this repository's; it is not imported for that.
-
-    Raises:
-        ValueError: saying how to use that tree.
-    """
+    """Refuses a `wan` package found first on the path that is not this repository's; it is not imported for that."""
     spec = find_spec("wan")
     folder = Path(next(iter((spec and spec.submodule_search_locations) or [str(OURS / "wan")])))
     if not is_ours(folder.parent):

@@ -41,16 +41,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one unit on a tree.
-
-    Attributes:
-        state: "applied", "not applied", "not needed", "changed" or "unfinished" (writing was interrupted).
-        detail: for "changed", the place that is gone.
-    """
+    """How one unit stands on a tree."""
 
     unit: Unit
-    state: str
-    detail: str = ""
+    state: str  # "applied", "not applied", "not needed", "changed" or "unfinished" (writing was interrupted)
+    detail: str = ""  # for "changed", the place that is gone
 
 
 class _Tree(NamedTuple):
@@ -67,11 +62,7 @@ class _Tree(NamedTuple):
 
 
 def load_units(folder: Path = FOLDER) -> list[Unit]:
-    """The units of a folder, in the order of their file names.
-
-    Raises:
-        ValueError: if the folder is not there, as when only the package is installed.
-    """
+    """The units of a folder, in the order of their file names."""
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}: run this from a checkout of the repository, which has patches/"
@@ -87,11 +78,7 @@ def load_units(folder: Path = FOLDER) -> list[Unit]:
 
 
 def choose_units(units: Sequence[Unit], names: Sequence[str]) -> list[Unit]:
-    """The units of these names, all where none are given.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """The units of these names, all where none are given."""
     known = [unit.name for unit in units]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no patch {unknown[0]}: choose from {', '.join(known)}")
@@ -121,9 +108,6 @@ def apply(root: Path, units: Sequence[Unit], *, names: Sequence[str] = (), force
         units: all there are.
         names: the chosen ones; none: all.
         force: also for a tree that has edits of its own or is no git checkout.
-
-    Raises:
-        ValueError: if a place is gone (all are named) or the tree is not to be touched; nothing is written then.
     """
     tree = _read(root)
     chosen = {unit.name for unit in choose_units(units, names)} | set(tree.record.units)
@@ -132,11 +116,7 @@ def apply(root: Path, units: Sequence[Unit], *, names: Sequence[str] = (), force
 
 
 def revert(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
-    """Takes the chosen units (none named: all) out again; gives the unified diff of what was written.
-
-    Raises:
-        ValueError: if a patched file has been edited since, or a unit that stays no longer fits.
-    """
+    """Takes the chosen units (none named: all) out again; gives the unified diff of what was written."""
     tree = _read(root)
     dropped = {unit.name for unit in choose_units(units, names)}
     kept = [unit for unit in units if unit.name in tree.record.units and unit.name not in dropped]
@@ -145,11 +125,7 @@ def revert(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> s
 
 
 def diff(root: Path, units: Sequence[Unit], *, names: Sequence[str] = ()) -> str:
-    """The unified diff from the unpatched files to all chosen units, whether they are applied or not.
-
-    Raises:
-        ValueError: if a place is gone.
-    """
+    """The unified diff from the unpatched files to all chosen units, whether they are applied or not."""
     tree = _read(root)
     new, _ = _patched(tree, choose_units(units, names))
     return unified_diff(tree.originals, new)
@@ -167,10 +143,6 @@ def unified_diff(before: dict[str, str], after: dict[str, str]) -> str:
 
 
 def _read(root: Path) -> _Tree:
-    """
-    Raises:
-        ValueError: if a patched file is no longer what was written.
-    """
     present = SourceTree(root).texts
     record, originals = read_record(root), dict(present)
     if all(name in present and digest(present[name]) == known[0] for name, known in record.files.items()):

@@ -25,11 +25,7 @@ class Record:
 
 
 def read_record(root: Path) -> Record:
-    """What has been applied to a tree.
-
-    Raises:
-        ValueError: if the record is damaged.
-    """
+    """What has been applied to a tree."""
     path = root / RECORD / "applied.json"
     if not path.is_file():
         return Record()

@@ -20,9 +20,6 @@ class SourceFile:
         name: path in the tree, with forward slashes, such as "wan/modules/model.py".
         text: what the file holds.
         tree: its syntax tree.
-
-    Raises:
-        PlaceNotFound: if the text is not Python.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -151,11 +148,7 @@ class SourceTree:
         return self._open[name]
 
     def locate(self, file: str, name: str) -> tuple[SourceFile, ast.AST]:
-        """A definition in a file or, if it has moved, in the one other file of the same folder that has it.
-
-        Raises:
-            PlaceNotFound: if there is none, or more than one elsewhere.
-        """
+        """A definition in a file or, if it has moved, in the one other file of the same folder that has it."""
         if file in self.texts and (found := self.file(file).find(name)) is not None:
             return self.file(file), found
         folder = file.rpartition("/")[0]
@@ -170,11 +163,7 @@ class SourceTree:
         return others[0]
 
     def function(self, file: str, name: str, parameters: tuple[str, ...] = ()) -> tuple[SourceFile, Function]:
-        """A function that has at least these parameters.
-
-        Raises:
-            PlaceNotFound: if it is not there or lacks some.
-        """
+        """A function that has at least these parameters."""
         source, node = self.locate(file, name)
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             raise PlaceNotFound(f"{source.name}: {name} is no function")
@@ -258,27 +247,12 @@ def attributes_set(function: ast.AST) -> set[str]:
     }
 
 
-def absolute_imports(tree: ast.Module) -> list[int]:
-    """Lines that import from `wan` by its name."""
-    lines = []
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module or ""]
-        if any(name.split(".")[0] == "wan" for name in names):
-            lines.append(node.lineno)
-    return lines
-
-
-def outer_imports(tree: ast.Module) -> list[str]:
-    """Top-level packages that a file imports outright, which leaves out what it only tries."""
-    names = set()
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            names.add(node.module.split(".")[0])
-    return sorted(names)
+def imported_packages(node: ast.AST) -> set[str]:
+    """Top-level packages that an import statement names; none for relative imports and other statements."""
+    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        names = [node.module or ""]
+    return {name.split(".")[0] for name in names}
 
 
 def _indented(text: str, columns: int) -> str:

@@ -110,20 +110,15 @@ class WanTree:
         """The tree's own text-to-video tasks, and the names of reference-to-video ones made from them, with the reason why
         there are none; `configs` are our own WAN_CONFIGS.
         """
-        reasons = {
-            refused: refusal(config.get("boundary"), config.get("vae_stride"))
-            for name, config in self.get("configs", "WAN_CONFIGS").items()
-            if name not in configs and name.startswith(("t2v-", "ti2v-"))
-            for refused in (name, f"r2v-{name.partition('-')[2]}")
-        }
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        reasons = {}
+        for name, config in self.get("configs", "WAN_CONFIGS").items():
+            reason = refusal(config.get("boundary"), config.get("vae_stride"))
+            if reason and name not in configs and name.startswith(("t2v-", "ti2v-")):
+                reasons |= dict.fromkeys((name, f"r2v-{name.partition('-')[2]}"), reason)
+        return reasons
 
     def adopt_parameters(self, model: nn.Module) -> nn.Module:
-        """The tree's WanModel with the parameters, without copying them, of one of ours.
-
-        Raises:
-            ValueError: if the tree's model has other parameters.
-        """
+        """The tree's WanModel with the parameters, without copying them, of one of ours."""
         arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
         with torch.device("meta"):
             adopted = self.get("modules.model", "WanModel")(**arguments)
@@ -251,11 +246,7 @@ def refusal(boundary: object, vae_stride: object) -> str | None:
 
 
 def selected_tree() -> WanTree | None:
-    """The tree that the environment asks for; None: this repository's own `wan/`.
-
-    Raises:
-        ValueError: if WAN_ROOT names no checkout, or the `wan` found first on the path is not ours.
-    """
+    """The tree that the environment asks for; None: this repository's own `wan/`."""
     root = os.environ.get(VARIABLE, "").strip()
     if root and Path(root).expanduser().resolve() != OURS:
         return WanTree(root)

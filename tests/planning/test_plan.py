@@ -34,7 +34,7 @@ def test_a_plan_for_64_devices_adds_up() -> None:
     assert plan.device_memory == ASSUMED_MEMORY
     assert plan.device_total == sum(plan.device.values())
     assert "80 GB of memory on each device are assumed" in text
-    facts = "14.29 B parameters", "32,760 + 4,680 tokens", "gathering weights (FSDP)", "ranks", "fits"
+    facts = "14.29 B parameters", "32,760 + 4,680 tokens", "gathering weights (FSDP)", "fits"
     assert all(fact in text for fact in facts)
     assert max(len(line) for line in text.splitlines()) < 130
 
@@ -188,7 +188,7 @@ def test_generation_divides_branches_and_tokens() -> None:
     assert sharded.device["text encoder"] == plan.device["text encoder"] // 6
     assert generation_plan_of("r2v-tiny", ParallelSizes(1, 1, 2), references=1).fits
     text = plan_table(sharded)
-    assert "3 x 2 in order" in text and "one denoising step" in text
+    assert "one denoising step" in text
     small = generation_plan_of("r2v-14B", ParallelSizes(1, 1, 2), device_memory=32 * GIB)
     assert small.suggestions[:2] == ("--t5_cpu", "--dit_fsdp")
     with pytest.raises(ValueError, match="r2v-14B does not fit on 2 devices"):

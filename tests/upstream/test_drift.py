@@ -32,19 +32,9 @@ FOUND: dict[Drift, tuple[str, str, str, str]] = {
     drift.add_a_block_argument: ("WanAttentionBlock.forward(", CHANGED, "noise_level", PARALLEL),
     drift.demand_another_input: ("WanModel.forward(x, t", CHANGED, "also demands camera", ATTACH),
     drift.gate_the_text: ("WanAttentionBlock adds", CHANGED, "goes through something else", ATTACH),
-    drift.import_by_name: (
-        "relative imports in wan/modules/model.py",
-        CHANGED,
-        "imports wan by name",
-        ATTACH,
-    ),
+    drift.import_by_name: ("relative imports in wan/modules/model.py", CHANGED, "by name", ATTACH),
     drift.break_the_syntax: ("wan/modules/model.py", CHANGED, "is not Python", ATTACH),
-    drift.move_the_blocks: (
-        "WanAttentionBlock.forward(",
-        CHANGED,
-        "is in wan/modules/blocks.py now",
-        PARALLEL,
-    ),
+    drift.move_the_blocks: ("WanAttentionBlock.forward(", CHANGED, "is in wan/modules/blocks.py", PARALLEL),
 }
 # drift -> units that cannot be applied, with words of the reason
 STUCK: dict[Drift, dict[str, str]] = {
