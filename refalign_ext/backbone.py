@@ -60,7 +60,7 @@ from wan.utils.runtime import (
     resolve_dtype,
 )
 from wan.utils.solvers import make_solver
-from wan.utils.weights import file_sha256
+from wan.utils.weights import file_sha256, read_metadata, read_state_dict
 
 TREE = selected_tree()
 """The official checkout that WAN_ROOT names; None: `wan` is this repository's."""

@@ -61,6 +61,27 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     raise ValueError(f"{path}: unknown checkpoint format; use one of {known}")
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says besides names and shapes; empty for other files.
+
+    Raises:
+        ValueError: the file is truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.suffix != SAFETENSORS_SUFFIX:
+        return {}
+    _refuse_unreadable(path)
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: truncated or not a safetensors file ({error}); download it again"
+        ) from error
+
+
 def load_strict(
     module: Module, state_dict: Mapping[str, torch.Tensor], source: str, *, dtype: torch.dtype | None = None
 ) -> Module:
