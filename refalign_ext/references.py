@@ -10,7 +10,7 @@ import zlib
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from refalign_ext.request import MATTE_MODES, Role, parse_role
 
@@ -38,8 +38,9 @@ class PictureBytes(Protocol):
 def load_image(path: str | os.PathLike[str] | PictureBytes) -> Image.Image:
     """Reads a picture file as an upright 8-bit RGB image.
 
-    EXIF orientation is applied, transparency lies on white, grey, CMYK, palette and 16-bit pictures become RGB, of
-    an animation the first frame counts. At most `MAX_PIXELS` pixels are decoded; the size is read before that.
+    EXIF orientation and the colour profile are applied, transparency lies on white, grey, CMYK, palette and 16-bit
+    pictures become RGB, of an animation the first frame counts. At most `MAX_PIXELS` pixels are decoded; the size is
+    read before that.
 
     Raises:
         ValueError: naming the file, when it is missing, unreadable, empty, not a picture, broken or too large.
@@ -80,10 +81,11 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Gives an upright 8-bit RGB copy of a picture in any of Pillow's modes, transparency laid on white."""
+    """Gives an upright 8-bit sRGB copy of a picture in any of Pillow's modes, transparency laid on white."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         upright = _to_eight_bits(upright)
+    upright = _to_srgb(upright, image.info.get("icc_profile"))
     if upright.has_transparency_data:
         layer = upright.convert("RGBA")
         white = Image.new("RGBA", layer.size, (*WHITE, 255))
@@ -164,6 +166,24 @@ def remove_background(image: Image.Image) -> Image.Image:
             f"background removal failed ({error}): use --matte off or cut the subject out yourself"
         ) from error
     return to_rgb(cut_out)
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Converts a picture with a colour profile (ICC) of another space, such as Display P3; an unusable profile is ignored."""
+    if not profile:
+        return image
+    layer = image.convert("RGBA") if image.has_transparency_data else image
+    if layer.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        layer = layer.convert("RGB")
+    try:
+        source = ImageCms.getOpenProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        srgb = ImageCms.createProfile("sRGB")
+        mode = "RGBA" if layer.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(layer, source, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from refalign_ext.references import (
     letterbox,
@@ -208,3 +208,72 @@ def test_matte_puts_the_cut_out_subject_on_white(monkeypatch: pytest.MonkeyPatch
     assert cut.getpixel((25, 5)) == (0, 255, 0)
     prepared = prepare_reference(quarters(), (40, 20), role="face", matte="auto")
     assert np.array_equal(pixels(prepared), pixels(cut))
+
+
+# Red, green and blue as XYZ under D50, and the exponent of the tone curve.
+PROFILES = {
+    "Display P3": (((0.5151, 0.2412, -0.0011), (0.2920, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841)), 2.2),
+    "Adobe RGB": (((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.0632, 0.7446)), 2.2),
+}
+SRGB_FROM_XYZ = np.array(((3.1339, -1.6169, -0.4906), (-0.9788, 1.9161, 0.0335), (0.0719, -0.2290, 1.4052)))
+
+
+def icc_profile(name: str) -> bytes:
+    """A profile of version 2: three primaries and a power as tone curve (ICC.1:2001)."""
+    primaries, exponent = PROFILES[name]
+
+    def xyz(values: tuple[float, ...]) -> bytes:
+        return b"XYZ " + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(exponent * 256)) + bytes(2)
+    text = name.encode() + b"\0"
+    description = b"desc" + bytes(4) + struct.pack(">I", len(text)) + text + bytes(78 + -len(text) % 4)
+    tags = {b"desc": description, b"cprt": b"text" + bytes(4) + b"none" + bytes(4)}
+    tags |= {b"wtpt": xyz((0.9642, 1.0, 0.8249)), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    tags |= {channel + b"XYZ": xyz(primary) for channel, primary in zip((b"r", b"g", b"b"), primaries)}
+    start = 128 + 4 + 12 * len(tags)
+    table, data = struct.pack(">I", len(tags)), b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", start + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = bytearray(128)
+    header[8:12], header[12:24] = b"\x02\x10\0\0", b"mntrRGB XYZ "
+    header[36:40], header[68:80] = b"acsp", xyz((0.9642, 1.0, 0.8249))[8:]
+    profile = bytes(header) + table + data
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+def in_srgb(name: str, pixel: tuple[int, ...]) -> np.ndarray:
+    """What `pixel` of a profile is in sRGB, by the definition of both."""
+    primaries, exponent = PROFILES[name]
+    linear = SRGB_FROM_XYZ @ (np.array(primaries).T @ (np.array(pixel) / 255) ** exponent)
+    linear = linear.clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize(
+    "mode, suffix", [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "jpg"), ("RGB", "webp")]
+)
+def test_a_colour_profile_is_applied(tmp_path: Path, name: str, mode: str, suffix: str) -> None:
+    pixel = (180, 90, 60)
+    image = Image.new("RGB", (16, 16), pixel)
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    options = {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0}
+    image.save(tmp_path / f"a.{suffix}", icc_profile=icc_profile(name), **options)
+    found = np.array(load_image(tmp_path / f"a.{suffix}"))[8, 8]
+    assert np.abs(found - in_srgb(name, pixel)).max() < 3
+    assert np.abs(found.astype(int) - pixel).max() > 8  # what was read without the profile
+
+
+@pytest.mark.parametrize("profile", [b"damaged", icc_profile("Adobe RGB")[:200]], ids=["text", "cut off"])
+def test_an_unusable_profile_is_ignored(tmp_path: Path, profile: bytes) -> None:
+    Image.new("RGB", (4, 4), (10, 200, 30)).save(tmp_path / "a.png", icc_profile=profile)
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (10, 200, 30)
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path: Path) -> None:
+    levels = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3).astype(np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(levels).save(tmp_path / "a.png", icc_profile=srgb)
+    np.testing.assert_array_equal(np.array(load_image(tmp_path / "a.png")), levels)
