@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from wan.utils.weights import file_sha256, load_strict, read_state_dict
+from wan.utils.weights import check_values, file_sha256, load_strict, read_state_dict
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -174,3 +174,35 @@ def test_file_sha256_follows_the_content_and_reads_it_once(
         file_sha256(tmp_path / "absent")
     monkeypatch.setattr(Path, "open", None)
     assert file_sha256(path) == hashlib.sha256(b"another").hexdigest()
+
+
+def damaged(dtype: torch.dtype, value: float) -> torch.Tensor:
+    tensor = torch.ones(5, 7).to(dtype)
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype, value: float) -> None:
+    if dtype is torch.float8_e4m3fn:
+        value = float("nan")  # it has no infinity
+    with pytest.raises(ValueError, match="a.safetensors: layer.weight has values that are not finite"):
+        check_values({"good": torch.ones(2), "layer.weight": damaged(dtype, value)}, "a.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 1, 2, 2)])
+def test_a_matrix_of_zeros_is_damage_where_no_model_starts_with_it(shape: tuple[int, ...]) -> None:
+    weights = {"good": torch.zeros(4), "empty": torch.zeros(0, 3), "layer.weight": torch.zeros(*shape)}
+    with pytest.raises(ValueError, match="layer.weight is all zeros"):
+        check_values(weights, "a.safetensors")
+    check_values(weights, "a.safetensors", may_be_zero=("layer.weight",))
+
+
+def test_integers_are_no_weights() -> None:
+    with pytest.raises(ValueError, match="layer.weight is int64"):
+        check_values({"layer.weight": torch.ones(2, 2, dtype=torch.int64)}, "a.pth")
+    with pytest.raises(ValueError, match="a.pth: weight is int32"):
+        load_strict(
+            nn.Linear(2, 2), {"weight": torch.ones(2, 2, dtype=torch.int32), "bias": torch.ones(2)}, "a.pth"
+        )

@@ -210,7 +210,7 @@ def build_dit(
         key: tensor.to(device, stored_dtype(key) or tensor.dtype)
         for key, tensor in checkpoint.state_dict.items()
     }
-    return load_strict(model, tensors, str(source)).eval()
+    return load_strict(model, tensors, str(source), may_be_zero=("head.head.weight",)).eval()
 
 
 def dit_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -82,8 +83,40 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ) from error
 
 
+def check_values(
+    state_dict: Mapping[str, torch.Tensor], source: str | Path, *, may_be_zero: Collection[str] = ()
+) -> None:
+    """Refuses weights of the right shape and wrong content, such as a download with a hole in it.
+
+    One pass at the speed of memory: a tensor's least and greatest value tell both.
+
+    Args:
+        may_be_zero: matrices that a model starts with as zeros.
+
+    Raises:
+        ValueError: a tensor is no floating-point number or has values that are not finite, or a matrix is all zeros.
+    """
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{source}: {name} is {kind}: weights are floating-point numbers; use another file"
+            )
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # no kernels for numbers of eight bits
+        least, greatest = (float(bound) for bound in values.aminmax()) if values.numel() else (1.0, 1.0)
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            raise ValueError(f"{source}: {name} has values that are not finite; download or save it again")
+        if least == greatest == 0 and tensor.dim() > 1 and name not in may_be_zero:
+            raise ValueError(f"{source}: {name} is all zeros: the file is damaged; download it again")
+
+
 def load_strict(
-    module: Module, state_dict: Mapping[str, torch.Tensor], source: str, *, dtype: torch.dtype | None = None
+    module: Module,
+    state_dict: Mapping[str, torch.Tensor],
+    source: str,
+    *,
+    dtype: torch.dtype | None = None,
+    may_be_zero: Collection[str] = (),
 ) -> Module:
     """Give a module made under ``torch.device("meta")`` its tensors; every key must match, by name and shape.
 
@@ -92,12 +125,14 @@ def load_strict(
         state_dict: tensors by the module's own names.
         source: what the tensors were read from, for messages.
         dtype: dtype that floating-point parameters end up in; ``None`` keeps the tensors' own.
+        may_be_zero: see `check_values`.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: missing, unexpected or differently shaped entries; at most eight of each kind are listed.
+        ValueError: missing, unexpected or differently shaped entries (at most eight of each kind are listed), or values
+            that `check_values` refuses.
     """
     expected = module.state_dict(keep_vars=True)
     faults = {
@@ -117,11 +152,9 @@ def load_strict(
             f"{source}: these weights do not fit {type(module).__name__} ({listed}); "
             f"use the file made for this model"
         )
+    check_values(state_dict, source, may_be_zero=may_be_zero)
     if dtype is not None:
-        state_dict = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in state_dict.items()
-        }
+        state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
     module.load_state_dict(state_dict, strict=True, assign=True)
     return module
 
