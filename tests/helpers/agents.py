@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +27,7 @@ import train_refalign
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.training import run as launch
 from refalign_ext.training.trainer import TrainerHooks
+from tests.helpers.ranks import write_output_to
 from tests.helpers.tiny_training import DEPTH, Source, build
 
 SETTINGS = (
@@ -133,12 +132,7 @@ def agent(
 
 def _agent(folder: Path, ranks: int, restarts: int, words: list[str], patch: Any) -> None:
     os.setsid()
-    said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    # pytest reads what is printed elsewhere.
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    logging.getLogger().handlers.clear()
+    write_output_to(folder / "said.txt")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -167,9 +161,9 @@ def _build_trainer(config: Any, parallel: Any, *_: object, stop_requested: Any, 
 
 def _rank(folder: Path, words: list[str], patch: Callable[[int], None] | None) -> None:
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    aside = folder / f"{attempt}-{rank}.part"
-    aside.write_text(str(os.getpid()))
-    aside.rename(aside.with_suffix(".pid"))
+    unfinished = folder / f"{attempt}-{rank}.part"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(unfinished.with_suffix(".pid"))
     launch.build_trainer = _build_trainer
     if patch is not None:
         patch(rank)
