@@ -17,7 +17,6 @@ from refalign_ext.checkpoint.checkpointer import (
     Checkpointer,
     abandon_checkpoints_after,
     checkpoints_in,
-    is_checkpoint,
     read_meta,
     read_model_config,
     resolve_resume,

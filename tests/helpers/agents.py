@@ -114,6 +114,8 @@ def agent(
         restarts: as torchrun's `--max-restarts`.
         patch: called on every rank with its number before it begins.
     """
+    from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every rank
+
     folder.mkdir(parents=True, exist_ok=True)
     words = [*SETTINGS, "--out", folder / "run", *arguments]
     process = multiprocessing.get_context("fork").Process(
