@@ -27,6 +27,7 @@ from torch.utils import tensorboard  # noqa: F401 - here once, not in every rank
 
 import train_refalign
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every rank
 from refalign_ext.training import run as launch
 from refalign_ext.training.trainer import TrainerHooks
 from tests.helpers.tiny_training import DEPTH, Source, build
