@@ -16,6 +16,10 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch.utils import tensorboard  # noqa: F401 - these here once, not in every process
+
+from refalign_ext.cli import training_tables  # noqa: F401
+from refalign_ext.serving import generation  # noqa: F401
 
 
 class Program:
