@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from PIL import Image
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.cli import main
 from refalign_ext.sprites.ablations import study as study_module
+from tests.helpers.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
@@ -57,23 +55,14 @@ def run(out: Path) -> Result:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study whose process was killed in the middle of arm A."""
     out = tmp_path_factory.mktemp("ablate") / "study"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "refalign_ext", *QUICK, "--out", str(out), *SETTINGS],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
     folder = out / FOLDERS["A"]
-    try:
+    words = (*QUICK, "--out", out, *SETTINGS)
+    with Program(main, *words, folder=ROOT, said=out.parent / "said") as process:
         deadline = time.monotonic() + 400
         while not checkpoints_in(folder / "checkpoints"):
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.returncode is None, process.stderr
             assert time.monotonic() < deadline, "no checkpoint of arm A"
             time.sleep(0.05)
-    finally:
-        process.kill()
-        process.communicate()
     assert not (folder / "result.json").exists()
     return out
 

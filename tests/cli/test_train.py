@@ -9,13 +9,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +31,7 @@ from refalign_ext.media import save_video
 from refalign_ext.training import trainer
 from refalign_ext.training.trainer import StepReport, Trainer
 from tests.helpers.checkpoints import read_dit, read_projectors
-from tests.helpers.ranks import write_output_to
+from tests.helpers.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW_CLIPS = ("--cache_clips", "8", "--cache_free_clips", "8", "--cache_views", "1")
@@ -127,21 +124,13 @@ def fails(
 
 @pytest.fixture(scope="module")
 def sprite_run(program: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps with a preview, made by a process of its own; `said.txt` beside it is its output."""
-    from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every process
-
+    """The folder of a run of two steps with a preview, made by a process of its own; `stderr.txt` is what it said."""
     folder = tmp_path_factory.mktemp("sprites")
     settings = (*TINY, *EXACT, "--preview_every", 2, "--preview_clips", 1, "--validate_every", 2)
-    settings += ("--preview_steps", 2, "--out", folder / "run", "--steps", 2)
-
-    def work() -> None:
-        write_output_to(folder / "said.txt")
-        sys.exit(program.main([*map(str, settings)]))
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0, (folder / "said.txt").read_text()
+    settings = (*settings, "--preview_steps", 2, "--out", "run", "--steps", 2)
+    with Program(program.main, *settings, folder=folder, said=folder / "said") as run:
+        assert run.wait() == 0, run.stderr
+        (folder / "run" / "stderr.txt").write_text(run.stderr)
     return folder / "run"
 
 
@@ -256,26 +245,20 @@ def test_ctrl_c_saves_where_it_was_and_a_second_one_stops_at_once(
 
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(
-    cached: Path, start: Callable[..., int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    program: ModuleType,
+    cached: Path,
+    start: Callable[..., int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = (*TINY, *EXACT, "--out", "run", "--save_every", 10**6)
-    words = [sys.executable, ROOT / "train_refalign.py", *settings, "--steps", 10**6]
-    process = subprocess.Popen(
-        [*map(str, words)],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_for_step(cached, 2, process)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
-        output, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143, error
+    words = (*settings, "--steps", 10**6)
+    with Program(program.main, *words, folder=tmp_path, said=tmp_path / "said") as run:
+        wait_for_step(cached, 2, run)
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        code, output, error = run.wait(120), run.stdout, run.stderr
+    assert code == 143, error
     assert output == "" and "Traceback" not in error
     assert error.count("stopping after this step") == 1
     assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
@@ -289,13 +272,13 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     assert [found for found, _ in curve(cached)] == list(range(1, step + 2))
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(out: Path, step: int, run: Program) -> None:
     """Until the run has logged `step`."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert run.returncode is None, run.stderr
         time.sleep(0.1)
     pytest.fail("the run does not get there")
 

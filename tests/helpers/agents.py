@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +27,9 @@ from torch.utils import tensorboard  # noqa: F401 - here once, not in every rank
 
 import train_refalign
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every rank
 from refalign_ext.training import run as launch
 from refalign_ext.training.trainer import TrainerHooks
-from tests.helpers.ranks import write_output_to
 from tests.helpers.tiny_training import DEPTH, Source, build
 
 SETTINGS = (
@@ -114,8 +116,6 @@ def agent(
         restarts: as torchrun's `--max-restarts`.
         patch: called on every rank with its number before it begins.
     """
-    from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every rank
-
     folder.mkdir(parents=True, exist_ok=True)
     words = [*SETTINGS, "--out", folder / "run", *arguments]
     process = multiprocessing.get_context("fork").Process(
@@ -134,7 +134,12 @@ def agent(
 
 def _agent(folder: Path, ranks: int, restarts: int, words: list[str], patch: Any) -> None:
     os.setsid()
-    write_output_to(folder / "said.txt")
+    said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    # pytest reads what is printed elsewhere.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    logging.getLogger().handlers.clear()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -5,17 +5,14 @@ Every case is isolated: its own processes, its own rendezvous and a time limit, 
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,15 +60,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                     process.kill()
                     process.join()
         return [results[rank][1] for rank in range(world_size)]
-
-
-def write_output_to(path: Path) -> None:
-    """Lets this process, forked from pytest's, print and log into a file instead of where pytest reads."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    logging.getLogger().handlers.clear()
 
 
 def _main(
