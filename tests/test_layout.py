@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refalign_ext.layout import SampleLayout, TokenLayout, TokenRange
+from refalign_ext.layout import SampleLayout, TokenLayout
 
 PATCH = (1, 2, 2)
 
@@ -135,7 +135,7 @@ def test_reference_spans_and_cuts_equal_a_loop(seed: int, ranks: int) -> None:
 )
 def test_spans_of_ranges_that_miss_touch_and_cover_the_references(start: int, stop: int, span: tuple) -> None:
     samples = (SampleLayout(2, 3, 1, 4), SampleLayout(3, 0, 1, 4))  # references: 8 to 20, none
-    assert TokenLayout(samples, 24).reference_spans(TokenRange(start, stop)) == (span, (0, 0))
+    assert TokenLayout(samples, 24).reference_spans(range(start, stop)) == (span, (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_spans_of_ranges_that_miss_touch_and_cover_the_references(start: int, st
 def test_gradients_of_a_cut_reach_the_ranks_reference_tokens(start: int, stop: int, reached: list) -> None:
     layout = TokenLayout((SampleLayout(2, 1, 1, 2), SampleLayout(1, 2, 1, 2)), 8)
     tokens = torch.randn(2, stop - start, 3, requires_grad=True)
-    layout.cut_references(tokens, TokenRange(start, stop)).sum().backward()
+    layout.cut_references(tokens, range(start, stop)).sum().backward()
     assert torch.equal(tokens.grad[..., 0], torch.tensor(reached, dtype=torch.float32))
 
 
