@@ -133,11 +133,7 @@ def _open_any_dit(path: Path) -> StoredDiT:
 def merge_adapter(
     base: Mapping[str, Weight], adapter: Mapping[str, Weight], rank: int, alpha: float
 ) -> dict[str, Weight]:
-    """The base's weights, in its order and dtypes; those of adapted layers are merged when they are read.
-
-    Raises:
-        ValueError: if the adapter was made for another model.
-    """
+    """The base's weights, those of adapted layers merged when they are read; ValueError if the adapter does not fit."""
 
     def merged(layer: str) -> Weight:
         weight = base[f"{layer}.weight"]
