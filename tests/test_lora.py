@@ -14,7 +14,6 @@ from refalign_ext.checkpoint.weights import Weight, read_weights
 from refalign_ext.lora import (
     adapter_scale,
     add_lora,
-    base_key,
     is_adapter_key,
     matching_layers,
     merged_weight,
@@ -153,13 +152,6 @@ def test_merging_plain_tensors(trained: WanModel) -> None:
     torch.testing.assert_close(whole[key], base[key] + 1.5 * b @ a)
     half = merge({name: t.bfloat16() for name, t in base.items()}, adapter, 4, 6.0)
     assert torch.equal(half[key], (base[key].bfloat16().float() + (b @ a) * 1.5).bfloat16())
-
-    with pytest.raises(ValueError, match=r"lacks 1 layers of the adapter, such as blocks\.1\.ffn\.2"):
-        merge({k: t for k, t in base.items() if k != key}, adapter, 4, 6.0)
-    with pytest.raises(ValueError, match=r"is for a layer of \[32, 48\] and this one has \[32, 40\]"):
-        merge(base | {key: torch.zeros(32, 40)}, adapter, 4, 6.0)
-    with pytest.raises(ValueError, match="not of rank 5"):
-        merge(base, adapter, 5, 6.0)
     with pytest.raises(ValueError, match=r"lacks a factor of blocks\.0\.self_attn\.q"):
         merge(base, {k: t for k, t in list(adapter.items())[1:]}, 4, 6.0)
 
@@ -267,12 +259,3 @@ def test_mistakes() -> None:
     add_lora(model, 2, 2.0)
     with pytest.raises(ValueError, match="already has LoRA adapters"):
         add_lora(model, 2, 2.0, "base_layer")
-
-
-def test_keys() -> None:
-    assert base_key("blocks.0.self_attn.q.base_layer.weight") == "blocks.0.self_attn.q.weight"
-    assert base_key("blocks.0.modulation") == "blocks.0.modulation"
-    assert base_key("dit.blocks.0.ffn.0.lora_A.default.weight") == "dit.blocks.0.ffn.0.lora_A.weight"
-    assert base_key("blocks.0.ffn.0.lora_B.weight") == "blocks.0.ffn.0.lora_B.weight"
-    assert is_adapter_key("a.lora_A.default.weight") and is_adapter_key("a.lora_B.weight")
-    assert not is_adapter_key("a.base_layer.weight") and not is_adapter_key("lora_A.bias")
