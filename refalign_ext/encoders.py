@@ -35,20 +35,12 @@ _CACHED_TEXT_BYTES = 8 << 30  # of host memory
 
 
 def task_config(config: TrainConfig) -> EasyDict:
-    """The task's entry of WAN_CONFIGS.
-
-    Raises:
-        ValueError: for a task that is not reference-to-video.
-    """
+    """The task's entry of WAN_CONFIGS; ValueError for a task that is not reference-to-video."""
     return WAN_CONFIGS[find_task(config.task, family="r2v", refused=REFUSED_TASKS).name]
 
 
 def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
-    """Where the frozen parts lie, and the DiT unless `dit` is False or the configuration takes it from elsewhere.
-
-    Raises:
-        ValueError: if files are missing (all are listed) or no folder is given.
-    """
+    """Where the frozen parts lie, and with `dit` the DiT unless it comes from elsewhere; ValueError for missing files."""
     folder = config.ckpt_dir or find_task(config.task).bundled
     if folder is None:
         raise ValueError(

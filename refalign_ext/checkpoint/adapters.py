@@ -47,14 +47,7 @@ class Adapter:
 
 
 def adapter_scale_of(settings: Mapping[str, Any], source: Path) -> tuple[int, float]:
-    """(rank, alpha) that a run's settings name.
-
-    Args:
-        source: what the error names.
-
-    Raises:
-        ValueError: if they name none.
-    """
+    """(rank, alpha) that the settings of the run behind `source` name; ValueError if they name none."""
     rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha", 0)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise ValueError(
@@ -73,11 +66,7 @@ def base_named_by(settings: Mapping[str, Any]) -> Path | None:
 
 
 def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> Path:
-    """Where the base of the adapter in checkpoint `path` lies: `base` if given, else what its settings say.
-
-    Raises:
-        ValueError: if it is not there, with the command that helps.
-    """
+    """The base of the adapter in checkpoint `path`: `base`, else what its settings say; ValueError if it is not there."""
     found = base or base_named_by(settings)
     if base is not None and not base.exists():
         problem = f"--base {base} does not exist"

@@ -159,7 +159,10 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     for name in ("speed/clips_per_second", "speed/tokens_per_second", "memory/peak_gib"):
         assert all(row[name] > 0 for row in rows if "loss/total" in row)
     assert [row["step"] for row in rows if "validation/loss" in row] == [2]
-    assert any(key.startswith("loss_by_timestep/") for key in rows[0])
+    assert {key.split("/")[0] for key in rows[0]} == {
+        *("step", "loss", "alignment", "alignment_by_block", "gradient_norm", "learning_rate"),
+        *("speed", "memory", "loss_by_timestep"),
+    }
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -391,6 +394,7 @@ def test_other_starts_and_no_alignment(
             ["--lora_rank", "2", "--ema_decay", "0", "--lora_targets", "x"],
             "LoRA target 'x' matches no linear",
         ),
+        (["--lora_rank", "2", "--from_scratch"], "--lora_rank adapts weights that exist"),
         (["--lora_rank", "2", "--teacher_input"], "--teacher_input trains all weights in one process"),
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
         (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
