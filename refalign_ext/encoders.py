@@ -119,7 +119,11 @@ class Encoders:
     @cached_property
     def features(self) -> Features | None:
         """The teacher's features on the DiT's token grid; None without a teacher."""
-        return None if self.teacher is None else on_grid(self.teacher, self.task)
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        rows, columns = token_stride(self.task)
+        return lambda images: teacher(images, (images.shape[-2] // rows, images.shape[-1] // columns))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these encoders from others; reads the files of the weights once, to digest them.
@@ -178,12 +182,6 @@ def text_encoder(
 def token_stride(task: EasyDict) -> tuple[int, int]:
     """Rows and columns of pixels per token of the DiT."""
     return task.vae_stride[1] * task.patch_size[1], task.vae_stride[2] * task.patch_size[2]
-
-
-def on_grid(teacher: Teacher, task: EasyDict) -> Features:
-    """The teacher's features of images [M, 3, H, W] on the DiT's grid: [M, N, D]."""
-    rows, columns = token_stride(task)
-    return lambda images: teacher(images, (images.shape[-2] // rows, images.shape[-1] // columns))
 
 
 def _files_sha256(files: Sequence[Path]) -> str:

@@ -132,19 +132,6 @@ def test_only_adapters_learn() -> None:
     assert_bitwise(base, dict(make_model().state_dict()))
 
 
-def test_merging_gives_what_the_adapters_give(trained: WanModel) -> None:
-    expected = outputs(ReferenceBackbone(copy.deepcopy(trained)))
-    model = make_model()
-    before = outputs(ReferenceBackbone(copy.deepcopy(model)))
-    model.load_state_dict(merged(trained))
-    for found, wanted, base in zip(outputs(ReferenceBackbone(model)), expected, before, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-        assert (wanted - base).abs().max() > 1e-2
-    untouched = [key for key in model.state_dict() if key.removesuffix(".weight") not in DEFAULT]
-    whole, start = merged(trained), make_model().state_dict()
-    assert_bitwise({key: whole[key] for key in untouched}, {key: start[key] for key in untouched})
-
-
 def test_merging_plain_tensors(trained: WanModel) -> None:
     base, adapter = split_state_dict(trained.state_dict())
     whole, key = merged(trained), "blocks.1.ffn.2.weight"

@@ -81,13 +81,6 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert read_projectors(save(tmp_path, 8, projectors={})) == {}
 
 
-def test_an_average_is_what_one_generates_with(tmp_path: Path) -> None:
-    average = {"a": torch.zeros(2, 3), "b": torch.arange(4)}
-    state = read_everything(save(tmp_path, 7, average=average))
-    assert torch.equal(state["dit"]["a"], torch.zeros(2, 3))
-    assert torch.equal(state["raw"]["a"], torch.full((2, 3), 7.0))
-
-
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (999, 1000, 10000, 100000000):
         save(tmp_path, step, keep_last=2)
