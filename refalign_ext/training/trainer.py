@@ -127,7 +127,9 @@ class Trainer:
         self.step, self.samples_seen = 0, 0
         self.timestep_bins = TimestepBins(device=self.device)
         self._guard = NonFiniteGuard(config.max_skipped_steps, Path(config.out))
-        self._checkpointer: Checkpointer | None = None
+        self._checkpointer = Checkpointer(
+            Path(config.out) / "checkpoints", parallel, config.keep_last, 60 * config.timeout_minutes
+        )
 
     @property
     def clips_per_step(self) -> int:
@@ -301,10 +303,6 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint, whole when `finish_saving` returns; OSError if the one before failed."""
-        if self._checkpointer is None:
-            folder = Path(self.config.out) / "checkpoints"
-            timeout = 60 * self.config.timeout_minutes
-            self._checkpointer = Checkpointer(folder, self.parallel, self.config.keep_last, timeout)
         only_adapters = self.config.lora_rank > 0
         self._checkpointer.save(
             self.step,
@@ -315,7 +313,7 @@ class Trainer:
 
     def finish_saving(self) -> Path | None:
         """Wait for the last checkpoint; returns its folder (None: none since the last call) or raises its OSError."""
-        return None if self._checkpointer is None else self._checkpointer.finish()
+        return self._checkpointer.finish()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of any number of ranks; ValueError if it does not fit. Says which settings differ."""

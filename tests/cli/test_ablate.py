@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,20 +17,21 @@ from PIL import Image
 from refalign_ext.checkpoint.checkpointer import checkpoints_in, read_meta
 from refalign_ext.cli import main
 from refalign_ext.sprites.ablations import study as study_module
+from tests.helpers.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(600)
 # Enough steps to be interrupted in; arm D of table 2 is the one whose model is another.
 ARMS = ("--arm", "A", "--arm", "D")
 FOLDERS = {"A": "runs/seed-1/recipe", "D": "runs/seed-1/alignment.weight=0.0,teacher_input=True"}
-QUICK = ("ablate", "--table", "2", "--quick", "--device", "cpu", "--threads", "1", *ARMS, "--steps", "6")
+QUICK = ("ablate", "--table", "2", "--quick", "--device", "cpu", "--threads", "1", *ARMS, "--steps", "4")
 SETTINGS = (
     "--sample_steps",
     "1",
     "--save_every",
     "1",
     "--preview_every",
-    "3",
+    "4",
     "--optimizer",
     "adamw",
     "--precision",
@@ -57,23 +55,14 @@ def run(out: Path) -> Result:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study whose process was killed in the middle of arm A."""
     out = tmp_path_factory.mktemp("ablate") / "study"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "refalign_ext", *QUICK, "--out", str(out), *SETTINGS],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
     folder = out / FOLDERS["A"]
-    try:
+    words = (*QUICK, "--out", out, *SETTINGS)
+    with Program(main, *words, folder=ROOT, said=out.parent / "said") as process:
         deadline = time.monotonic() + 400
         while not checkpoints_in(folder / "checkpoints"):
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.returncode is None, process.stderr
             assert time.monotonic() < deadline, "no checkpoint of arm A"
             time.sleep(0.05)
-    finally:
-        process.kill()
-        process.communicate()
     assert not (folder / "result.json").exists()
     return out
 
@@ -104,7 +93,7 @@ def test_a_killed_study_goes_on_where_it_was(finished: tuple[Path, Result, list[
     assert not any("resuming with" in message for message in messages)
     for letter in "AD":
         (checkpoint,) = checkpoints_in(out / FOLDERS[letter] / "checkpoints")
-        assert read_meta(checkpoint)["step"] == 6
+        assert read_meta(checkpoint)["step"] == 4
 
 
 def test_arms_begin_with_the_same_weights_samples_noise_and_timesteps(
@@ -117,7 +106,7 @@ def test_arms_begin_with_the_same_weights_samples_noise_and_timesteps(
         flows.append([row["loss/flow"] for row in map(json.loads, lines) if "loss/flow" in row])
     # Before the first update the model gives the same; D's teacher features are fed in with a weight of zero at first.
     assert flows[0][0] == flows[1][0]
-    assert len(flows[0]) == len(flows[1]) == 6 and flows[0][-1] != flows[1][-1]
+    assert len(flows[0]) == len(flows[1]) == 4 and flows[0][-1] != flows[1][-1]
 
 
 def test_table_plot_and_raw_figures_are_written(finished: tuple[Path, Result, list[str]]) -> None:
@@ -136,7 +125,7 @@ def test_table_plot_and_raw_figures_are_written(finished: tuple[Path, Result, li
         starts.add(raw["start"])
         assert set(raw["judged"]) == {"one", "two", "shuffled"}
         assert [len(raw["judged"][job]["answers"]["colors"]) for job in raw["judged"]] == [2, 2, 2]
-        assert set(raw["curve"]) == {"3", "6"} and raw["clips_per_second"] > 0
+        assert set(raw["curve"]) == {"4"} and raw["clips_per_second"] > 0
         for job in ("one", "two"):
             figure = summary["arms"][letter]["figures"][job]["colors"]
             assert figure["mean"] == raw["judged"][job]["table"]["colors"]["share"]

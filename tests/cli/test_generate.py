@@ -1,23 +1,22 @@
 """generate.py as its users run it.
 
-Cases that end before torch is imported, and one complete run, are processes of their own; those that need the
-networks call the same `main` in this process, which spares each of them the imports.
+Cases that need torch call `main` in this process or in forked ones, which spares each of them the imports.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
-import traceback
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -29,6 +28,8 @@ from PIL import Image
 from refalign_ext.cli import generate as program
 from refalign_ext.pipeline import R2VPipeline, Result
 from refalign_ext.tasks import TASKS, Task
+from tests.helpers.programs import Program
+from wan.modules.attention import announce_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a large circle moves right"
@@ -36,14 +37,6 @@ PROMPT = "a large circle moves right"
 
 def words(line: str) -> list[str]:
     return line.split()
-
-
-def run(*arguments: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(
-        command, cwd=folder, env=variables, capture_output=True, text=True, timeout=170, check=False
-    )
 
 
 def entries(folder: Path) -> list[str]:
@@ -131,13 +124,15 @@ def test_values_are_read_as_upstreams() -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_complete_run(run_folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_complete_run(run_folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     flags = (
         "--task r2v-tiny --ref red.png blue.jpg --ref_role subject background --base_seed 7 --sample_steps 2 "
         "--save_file out/demo/video.mp4 --save_references --offload_model True --device cpu"
     )
-    result = run(*flags.split(), "--ckpt_dir", tiny_checkpoint, "--prompt", PROMPT, folder=run_folder)
-    assert result.returncode == 0, result.stderr
+    flags = [*flags.split(), "--ckpt_dir", tiny_checkpoint, "--prompt", PROMPT]
+    once = announce_kernel.cache_clear  # what is logged once may have been here
+    with Program(program.main, *flags, folder=run_folder, said=tmp_path / "said", before=once) as run:
+        assert run.wait() == 0, run.stderr
     assert entries(run_folder / "out") == [
         "demo",
         "demo/video.json",
@@ -147,9 +142,9 @@ def test_a_complete_run(run_folder: Path, tiny_checkpoint: Path) -> None:
         "demo/video.references/reference_2.png",
         "demo/video.sheet.png",
     ]
-    assert "2/2" in result.stderr
-    assert "peak memory" in result.stdout
-    assert "attention is computed by" in result.stdout
+    assert "2/2" in run.stderr
+    assert "peak memory" in run.stdout
+    assert "attention is computed by" in run.stdout
 
     folder = run_folder / "out" / "demo"
     with av.open(str(folder / "video.mp4")) as container:
@@ -352,50 +347,22 @@ def run_on_ranks(
     """Exit code, standard output and standard error of `main` on ranks that are forked from this process."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-
-    def rank_main(rank: int) -> None:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for stream, name in ((1, "out"), (2, "err")):
-            file = os.open(folder / f"rank{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, stream)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        os.chdir(folder)
-        torch.set_num_threads(1)
-        code = 1
-        try:
-            before(rank)
-            code = program.main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:  # noqa: BLE001 - the test shows it
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    ranks = [
-        multiprocessing.get_context("fork").Process(target=rank_main, args=(r,)) for r in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + 120
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(ranks) if process.is_alive()]
-    for process in ranks:
-        process.kill()
-    assert not hanging, f"ranks {hanging} hang"
-    results = []
-    for rank, process in enumerate(ranks):
-        texts = [folder / f"rank{rank}.{name}" for name in ("out", "err")]
-        results.append((process.exitcode, *(path.read_text() for path in texts)))
-        for path in texts:
-            path.unlink()
-    return results
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": found.getsockname()[1]}
+    with ExitStack() as ranks, tempfile.TemporaryDirectory() as said:
+        started = [
+            ranks.enter_context(
+                Program(
+                    program.main,
+                    *arguments,
+                    folder=folder,
+                    said=Path(said) / str(rank),
+                    variables={**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size},
+                    before=partial(before, rank),
+                )
+            )
+            for rank in range(world_size)
+        ]
+        return [(one.wait(120), one.stdout, one.stderr) for one in started]
 
 
 def only_error(results: list[tuple[int, str, str]]) -> str:

@@ -13,8 +13,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,32 +31,17 @@ from refalign_ext.media import save_video
 from refalign_ext.training import trainer
 from refalign_ext.training.trainer import StepReport, Trainer
 from tests.helpers.checkpoints import read_dit, read_projectors
+from tests.helpers.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    *("--device", "cpu", "--threads", "1", "--cache_clips", "8", "--cache_free_clips", "8"),
-    *("--cache_views", "1", "--batch_size", "2", "--validation_clips", "2"),
-    # Muon orthogonalises in bf16: seconds a step on processors without it.
-    *("--optimizer", "adamw"),
-)
+FEW_CLIPS = ("--cache_clips", "8", "--cache_free_clips", "8", "--cache_views", "1")
+# Muon orthogonalises in bf16: seconds a step on processors without it.
+ADAMW = ("--device", "cpu", "--threads", "1", "--optimizer", "adamw")
+TINY = (*ADAMW, *FEW_CLIPS, "--batch_size", "2", "--validation_clips", "2")
 EXACT = (
     *("--precision", "fp32", "--log_every", "1", "--preview_every", "0", "--seed", "3"),
     *("--warmup_steps", "0", "--schedule", "constant", "--validate_every", "0"),
 )
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / "train_refalign.py"), *map(str, arguments)]
-
-
-def variables() -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
-def run(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=folder, env=variables(), capture_output=True, text=True, timeout=300
-    )
 
 
 def names(checkpoints: Path) -> list[str]:
@@ -140,13 +123,13 @@ def fails(
 
 
 @pytest.fixture(scope="module")
-def sprite_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two steps with a preview, made by a process of its own; `stderr.txt` is what it said."""
+def sprite_run(program: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps with a preview, made by a process of its own; `said.err` beside it is what it said."""
     folder = tmp_path_factory.mktemp("sprites")
     settings = (*TINY, *EXACT, "--preview_every", 2, "--preview_clips", 1, "--validate_every", 2)
-    result = run(*settings, "--preview_steps", 2, "--out", "run", "--steps", 2, folder=folder)
-    assert result.returncode == 0, result.stderr
-    (folder / "run" / "stderr.txt").write_text(result.stderr)
+    settings = (*settings, "--preview_steps", 2, "--out", "run", "--steps", 2)
+    with Program(program.main, *settings, folder=folder, said=folder / "said") as run:
+        assert run.wait() == 0, run.stderr
     return folder / "run"
 
 
@@ -158,19 +141,11 @@ def cached(sprite_run: Path, tmp_path: Path) -> Path:
 
 
 def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
-    shown = (sprite_run / "stderr.txt").read_text()
-    for part in (
-        "encoding clips: 100%",
-        "training: 100%",
-        "2/2",
-        "loss ",
-        "RA+ ",
-        "RA- ",
-        "step/s",
-        "INFO done: ",
-    ):
+    shown = sprite_run.with_name("said.err").read_text()
+    progress = ("training: 100%", "2/2", "loss ", "RA+ ", "RA- ", "step/s")
+    for part in ("encoding clips: 100%", *progress, "INFO done: "):
         assert part in shown
-    assert sorted(path.name for path in (sprite_run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert os.listdir(sprite_run / "checkpoints") == ["step-00000002"]
     meta = read_meta(sprite_run / "checkpoints" / "step-00000002")
     assert (meta["step"], meta["samples_seen"]) == (2, 4)
     assert meta["settings"] == json.loads((sprite_run / "settings.json").read_text())
@@ -184,7 +159,10 @@ def test_a_run_writes_logs_previews_and_checkpoints(sprite_run: Path) -> None:
     for name in ("speed/clips_per_second", "speed/tokens_per_second", "memory/peak_gib"):
         assert all(row[name] > 0 for row in rows if "loss/total" in row)
     assert [row["step"] for row in rows if "validation/loss" in row] == [2]
-    assert any(key.startswith("loss_by_timestep/") for key in rows[0])
+    assert {key.split("/")[0] for key in rows[0]} == {
+        *("step", "loss", "alignment", "alignment_by_block", "gradient_norm", "learning_rate"),
+        *("speed", "memory", "loss_by_timestep"),
+    }
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -224,9 +202,8 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     old = curve(sprite_run)
     folder = tmp_path / "run" / "checkpoints"
     assert start(*TINY, *EXACT, "--out", "run", "--steps", 1, "--resume", "off") == 0
-    left = ["abandoned-step-00000002", "abandoned-step-00000004", "latest", "step-00000001"]
+    left = ["abandoned-step-00000002", "abandoned-step-00000004", "step-00000001"]
     assert sorted(path.name for path in folder.iterdir()) == left
-    assert (folder / "latest").read_text().strip() == "step-00000001"
     assert sum("its checkpoint is now" in message for message in caplog.messages) == 2
     assert curve(tmp_path / "run") == old[:1]
 
@@ -262,45 +239,40 @@ def test_ctrl_c_saves_where_it_was_and_a_second_one_stops_at_once(
 
 
 def test_a_signal_saves_and_the_run_goes_on_from_there(
-    cached: Path, start: Callable[..., int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    program: ModuleType,
+    cached: Path,
+    start: Callable[..., int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = (*TINY, *EXACT, "--out", "run", "--save_every", 10**6)
-    process = subprocess.Popen(
-        command(*settings, "--steps", 10**6),
-        cwd=tmp_path,
-        env=variables(),
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        wait_for_step(cached, 2, process)
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
-        output, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143, error
+    words = (*settings, "--steps", 10**6)
+    with Program(program.main, *words, folder=tmp_path, said=tmp_path / "said") as run:
+        wait_for_step(cached, 2, run)
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGTERM)  # a scheduler may repeat itself
+        code, output, error = run.wait(120), run.stdout, run.stderr
+    assert code == 143, error
     assert output == "" and "Traceback" not in error
     assert error.count("stopping after this step") == 1
     assert error.strip().splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     (checkpoint,) = checkpoints_in(cached / "checkpoints")
     step = read_meta(checkpoint)["step"]
     assert step == curve(cached)[-1][0] >= 2
-    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["latest", checkpoint.name]
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
     assert start(*settings, "--steps", step + 1) == 0
     assert f"resuming from {Path('run') / 'checkpoints' / checkpoint.name}" in caplog.messages
     assert [found for found, _ in curve(cached)] == list(range(1, step + 2))
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(out: Path, step: int, run: Program) -> None:
     """Until the run has logged `step`."""
     deadline = time.monotonic() + 150
     while time.monotonic() < deadline:
         if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= step:
             return
-        assert process.poll() is None, process.communicate()[1]
+        assert run.returncode is None, run.stderr
         time.sleep(0.1)
     pytest.fail("the run does not get there")
 
@@ -372,7 +344,7 @@ def test_a_manifest_trains_and_resumes(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    common = ("--device", "cpu", "--threads", 1, "--data", clips, "--out", "run", "--batch_size", 2, *EXACT)
+    common = (*ADAMW, *EXACT, "--data", clips, "--data_workers", 0, "--out", "run", "--batch_size", 2)
     assert start(*common, "--steps", 2) == 0
     assert "encoding" not in capfd.readouterr().err
     assert sum("skipping clip bad" in message for message in caplog.messages) == 1
@@ -390,7 +362,7 @@ def test_other_starts_and_no_alignment(
     start: Callable[..., int], clips: Path, tmp_path: Path, sprite_run: Path
 ) -> None:
     checkpoint = sprite_run / "checkpoints" / "step-00000002"
-    common = ("--device", "cpu", "--threads", 1, "--data", clips, "--batch_size", 1, *EXACT, "--steps", 1)
+    common = (*ADAMW, *EXACT, "--data", clips, "--data_workers", 0, "--batch_size", 1, "--steps", 1)
     # Neither the teacher nor the depth is looked at.
     without = ("--alignment.weight", 0, "--alignment.teacher_path", "none", "--alignment.depth", 99)
     assert start(*common, *without, "--out", "a", "--dit_ckpt", checkpoint) == 0
@@ -422,6 +394,7 @@ def test_other_starts_and_no_alignment(
             ["--lora_rank", "2", "--ema_decay", "0", "--lora_targets", "x"],
             "LoRA target 'x' matches no linear",
         ),
+        (["--lora_rank", "2", "--from_scratch"], "--lora_rank adapts weights that exist"),
         (["--lora_rank", "2", "--teacher_input"], "--teacher_input trains all weights in one process"),
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
         (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
@@ -446,7 +419,7 @@ def test_mistakes_are_one_line_and_write_nothing(
     save_file({"a": torch.zeros(2)}, tmp_path / "here" / "other.safetensors")
     extra = [] if "--out" in arguments else ["--out", "out"]
     extra += [] if "--threads" in arguments else ["--threads", "1"]
-    assert re.search(message, fails(*arguments, *extra))
+    assert re.search(message, fails(*arguments, *FEW_CLIPS, *extra))
 
 
 @pytest.mark.parametrize(

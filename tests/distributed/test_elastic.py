@@ -19,7 +19,7 @@ from tests.helpers.agents import Agent, agent, curve, state_hash, until
 
 pytestmark = pytest.mark.timeout(400)
 
-STEPS = 6
+STEPS = 4
 LAST = f"step-{STEPS:08d}"
 RUN = ("--steps", STEPS, "--save_every", 2, "--optimizer", "adamw")
 
@@ -144,9 +144,6 @@ TINY = (
     *("--cache_clips", "24", "--cache_views", "2", "--cache_free_clips", "16", "--validate_every", "0"),
     *("--schedule", "constant", "--warmup_steps", "0", "--batch_size", "1", "--out", "run"),
 )
-needs_parts = pytest.mark.skipif(
-    not (ROOT / "assets" / "r2v-tiny" / "teacher").exists(), reason="assets/r2v-tiny lacks its parts"
-)
 
 
 class Torchrun:
@@ -191,51 +188,31 @@ def torchrun(folder: Path, ranks: int, *arguments: object, restarts: int = 0) ->
         process.wait()
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes folders whose run finds its caches filled; `whole` is an undisturbed run on two ranks."""
-    base = tmp_path_factory.mktemp("torchrun")
-    (base / "whole").mkdir()
-    with torchrun(base / "whole", 2, "--steps", STEPS, "--save_every", 2) as job:
-        assert job.wait() == 0, job.said()
-
-    def make(name: str) -> Path:
-        if not (base / name).exists():
-            shutil.copytree(base / "whole" / "run" / "cache", base / name / "run" / "cache")
-        return base / name
-
-    return make
-
-
-@needs_parts
+@pytest.mark.skipif(
+    not (ROOT / "assets" / "r2v-tiny" / "teacher").exists(), reason="assets/r2v-tiny lacks its parts"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_torchrun_restarts_the_program(prepared: Callable[[str], Path]) -> None:
-    folder, whole = prepared("killed"), prepared("whole")
-    with torchrun(folder, 2, "--steps", STEPS, "--save_every", 2, restarts=3) as job:
-        until((folder / "run" / "checkpoints" / "step-00000002").exists, 600, job.said)
+def test_torchrun_restarts_the_program_and_passes_signals_on(tmp_path: Path) -> None:
+    whole, killed, preempted = (tmp_path / name for name in ("whole", "killed", "preempted"))
+    whole.mkdir()
+    with torchrun(whole, 2, "--steps", STEPS, "--save_every", 2) as job:
+        assert job.wait() == 0, job.said()
+    for folder in (killed, preempted):
+        shutil.copytree(whole / "run" / "cache", folder / "run" / "cache")
+    with torchrun(killed, 2, "--steps", STEPS, "--save_every", 2, restarts=3) as job:
+        until((killed / "run" / "checkpoints" / "step-00000002").exists, 600, job.said)
         os.kill(job.ranks()[1], signal.SIGKILL)
         assert job.wait() == 0, job.said()
         assert "resuming from" in job.said()
-    assert_same_run(folder, whole)
-
-
-@needs_parts
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_torchrun_is_preempted(prepared: Callable[[str], Path]) -> None:
-    folder, whole = prepared("preempted"), prepared("whole")
-    with torchrun(folder, 2, "--steps", STEPS, "--save_every", 1000) as job:
-        until((folder / "run" / "metrics.jsonl").exists, 600, job.said)
+    with torchrun(preempted, 2, "--steps", STEPS, "--save_every", 1000) as job:
+        until((preempted / "run" / "metrics.jsonl").exists, 600, job.said)
         job.process.send_signal(signal.SIGTERM)
         assert job.wait() != 0
         assert job.said().count("the same command goes on from the last checkpoint") == 1, job.said()
-    with torchrun(folder, 2, "--steps", STEPS, "--save_every", 2) as job:
+    with torchrun(preempted, 2, "--steps", STEPS, "--save_every", 2) as job:
         assert job.wait() == 0, job.said()
-    assert_same_run(folder, whole)
-
-
-def assert_same_run(folder: Path, whole: Path) -> None:
-    assert curve(folder / "run") == curve(whole / "run")
-    hashes = [state_hash(place / "run" / "checkpoints" / LAST) for place in (folder, whole)]
-    assert hashes[0] == hashes[1]
+    for folder in (killed, preempted):
+        assert curve(folder / "run") == curve(whole / "run")
+        hashes = [state_hash(place / "run" / "checkpoints" / LAST) for place in (folder, whole)]
+        assert hashes[0] == hashes[1]

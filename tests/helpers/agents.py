@@ -27,6 +27,7 @@ from torch.utils import tensorboard  # noqa: F401 - here once, not in every rank
 
 import train_refalign
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
+from refalign_ext.cli import training_tables  # noqa: F401 - here once, not in every rank
 from refalign_ext.training import run as launch
 from refalign_ext.training.trainer import TrainerHooks
 from tests.helpers.tiny_training import DEPTH, Source, build
@@ -167,9 +168,9 @@ def _build_trainer(config: Any, parallel: Any, *_: object, stop_requested: Any, 
 
 def _rank(folder: Path, words: list[str], patch: Callable[[int], None] | None) -> None:
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    aside = folder / f"{attempt}-{rank}.part"
-    aside.write_text(str(os.getpid()))
-    aside.rename(aside.with_suffix(".pid"))
+    unfinished = folder / f"{attempt}-{rank}.part"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(unfinished.with_suffix(".pid"))
     launch.build_trainer = _build_trainer
     if patch is not None:
         patch(rank)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tarfile
@@ -23,9 +24,11 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
+import train_refalign
 from tests.helpers.clips import render
 from tests.helpers.opens2v_fixture import FRAMES, SIZE, write_native_set
 from tests.helpers.phantom_fixture import info_row, pair, referred, seen, write_info, write_pairs
+from tests.helpers.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "assets" / "r2v-tiny"
@@ -109,16 +112,14 @@ class Taking:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[tuple[str, int], Program] = {}
         for name in _RUNS:
             self._start_training(name)
 
     def close(self) -> None:
         """Ends what still runs."""
         for process in self._processes.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            process.kill()
 
     def take(self, kind: str) -> dict[str, Any]:
         """The present state of one of KINDS, ready for json."""
@@ -319,27 +320,26 @@ class Taking:
 
     def _start_training(self, name: str) -> None:
         ranks, changes = _RUNS[name]
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         folder = self.folder / name
         folder.mkdir(parents=True)
-        with (folder / "said.txt").open("wb") as said:
-            self._processes[name] = subprocess.Popen(
-                [
-                    sys.executable,
-                    *(launcher if ranks > 1 else []),
-                    str(ROOT / "train_refalign.py"),
-                    *words(_TINY | changes | {"out": name}),
-                ],
-                cwd=folder,
-                env=variables(),
-                stdout=said,
-                stderr=said,
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        for rank in range(ranks):
+            place = {**variables, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks} if ranks > 1 else {}
+            self._processes[name, rank] = Program(
+                train_refalign.main,
+                *words(_TINY | changes | {"out": name}),
+                folder=folder,
+                said=folder / f"rank{rank}",
+                variables=place,
             )
 
     def _checkpoint(self, run: str) -> Path:
         """The one checkpoint of a run, once it is done."""
-        code = self._processes[run].wait(SECONDS)
-        assert code == 0, (self.folder / run / "said.txt").read_text(errors="replace")[-4000:]
+        for rank in range(_RUNS[run][0]):
+            process = self._processes[run, rank]
+            assert process.wait(SECONDS) == 0, process.stderr[-4000:]
         (checkpoint,) = (self.folder / run / run / "checkpoints").glob("step-*")
         return checkpoint
 
