@@ -99,6 +99,9 @@ class TrainConfig:
     dit_ckpt: str | None = setting(
         None, "DiT to start from (file, index or folder); None: the one in ckpt_dir. See from_scratch."
     )
+    lora: str | None = setting(
+        None, "LoRAs to merge into that DiT before the start: FILE or FILE:SCALE, several with commas."
+    )
     from_scratch: bool = setting(False, "Start the DiT from random weights.")
     data: str | None = setting(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from enum import Enum
@@ -38,6 +39,29 @@ def parse_role(role: Role | str) -> Role:
     except ValueError:
         names = ", ".join(known.value for known in Role)
         raise ValueError(f"unknown reference role {role!r}: choose one of {names}") from None
+
+
+def split_loras(text: str | None) -> tuple[str, ...]:
+    """The LoRAs of a setting that names several with commas."""
+    return tuple(filter(None, map(str.strip, (text or "").split(","))))
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE, as --lora takes it; the scale is 1.0 where none is given.
+
+    Raises:
+        ValueError: for a scale that is no finite number.
+    """
+    path, colon, scale = text.rpartition(":")
+    if colon and not Path(text).exists():
+        try:
+            value = float(scale)
+        except ValueError:
+            return Path(text), 1.0
+        if not math.isfinite(value):
+            raise ValueError(f"--lora {text}: the scale is {scale}: give a finite number, such as 0.8")
+        return Path(path), value
+    return Path(text), 1.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,7 @@ class RuntimeOptions:
     Attributes:
         ckpt_dir: checkpoint folder in upstream's layout.
         dit_ckpt: DiT weights instead of the folder's: a file, an index or a folder.
+        lora: LoRAs to merge into the DiT, each FILE or FILE:SCALE.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: of the DiT, one of `DTYPES`.
         offload_model: keeps idle parts on the CPU; None: on a single GPU.
@@ -119,6 +144,7 @@ class RuntimeOptions:
 
     ckpt_dir: Path
     dit_ckpt: Path | None = None
+    lora: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
     offload_model: bool | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from refalign_ext.backbone import diffusers_key, file_sha256
 from refalign_ext.checkpoint.weights import Weight, write_safetensors
 from refalign_ext.lora import ADAPTER_KEY, check_adapter, shapes_of
+from refalign_ext.request import split_loras
 from refalign_ext.tasks import TASKS
 
 
@@ -49,6 +50,11 @@ def base_named_by(settings: Mapping[str, Any]) -> Path | None:
     task = TASKS.get(settings.get("task", ""))
     named = settings.get("dit_ckpt") or settings.get("ckpt_dir") or (task and task.bundled)
     return None if named is None else Path(named)
+
+
+def loras_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The LoRAs that a run with these settings merged into the model that it started from."""
+    return split_loras(settings.get("lora"))
 
 
 def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> Path:

@@ -61,22 +61,19 @@ class LoRAFile:
     base_sha256: str | None = None
 
 
-def parse_lora(text: str) -> tuple[Path, float]:
-    """FILE or FILE:SCALE, as --lora takes it; the scale is 1.0 where none is given.
-
-    Raises:
-        ValueError: for a scale that is no finite number.
-    """
-    path, colon, scale = text.rpartition(":")
-    if colon and not Path(text).exists():
-        try:
-            value = float(scale)
-        except ValueError:
-            return Path(text), 1.0
-        if not math.isfinite(value):
-            raise ValueError(f"--lora {text}: the scale is {scale}: give a finite number, such as 0.8")
-        return Path(path), value
-    return Path(text), 1.0
+def lora_path(path: Path) -> Path:
+    """The file that a path to a LoRA means: itself, or the one in a folder; ValueError if that is unclear."""
+    if not path.is_dir():
+        return path
+    files = [path / name for name in _FOLDER_FILES if (path / name).is_file()] or sorted(
+        path.glob("*.safetensors")
+    )
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files[:_LISTED]) or "none"
+        raise ValueError(
+            f"--lora {path}: a folder with one LoRA file is needed, found {names}: name the file"
+        )
+    return files[0]
 
 
 def read_lora(path: Path, parameters: Mapping[str, Sequence[int]]) -> LoRAFile:
@@ -89,7 +86,7 @@ def read_lora(path: Path, parameters: Mapping[str, Sequence[int]]) -> LoRAFile:
     Raises:
         ValueError: if it is no LoRA file, is damaged, is of a kind that is not read, or fits no layer of the model.
     """
-    file = _file_to_read(path)
+    file = lora_path(path)
     layers = _layers_by_flat_name(parameters)
     alphas, note = _Alphas.beside(file), read_metadata(file)
     found = LoRAFile(file, base=note.get("base_model"), base_sha256=note.get("base_model_sha256"))
@@ -204,20 +201,6 @@ def _layers_by_flat_name(parameters: Collection[str]) -> dict[str, str]:
         for alias in (layer, diffusers_key(f"{layer}.weight").removesuffix(".weight")):
             found[alias.replace(".", "_")] = layer
     return found
-
-
-def _file_to_read(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    files = [path / name for name in _FOLDER_FILES if (path / name).is_file()] or sorted(
-        path.glob("*.safetensors")
-    )
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files[:_LISTED]) or "none"
-        raise ValueError(
-            f"--lora {path}: a folder with one LoRA file is needed, found {names}: name the file"
-        )
-    return files[0]
 
 
 @dataclass

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ from refalign_ext.checkpoint.adapters import (
     adapter_scale_of,
     base_named_by,
     files_sha256,
+    loras_of,
     require_base,
 )
 from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
+from refalign_ext.checkpoint.lora_files import LoRAFile, lora_path, read_lora, with_loras
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.checkpoint.weights import Weight, read_weights
 from refalign_ext.lora import adapted_layers, merged_weight, shapes_of, split_state_dict
+from refalign_ext.request import parse_lora
+
+logger = logging.getLogger(__name__)
+_LISTED_KEYS = 5
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,62 @@ class StoredDiT:
     base: StoredDiT | None = None  # the model that an adapter was merged into
 
 
-def read_any_dit(path: Path, *, extra: Collection[str] = ()) -> DiTCheckpoint:
-    """A DiT from a training checkpoint (see `open_dit`) or from any published layout (see `wan.utils.dit_checkpoint`)."""
-    if not is_checkpoint(path):
+def read_any_dit(path: Path, *, extra: Collection[str] = (), loras: Sequence[str] = ()) -> DiTCheckpoint:
+    """A DiT from a training checkpoint (see `open_dit`) or from any published layout (see `wan.utils.dit_checkpoint`).
+
+    Args:
+        loras: LoRAs to merge into it, each FILE or FILE:SCALE; see `add_loras`.
+    """
+    if not loras and not is_checkpoint(path):
         return read_dit_checkpoint(path)
-    found = open_dit(path, extra=extra)
+    found = add_loras(_open_any_dit(path, extra), loras)
     files = [*found.files, *(found.base.files if found.base else ())]
     return DiTCheckpoint(read_weights(found.weights), read_weights(found.projectors), found.config, files)
+
+
+def add_loras(dit: StoredDiT, loras: Sequence[str]) -> StoredDiT:
+    """A DiT with LoRAs merged into its weights when they are read.
+
+    Args:
+        loras: each FILE or FILE:SCALE; a file or folder of any tool (see `lora_files`), or a step-* folder of a run that
+            trained an adapter.
+
+    Raises:
+        ValueError: if one of them cannot be read or is of a model of another size. What a file has for layers that the
+            model lacks is left out with a warning, and so is one that was trained on another model.
+    """
+    shapes = shapes_of(dit.weights)
+    opened, files = [], list(dit.files)
+    for path, strength in map(parse_lora, loras):
+        lora = _trained_lora(path) if is_checkpoint(path) else read_lora(path, shapes)
+        files += lora_files_of(path)
+        if lora.unknown:
+            listed = ", ".join(lora.unknown[:_LISTED_KEYS])
+            logger.warning(
+                "%s: this model has no layer for %d of its tensors: %s", path, len(lora.unknown), listed
+            )
+        if lora.base_sha256 not in (None, files_sha256(dit.files) if lora.base_sha256 else None):
+            logger.warning(
+                "%s was trained on %s, which is not %s", path, lora.base or "another model", dit.path
+            )
+        opened.append((lora, strength))
+    return replace(dit, weights=with_loras(dit.weights, opened), files=files)
+
+
+def lora_files_of(path: Path) -> list[Path]:
+    """The files that hold a LoRA."""
+    return dit_files(path) if is_checkpoint(path) else [lora_path(path)]
+
+
+def _trained_lora(path: Path) -> LoRAFile:
+    adapter = read_trained_adapter(path)
+    layers = {key.removesuffix(".lora_A.weight") for key in adapter.tensors if key.endswith(".lora_A.weight")}
+    scale = adapter.alpha / adapter.rank
+    factors = {
+        layer: (adapter.tensors[f"{layer}.lora_A.weight"], adapter.tensors[f"{layer}.lora_B.weight"], scale)
+        for layer in layers
+    }
+    return LoRAFile(path, factors, base=adapter.base, base_sha256=adapter.base_sha256)
 
 
 def dit_files(path: Path) -> list[Path]:
@@ -81,7 +137,7 @@ def open_dit(
     if adapter:
         settings = read_meta(path)["settings"]
         scale = adapter_scale_of(settings, path)
-        under = _open_any_dit(require_base(path, settings, base))
+        under = add_loras(_open_any_dit(require_base(path, settings, base)), loras_of(settings))
         weights = merge_adapter(under.weights, adapter, *scale)
     elif base is not None:
         raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
@@ -122,12 +178,15 @@ def _stored_dit(stored: StoredTensors, *, raw: bool) -> dict[str, Weight]:
     return found
 
 
-def _open_any_dit(path: Path) -> StoredDiT:
+def _open_any_dit(path: Path, extra: Collection[str] = ()) -> StoredDiT:
     if is_checkpoint(path):
-        return open_dit(path)
+        return open_dit(path, extra=extra)
     found = read_dit_checkpoint(path)  # memory-mapped
-    weights = {name: Weight.of(tensor) for name, tensor in found.state_dict.items()}
-    return StoredDiT(path, weights, found.files, found.config)
+    weights, projectors = (
+        {name: Weight.of(tensor) for name, tensor in tensors.items()}
+        for tensors in (found.state_dict, found.projectors)
+    )
+    return StoredDiT(path, weights, found.files, found.config, projectors)
 
 
 def merge_adapter(

@@ -24,6 +24,7 @@ from refalign_ext.request import (
     GenerationRequest,
     Role,
     RuntimeOptions,
+    parse_lora,
 )
 from refalign_ext.tasks import DEFAULT_TASK, TASKS, find_task
 
@@ -33,7 +34,7 @@ _ROLES = tuple(role.value for role in Role)
 _INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
 _SCALES = ("ref_guide_scale", "text_guide_scale", "sample_guide_scale")
 _RUNTIME_OPTIONS = (
-    *("dit_ckpt", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
+    *("dit_ckpt", "lora", "device", "dtype", "offload_model", "t5_cpu", "dit_fsdp", "t5_fsdp"),
     *("cfg_size", "ulysses_size", "ring_size", "sp_backend"),
 )
 
@@ -95,6 +96,12 @@ _OPTIONS = (
     _setting("--text_guide_scale", _NUMBER, "pull of the prompt"),
     _option(
         "--dit_ckpt", "DiT weights to use instead of those in --ckpt_dir: file, index or folder", type=_PATH
+    ),
+    _option(
+        "--lora",
+        "LoRAs of any tool to merge into the DiT, each with a scale if not 1",
+        multiple=True,
+        metavar="FILE[:SCALE]...",
     ),
     _option(
         "--save_references",
@@ -191,8 +198,10 @@ def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions
     )
     if not is_dry_run:
         task.require_inputs(request)
-    for flag, files in (("--ref", flags["ref"]), ("--dit_ckpt", filter(None, [flags["dit_ckpt"]]))):
-        for path in files:
+    files = {"--ref": flags["ref"], "--dit_ckpt": filter(None, [flags["dit_ckpt"]])}
+    files["--lora"] = [parse_lora(text)[0] for text in flags["lora"]]
+    for flag, paths in files.items():
+        for path in paths:
             if not path.exists():
                 raise ValueError(f"{flag} {path} does not exist: correct the path")
     return request, options

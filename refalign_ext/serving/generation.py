@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from refalign_ext.backbone import (
     require_files,
     resolve_device,
 )
-from refalign_ext.checkpoint.reading import dit_files, read_any_dit
+from refalign_ext.checkpoint.reading import dit_files, lora_files_of, read_any_dit
 from refalign_ext.data.sheets.result import make_sheet
 from refalign_ext.distributed.inference import VideoRanks
 from refalign_ext.distributed.mesh import Parallel
@@ -42,7 +43,7 @@ from refalign_ext.pipeline import R2VPipeline, Result
 from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import plan_table
-from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions
+from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions, parse_lora
 from refalign_ext.serving.outputs import OutputPaths, write_outputs
 from refalign_ext.tasks import TASKS
 
@@ -146,7 +147,7 @@ def run_request(
             t5_cpu=options.t5_cpu,
             offload_model=options.offloads(device.type),
             ranks=ranks,
-            read_dit=read_any_dit,
+            read_dit=partial(read_any_dit, loras=options.lora),
         )
         seconds = {"load": round(time.perf_counter() - start, 3)}
         result = pipeline.run(request)
@@ -228,7 +229,8 @@ def _weight_files(request: GenerationRequest, options: RuntimeOptions) -> list[P
     """The files that hold the weights of a run."""
     config, folder = WAN_CONFIGS[request.task], options.ckpt_dir
     dit = dit_files(options.dit_ckpt or folder)
-    return [*dit, folder / config.t5_checkpoint, folder / config.vae_checkpoint]
+    loras = [file for text in options.lora for file in lora_files_of(parse_lora(text)[0])]
+    return [*dit, *loras, folder / config.t5_checkpoint, folder / config.vae_checkpoint]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from refalign_ext.distributed.parallelize import parallelize
 from refalign_ext.encoders import Encoders
 from refalign_ext.lora import TARGETS, add_lora
 from refalign_ext.projectors import ReferenceProjectors, projectors_from_tensors
+from refalign_ext.request import split_loras
 from refalign_ext.training.data_source import DataSource
 from refalign_ext.training.extra_module import ExtraModule, wanted_modules
 from refalign_ext.training.trainer import Trainer, TrainerHooks
@@ -44,8 +45,9 @@ def build_trainer(
         raise ValueError(
             "--recipe paper_stage2 goes on from the first stage: name its result with --dit_ckpt"
         )
-    if config.lora_rank and config.from_scratch:
-        raise ValueError("--lora_rank adapts weights that exist: leave --from_scratch out")
+    if (config.lora_rank or config.lora) and config.from_scratch:
+        flag = "lora_rank" if config.lora_rank else "lora"
+        raise ValueError(f"--{flag} changes weights that exist: leave --from_scratch out")
     config = source.complete(config)
     data = source.open(config, encoders, parallel)
     wanted = wanted_modules(config, extra_modules, parallel.sizes.world)
@@ -91,7 +93,7 @@ def build_trained_modules(
             model = WanModel(**dit_arguments(task))
     else:
         source = Path(config.dit_ckpt or folder)
-        checkpoint = read_any_dit(source, extra=extra)
+        checkpoint = read_any_dit(source, extra=extra, loras=split_loras(config.lora))
         saved_projectors = checkpoint.projectors
         # Several ranks leave the weights in the file: sharding reads each rank's part and makes float32 of it.
         dtype = None

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from refalign_ext.backbone import diffusers_key
-from refalign_ext.checkpoint.lora_files import parse_lora, read_lora, with_loras
+from refalign_ext.checkpoint.lora_files import read_lora, with_loras
 from refalign_ext.checkpoint.weights import Weight, read_weights
+from refalign_ext.request import parse_lora
 
 DIM, FFN, RANKS = 12, 20, {"ffn.0": 3}  # any other layer has rank 2
 LAYERS = {
@@ -271,7 +272,10 @@ MISTAKES = {
         "blocks.0.self_attn.q",
     ),
     "bias of another size": ({f"{Q}.diff_b": torch.ones(3)}, "blocks.0.self_attn.q.bias"),
-    "DoRA": ({f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.dora_scale": torch.ones(DIM, 1)}, "DoRA"),
+    "DoRA": (
+        {f"{Q}.lora_A.weight": A, f"{Q}.lora_B.weight": B, f"{Q}.dora_scale": torch.ones(DIM, 1)},
+        "DoRA",
+    ),
     "LoKr": ({f"{Q}.lokr_w1": A}, "LoKr"),
     "LoHa": ({f"{Q}.hada_w1_a": A}, "LoHa"),
 }
