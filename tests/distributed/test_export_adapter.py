@@ -222,6 +222,53 @@ def test_diffusers_loads_the_adapter(checkpoint: Path, base: Path, tmp_path: Pat
     assert (found - without).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("form", ["step folder", "upstream", "diffusers"])
+def test_every_form_of_our_adapter_is_read_as_a_lora(
+    checkpoint: Path, base: Path, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = checkpoint
+    if form != "step folder":
+        export_adapter(checkpoint, lora := tmp_path / form, layout=form)
+    expected, start = read_any_dit(checkpoint).state_dict, read_dit_checkpoint(base)
+    found = read_any_dit(base, loras=[str(lora)])
+    assert list(found.state_dict) == list(start.state_dict) and found.config == start.config
+    for name, value in found.state_dict.items():
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6, msg=name)
+    assert not caplog.records
+
+    half = read_any_dit(base, loras=[f"{lora}:0.25", f"{lora}:0.25"]).state_dict
+    for name, value in half.items():
+        middle = (start.state_dict[name] + expected[name]) / 2
+        torch.testing.assert_close(value, middle, atol=1e-6, rtol=1e-6, msg=name)
+
+    shutil.copytree(base, tmp_path / "other")
+    changed = {name: value + 1 for name, value in start.state_dict.items()}
+    save_file(changed, tmp_path / "other" / FILE)
+    read_any_dit(tmp_path / "other", loras=[str(lora)])
+    (warning,) = caplog.messages
+    assert str(base) in warning and str(tmp_path / "other") in warning
+
+
+def test_what_was_trained_on_a_model_with_a_lora_is_merged_into_that(
+    checkpoint: Path, base: Path, tmp_path: Path
+) -> None:
+    changed = save_file(read_any_dit(base, loras=[f"{checkpoint}:0.5"]).state_dict, tmp_path / FILE)
+    assert changed is None
+    trainer = adapters_on(
+        settings(tmp_path / FILE, tmp_path / "run", lora=f"{checkpoint}:0.5"), Parallel.single(CPU)
+    )
+    trainer.train_step()
+    trainer.save()
+    trainer.finish_saving()
+    expected = predict(trainer.backbone)
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    meta = json.loads((step / "trainer.json").read_text())
+    meta["settings"]["dit_ckpt"] = str(base)
+    (step / "trainer.json").write_text(json.dumps(meta))
+    found = predict_with(read_any_dit(step).state_dict, read_dit_checkpoint(base).config)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_untrained_adapter_gives_the_base_bitwise(base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {name: value.to(dtype) for name, value in load_file(base / FILE).items()}
