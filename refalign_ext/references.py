@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
+from refalign_ext.paths import require_file
 from refalign_ext.request import MATTE_MODES, Role, parse_role
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def load_image(path: str | os.PathLike[str] | PictureBytes) -> Image.Image:
     """
     is_path = isinstance(path, (str, os.PathLike))
     name = f"reference image {path if is_path else path.name}"
+    if is_path:
+        require_file(path, name)
     try:
         with open(path, "rb") if is_path else io.BytesIO(path.data) as file:
             return _decode(file, name)

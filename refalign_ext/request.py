@@ -170,6 +170,10 @@ class RuntimeOptions:
                     f"--{name} needs several processes: run torchrun --nproc_per_node=N generate.py ..."
                 )
 
+    def lora_paths(self) -> list[Path]:
+        """The files or folders in `lora`."""
+        return [parse_lora(text)[0] for text in self.lora]
+
     def offloads(self, device: str) -> bool:
         """Whether idle parts are kept on the CPU, on this kind of device."""
         if self.offload_model is None:

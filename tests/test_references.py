@@ -162,8 +162,8 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.png", "No such file"),
-        ("folder.png", "Is a directory"),
+        ("none.png", "does not exist"),
+        ("folder.png", "is a folder"),
         ("empty.png", "is empty"),
         ("text.png", "not a picture"),
         ("script.png", "not a picture"),

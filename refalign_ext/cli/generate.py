@@ -15,6 +15,7 @@ import click
 
 from refalign_ext.cli.options import Device, FiniteFloat, Size, WordsCommand
 from refalign_ext.cli.program import Program, stops_on_request
+from refalign_ext.paths import require_file, require_file_or_folder
 from refalign_ext.request import (
     DTYPES,
     MATTE_MODES,
@@ -24,7 +25,6 @@ from refalign_ext.request import (
     GenerationRequest,
     Role,
     RuntimeOptions,
-    parse_lora,
 )
 from refalign_ext.tasks import DEFAULT_TASK, TASKS, find_task
 
@@ -198,12 +198,14 @@ def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions
     )
     if not is_dry_run:
         task.require_inputs(request)
-    files = {"--ref": flags["ref"], "--dit_ckpt": filter(None, [flags["dit_ckpt"]])}
-    files["--lora"] = [parse_lora(text)[0] for text in flags["lora"]]
-    for flag, paths in files.items():
-        for path in paths:
-            if not path.exists():
-                raise ValueError(f"{flag} {path} does not exist: correct the path")
+    for path in flags["ref"]:
+        require_file(path, f"--ref {path}")
+    for flag, path in (
+        ("--dit_ckpt", options.dit_ckpt),
+        *(("--lora", file) for file in options.lora_paths()),
+    ):
+        if path is not None:
+            require_file_or_folder(path, f"{flag} {path}")
     return request, options
 
 
@@ -250,6 +252,7 @@ def _generate(flags: dict[str, Any], rank: int) -> None:
             flags["save_file"],
             sheet=flags["save_sheet"],
             references=flags["save_references"],
+            inputs=[*flags["ref"], *options.lora_paths(), *filter(None, [options.dit_ckpt])],
         )
     # Importing this takes seconds, which the mistakes found above are spared.
     from refalign_ext.serving.generation import describe_plan, run_request

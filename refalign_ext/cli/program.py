@@ -21,6 +21,8 @@ class Program(click.Command):
 
     def run(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the program; returns its exit code."""
+        with suppress(AttributeError):  # what replaces standard output need not be a file
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         try:
             code = super().main(arguments, prog_name=self.name, standalone_mode=False)
             return code if isinstance(code, int) else 0

@@ -43,7 +43,7 @@ from refalign_ext.pipeline import R2VPipeline, Result
 from refalign_ext.planning.generation_plan import make_generation_plan
 from refalign_ext.planning.plan import Plan
 from refalign_ext.planning.table import plan_table
-from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions, parse_lora
+from refalign_ext.request import GenerationRequest, Reference, RuntimeOptions
 from refalign_ext.serving.outputs import OutputPaths, write_outputs
 from refalign_ext.tasks import TASKS
 
@@ -229,7 +229,7 @@ def _weight_files(request: GenerationRequest, options: RuntimeOptions) -> list[P
     """The files that hold the weights of a run."""
     config, folder = WAN_CONFIGS[request.task], options.ckpt_dir
     dit = dit_files(options.dit_ckpt or folder)
-    loras = [file for text in options.lora for file in lora_files_of(parse_lora(text)[0])]
+    loras = [file for path in options.lora_paths() for file in lora_files_of(path)]
     return [*dit, *loras, folder / config.t5_checkpoint, folder / config.vae_checkpoint]
 
 

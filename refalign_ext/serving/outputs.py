@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -41,6 +42,7 @@ class OutputPaths:
         *,
         sheet: Path | None = None,
         references: str | None = None,
+        inputs: Sequence[Path] = (),
     ) -> OutputPaths:
         """Names the files and makes sure, without writing any, that they can be written.
 
@@ -48,9 +50,10 @@ class OutputPaths:
             result: None: named after task, size, ranks, prompt and time, as upstream's.
             sheet: None: NAME.sheet.png beside the result.
             references: a folder; "": NAME.references beside the result; None: they are not written.
+            inputs: files that the run reads.
 
         Raises:
-            ValueError: naming the file or folder.
+            ValueError: naming the file or folder that cannot be written, is an input, or is no earlier result.
         """
         suffixes = TASKS[request.task].result_suffixes
         if result is None:
@@ -71,8 +74,18 @@ class OutputPaths:
         files = paths.files(len(request.references))
         for path in files:
             check_writable(path)
-        if len({path.resolve() for path in files}) != len(files):
+        places = {path.resolve() for path in files}
+        if len(places) != len(files):
             raise ValueError("--save_file and --save_sheet name the same file: give them different names")
+        if folder is not None and folder.resolve() in places:
+            raise ValueError(f"--save_references {folder} is also a file to write: name another folder")
+        for path in (path for path in files if path.exists()):
+            if any(given.exists() and given.samefile(path) for given in inputs):
+                raise ValueError(f"{path} would be written and is an input of this run: choose another name")
+            if not _is_earlier_result(path, paths.settings):
+                raise ValueError(
+                    f"{path} is there and no earlier result of this program: choose another name, or move it away"
+                )
         return paths
 
     def files(self, reference_count: int) -> list[Path]:
@@ -81,6 +94,18 @@ class OutputPaths:
         if self.references is not None:
             files += [self.references / f"reference_{index + 1}.png" for index in range(reference_count)]
         return files
+
+
+def _is_earlier_result(path: Path, record: Path) -> bool:
+    """Whether a file is one of the result that `record` is of, and may be replaced with it."""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(content, dict) or not {"task", "seed", "versions"} <= content.keys():
+        return False
+    written = content.get("files")  # records of older versions lack it
+    return written is None or os.path.relpath(path, record.parent) in written
 
 
 def check_writable(path: Path) -> None:
@@ -114,7 +139,7 @@ def write_outputs(
     fps: float,
     magnify: int = 1,
 ) -> None:
-    """Writes all files of a result under temporary names and renames them together; an error leaves none behind.
+    """Writes the files of a result, each whole or not at all: the result itself first, then all others together.
 
     Args:
         paths: where to; a result that ends in .mp4 is a video, anything else an image of the first frame.
@@ -125,26 +150,33 @@ def write_outputs(
         magnify: enlarges the video this many times by repeating pixels.
 
     Raises:
-        ValueError, OSError: when something cannot be written.
+        OSError: when something cannot be written; it says whether the result itself is saved.
     """
     from PIL import Image
 
     assert result.video is not None
     pictures = {paths.sheet: sheet}
-    if paths.result.suffix.lower() != ".mp4":
-        frame = video_to_frames(result.video[:, :1], magnify=magnify)[0]
-        pictures[paths.result] = Image.fromarray(frame)
     pictures |= dict(zip(paths.files(len(result.references))[3:], result.references, strict=False))
     missing = {folder for path in (*pictures, paths.result) for folder in path.parents if not folder.exists()}
     try:
-        with ExitStack() as stack:
-            if paths.result not in pictures:
-                unfinished = stack.enter_context(atomic_path(paths.result))
+        with atomic_path(paths.result) as unfinished:
+            if paths.result.suffix.lower() == ".mp4":
                 encode_video(result.video, unfinished, fps, magnify=magnify)
-            text = json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n"
-            stack.enter_context(atomic_path(paths.settings)).write_text(text, encoding="utf-8")
-            for path, picture in pictures.items():
-                picture.save(stack.enter_context(atomic_path(path)), format=image_format(path))
+            else:
+                frame = video_to_frames(result.video[:, :1], magnify=magnify)[0]
+                Image.fromarray(frame).save(unfinished, format=image_format(paths.result))
+        try:
+            with ExitStack() as stack:
+                files = paths.files(len(result.references))
+                written = {"files": [os.path.relpath(path, paths.settings.parent) for path in files]}
+                text = json.dumps({**record, **written}, indent=2, ensure_ascii=False, default=str) + "\n"
+                # Names of files need not be text; as an escape JSON holds them all the same.
+                content = text.encode("utf-8", "backslashreplace")
+                stack.enter_context(atomic_path(paths.settings)).write_bytes(content)
+                for path, picture in pictures.items():
+                    picture.save(stack.enter_context(atomic_path(path)), format=image_format(path))
+        except (OSError, ValueError) as error:
+            raise OSError(f"{paths.result} is saved, its sheet and record are not: {error}") from error
     except BaseException:
         for folder in sorted(missing, key=lambda folder: len(folder.parts), reverse=True):
             if folder.is_dir() and not any(folder.iterdir()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -160,6 +161,11 @@ class Task:
         Raises:
             ValueError: naming the setting and the remedy.
         """
+        for name in ("prompt", "negative_prompt"):
+            if re.search("[\ud800-\udfff]", getattr(request, name) or ""):
+                raise ValueError(
+                    f"{name} holds bytes that are no UTF-8 text: set the terminal or file to UTF-8"
+                )
         for name in ("sample_steps", "magnify", "frame_num"):
             if getattr(request, name) < 1:
                 raise ValueError(f"{name} is {getattr(request, name)}: give 1 or more")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The parts of refalign_ext (a file or a folder), one group per line. A part may import parts on the lines above it and on
 # its own line left of it.
 ORDER = [
-    "errors atomic_io",
+    "errors atomic_io paths",
     "config request",
     "layout references tasks media",
     "losses timesteps projectors teachers",
