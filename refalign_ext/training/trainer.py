@@ -38,8 +38,7 @@ from refalign_ext.losses import (
 )
 from refalign_ext.timesteps import TIMESTEP_RECIPES, add_noise
 from refalign_ext.training.ema import EMA
-from refalign_ext.training.metrics import TimestepBins
-from refalign_ext.training.non_finite import NonFiniteGuard
+from refalign_ext.training.metrics import NonFiniteGuard, TimestepBins
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 
