@@ -19,7 +19,7 @@ from tests.helpers.agents import agent, curve, state_hash, until
 
 pytestmark = pytest.mark.timeout(400)
 
-STEPS = 6
+STEPS = 4
 LAST = f"step-{STEPS:08d}"
 RUN = ("--steps", STEPS, "--save_every", 2, "--optimizer", "adamw")
 
