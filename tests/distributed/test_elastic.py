@@ -19,7 +19,7 @@ from tests.helpers.agents import agent, curve, state_hash, until
 
 pytestmark = pytest.mark.timeout(400)
 
-STEPS = 4
+STEPS = 6  # two before the first signal, two after the second
 LAST = f"step-{STEPS:08d}"
 RUN = ("--steps", STEPS, "--save_every", 2, "--optimizer", "adamw")
 
