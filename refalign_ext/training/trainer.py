@@ -36,10 +36,9 @@ from refalign_ext.losses import (
     flow_matching_errors,
     flow_matching_target,
 )
-from refalign_ext.timesteps import add_noise, timestep_recipe
+from refalign_ext.timesteps import TIMESTEP_RECIPES, add_noise
 from refalign_ext.training.ema import EMA
-from refalign_ext.training.metrics import TimestepBins
-from refalign_ext.training.non_finite import NonFiniteGuard
+from refalign_ext.training.metrics import NonFiniteGuard, TimestepBins
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 
@@ -120,7 +119,7 @@ class Trainer:
         self.source, self.encode_text, self.validation = source, encode_text, validation
         self.parallel, self.device = parallel, parallel.device
         self.hooks = hooks or TrainerHooks()
-        self.recipe = timestep_recipe(config.timesteps)
+        self.recipe = TIMESTEP_RECIPES[config.timesteps]
         self.accumulation = config.accumulation(parallel.sizes.data)
         self.optimizers = build_optimizers(trained, config)
         self.ema = EMA(trained, config.ema_decay)

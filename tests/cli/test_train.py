@@ -183,18 +183,18 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     shutil.copytree(sprite_run, tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:  # logged after the checkpoint, then killed
         file.write('{"step": 3, "loss/total": 1.0}\n{"step": 4, "loss/to')
-    assert start(*TINY, *EXACT, "--out", "run", "--steps", 4) == 0
+    assert start(*TINY, *EXACT, "--out", "run", "--steps", 3) == 0
     assert "encoding" not in capfd.readouterr().err  # the cache is there
     assert f"resuming from {Path('run') / 'checkpoints' / 'step-00000002'}" in caplog.messages
-    assert "resuming with steps = 4 (the checkpoint has 2)" in caplog.messages
+    assert "resuming with steps = 3 (the checkpoint has 2)" in caplog.messages
 
     shutil.copytree(sprite_run / "cache", tmp_path / "whole" / "cache")
-    assert start(*TINY, *EXACT, "--out", "whole", "--steps", 4) == 0
+    assert start(*TINY, *EXACT, "--out", "whole", "--steps", 3) == 0
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
-    assert [step for step, _ in curve(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [step for step, _ in curve(tmp_path / "run")] == [1, 2, 3]
     for raw in (True, False):
         run_state, whole_state = (
-            read_dit(tmp_path / out / "checkpoints" / "step-00000004", raw=raw) for out in ("run", "whole")
+            read_dit(tmp_path / out / "checkpoints" / "step-00000003", raw=raw) for out in ("run", "whole")
         )
         assert run_state.keys() == whole_state.keys()
         assert all(torch.equal(value, whole_state[key]) for key, value in run_state.items())
@@ -202,7 +202,7 @@ def test_a_stopped_run_has_the_uninterrupted_curve_and_starting_anew_keeps_the_o
     old = curve(sprite_run)
     folder = tmp_path / "run" / "checkpoints"
     assert start(*TINY, *EXACT, "--out", "run", "--steps", 1, "--resume", "off") == 0
-    left = ["abandoned-step-00000002", "abandoned-step-00000004", "step-00000001"]
+    left = ["abandoned-step-00000002", "abandoned-step-00000003", "step-00000001"]
     assert sorted(path.name for path in folder.iterdir()) == left
     assert sum("its checkpoint is now" in message for message in caplog.messages) == 2
     assert curve(tmp_path / "run") == old[:1]

@@ -18,7 +18,7 @@ from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import EncodedSample
 from refalign_ext.layout import SampleLayout
 from refalign_ext.losses import reference_alignment_loss
-from refalign_ext.timesteps import add_noise, timestep_recipe
+from refalign_ext.timesteps import TIMESTEP_RECIPES, add_noise
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 from refalign_ext.training.trainer import StepReport, Trainer, TrainerHooks
 from tests.helpers.tiny_training import BASE, DEPTH, Source, build, change, encode_text
@@ -317,7 +317,7 @@ def test_the_total_is_equation_11(timesteps: str, tap: str, monkeypatch: pytest.
     noisy = add_noise([s.latents for s in samples], [d.noise for d in draws], timestep)
     assert all(torch.equal(one, other) for one, other in zip(call["latents"], noisy, strict=True))
 
-    recipe = timestep_recipe(timesteps)
+    recipe = TIMESTEP_RECIPES[timesteps]
     students = trainer.trained.projectors(call["output"].reference_tokens)
     flow, positive, negative = 0.0, torch.zeros(DEPTH), torch.zeros(DEPTH)
     for index, (sample, chance) in enumerate(zip(samples, draws, strict=True)):
