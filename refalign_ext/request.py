@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -62,6 +63,18 @@ def parse_lora(text: str) -> tuple[Path, float]:
             raise ValueError(f"--lora {text}: the scale is {scale}: give a finite number, such as 0.8")
         return Path(path), value
     return Path(text), 1.0
+
+
+def environment_number(name: str, default: int) -> int:
+    """A number that torchrun sets in the environment, such as WORLD_SIZE.
+
+    Raises:
+        ValueError: naming the variable, if it holds anything else.
+    """
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"the environment has {name}={text!r}: start with torchrun or unset it")
+    return int(text)
 
 
 @dataclass(frozen=True)

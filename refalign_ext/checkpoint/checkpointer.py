@@ -209,7 +209,7 @@ def _lacking(path: Path) -> list[str]:
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error) from error
     if not isinstance(content, dict):
         raise damaged(path, ValueError(f"{name} is no JSON object"))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from refalign_ext.request import environment_number
+
 if TYPE_CHECKING:
     from refalign_ext.data.conversion_report import ConversionReport
     from refalign_ext.data.pieces import Share
@@ -86,7 +88,7 @@ def join_ranks() -> Callable[[], None]:
 
     A rank that ends with an exit code other than 0 makes torchrun end all others: none may before they are done.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if environment_number("WORLD_SIZE", 1) == 1:
         return lambda: None
     import torch
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from refalign_ext.cli.options import Device, FiniteFloat, Size, WordsCommand
-from refalign_ext.cli.program import Program, stops_on_request
+from refalign_ext.cli.program import Program, launched_ranks, stops_on_request
 from refalign_ext.paths import require_file, require_file_or_folder
 from refalign_ext.request import (
     DTYPES,
@@ -25,6 +25,7 @@ from refalign_ext.request import (
     GenerationRequest,
     Role,
     RuntimeOptions,
+    environment_number,
 )
 from refalign_ext.tasks import DEFAULT_TASK, TASKS, find_task
 
@@ -193,7 +194,7 @@ def read_flags(flags: dict[str, Any]) -> tuple[GenerationRequest, RuntimeOptions
         )
     options = RuntimeOptions(
         Path() if is_dry_run else task.checkpoint_folder(flags["ckpt_dir"]),
-        world_size=world_size or _environment("WORLD_SIZE", 1),
+        world_size=world_size or environment_number("WORLD_SIZE", 1),
         **{name: flags[name] for name in _RUNTIME_OPTIONS},
     )
     if not is_dry_run:
@@ -216,7 +217,7 @@ def generate(**flags: Any) -> None:
     """
     if flags["wan_root"] is not None:
         os.environ["WAN_ROOT"] = flags["wan_root"]
-    rank = _environment("RANK", 0)
+    rank = environment_number("RANK", 0)
     # The log goes to standard output, as upstream's; standard error carries the progress bar and the one error line.
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.ERROR,
@@ -225,7 +226,7 @@ def generate(**flags: Any) -> None:
         force=True,
     )
     with stops_on_request("generate.py: interrupted, nothing written"):
-        if _environment("WORLD_SIZE", 1) == 1 or flags["dry_run"]:
+        if environment_number("WORLD_SIZE", 1) == 1 or flags["dry_run"]:
             _generate(flags, rank)
             return
         from refalign_ext.serving.generation import distributed
@@ -263,11 +264,6 @@ def _generate(flags: dict[str, Any], rank: int) -> None:
         click.echo(describe_plan(request, options))
 
 
-def _environment(name: str, default: int) -> int:
-    """A number that torchrun sets."""
-    return int(os.environ.get(name) or default)
-
-
 command = Generation(
     "generate.py",
     callback=generate,
@@ -281,11 +277,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code (2 with one line on standard error for mistakes, 130 for Ctrl-C)."""
     command.options = None
     code = command.run(arguments)
-    if code and _environment("WORLD_SIZE", 1) > 1:
+    if code and launched_ranks() > 1:
         # At once, because communication that others left could hold up a tidy exit.
         sys.stdout.flush()
         sys.stderr.flush()
-        if _environment("RANK", 0) == 0:
+        if os.environ.get("RANK", "0") == "0":
             time.sleep(1)  # it may hold the store that tells the others that someone has reported
         os._exit(code)
     return code

@@ -40,9 +40,15 @@ class Program(click.Command):
         sys.exit(self.run(args))
 
 
+def launched_ranks() -> int:
+    """How many ranks torchrun started; 1 where the environment does not say, or says nonsense, which is reported elsewhere."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() else 1
+
+
 def report_once(text: str) -> None:
     """Writes to standard error; of the ranks that torchrun started, one does."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched_ranks() == 1:
         click.echo(text, err=True)
         return
     from refalign_ext.distributed.process_group import report_error_once

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -274,8 +275,8 @@ def resolve_inside(root: Path, name: str) -> Path:
     problem = relative_path_problem(name)
     if problem:
         raise ValueError(problem)
-    root = root.resolve()
-    inside = (root / name).resolve()
+    # Path.resolve ends in a RuntimeError where links go round in a circle.
+    root, inside = Path(os.path.realpath(root)), Path(os.path.realpath(root / name))
     if not inside.is_relative_to(root):
         raise ValueError(f"{name!r} leads outside the manifest's folder by a link: copy the file into it")
     return inside

@@ -12,17 +12,19 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from refalign_ext.request import environment_number
+
 _SECONDS_TO_REPORT = 5.0
 
 
 def environment_world_size() -> int:
     """Number of processes that torchrun started (1 without torchrun)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment_number("WORLD_SIZE", 1)
 
 
 def environment_rank() -> int:
     """This process's rank among those that torchrun started (0 without torchrun)."""
-    return int(os.environ.get("RANK", "0"))
+    return environment_number("RANK", 0)
 
 
 def rank_device(name: str) -> str:

@@ -74,10 +74,10 @@ class OutputPaths:
         files = paths.files(len(request.references))
         for path in files:
             check_writable(path)
-        places = {path.resolve() for path in files}
+        places = {os.path.realpath(path) for path in files}
         if len(places) != len(files):
             raise ValueError("--save_file and --save_sheet name the same file: give them different names")
-        if folder is not None and folder.resolve() in places:
+        if folder is not None and os.path.realpath(folder) in places:
             raise ValueError(f"--save_references {folder} is also a file to write: name another folder")
         for path in (path for path in files if path.exists()):
             if any(given.exists() and given.samefile(path) for given in inputs):
@@ -118,6 +118,10 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"cannot write {path}: it is a folder; give a file name")
     folder = path.parent
     while not folder.exists() and folder != folder.parent:
+        if folder.is_symlink():
+            raise ValueError(
+                f"cannot write {path}: {folder} is a link that leads nowhere; choose another place"
+            )
         folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: {folder} is not a folder; choose another place")

@@ -87,6 +87,8 @@ def _load(name: str, local_files_only: bool) -> Any:
     loader = PreTrainedTokenizerFast if (Path(name) / "tokenizer.json").is_file() else AutoTokenizer
     try:
         return loader.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False)
-    except Exception as error:  # the Rust parser raises nothing narrower on a damaged file
+    except BaseException as error:  # the Rust parser raises nothing narrower on a damaged file, and panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name}: not a readable tokenizer folder ({reason}); download it again") from error

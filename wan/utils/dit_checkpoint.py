@@ -273,7 +273,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         stated = {key: value for key, value in content.items() if not key.startswith("_")}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object; download it again") from error
     if "attention_head_dim" not in stated:
         return stated

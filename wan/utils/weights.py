@@ -193,7 +193,7 @@ def index_shards(path: Path) -> dict[str, str]:
     try:
         shard_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         is_plain = all(Path(shard).name == shard for shard in shard_of.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not a safetensors index (no weight_map in it); download it again"
         ) from error

@@ -57,7 +57,7 @@ def materialise(
     if not len(clip_set):
         raise ValueError(f"{path} has no rows")
     _check_out(clip_set, out, pack)
-    whole = out.resolve()
+    whole = Path(os.path.realpath(out))
     if pack:
         job = PackJob(whole / _WORK, len(clip_set), shard_size, clip_set, whole)
     else:
