@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from refalign_ext.config import TAPS
-from refalign_ext.layout import TokenLayout, TokenRange
+from refalign_ext.layout import TokenLayout
 from refalign_ext.tasks import register_tasks
 from refalign_ext.upstream.own_wan import check_own_wan
 from refalign_ext.upstream.tree import selected_tree
@@ -116,7 +116,7 @@ class _Pass:
 
     owner: ReferenceBackbone
     layout: TokenLayout
-    held: TokenRange  # the tokens that blocks see here
+    held: range  # the tokens that blocks see here
     queries: int  # how many of them, from the first, ask the text
     video_mask: Tensor | None  # [B, queries, 1], True on video; None if all queries are video
     tap_depth: int

@@ -23,14 +23,7 @@ ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 def setting(
     default: Any, text: str, *, choices: tuple[str, ...] = (), least: float | None = None, share: bool = False
 ) -> Any:
-    """A field of a settings class.
-
-    Args:
-        text: what --help says about it.
-        choices: the values that it may have; empty: any.
-        least: the least value of a number.
-        share: whether a number has to lie between 0 and 1.
-    """
+    """A field: what --help says about it, its values if few, a number's least, whether it lies between 0 and 1."""
     metadata = {"text": text, "choices": choices, "least": least, "share": share}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -296,11 +289,7 @@ class TrainConfig:
         return self.alignment.weight > 0 or self.teacher_input
 
     def accumulation(self, data_size: int) -> int:
-        """Forward passes of each of `data_size` data-parallel groups in one optimizer step.
-
-        Raises:
-            ValueError: if the global batch does not divide, with the nearest ones that do.
-        """
+        """Forward passes of each of `data_size` groups in an optimizer step; ValueError if the batch does not divide."""
         at_once = self.batch_size * data_size
         if self.global_batch_size % at_once:
             below = self.global_batch_size // at_once * at_once
@@ -397,32 +386,20 @@ RECIPES = {make.__name__: make for make in (paper_stage1, paper_stage2, release,
 
 
 def recipe(name: str) -> TrainConfig:
-    """The recipe called `name`.
-
-    Raises:
-        ValueError: listing the known names.
-    """
+    """The recipe called `name`; ValueError that lists the known names otherwise."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}: choose one of {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 
 def configure(recipe_name: str | None, overrides: dict[str, Any]) -> TrainConfig:
-    """A recipe, or the usual one of the task (`tiny` for the default task), with fields replaced.
-
-    Raises:
-        ValueError: as `recipe` and `with_overrides`.
-    """
+    """A recipe, or the usual one of the task (`tiny` for the default task), with fields replaced, or a ValueError."""
     usual = "tiny" if overrides.get("task", TrainConfig.task) == TrainConfig.task else "paper_stage1"
     return with_overrides(recipe(recipe_name or usual), overrides)
 
 
 def with_overrides(config: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    """`config` with fields replaced; `alignment.x` and `sampling.x` name nested fields.
-
-    Raises:
-        ValueError: for a field that does not exist or a value that does not validate.
-    """
+    """`config` with fields replaced, nested ones by names like `alignment.depth`; ValueError for what cannot be."""
     plain: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for key, value in overrides.items():

@@ -35,20 +35,12 @@ _CACHED_TEXT_BYTES = 8 << 30  # of host memory
 
 
 def task_config(config: TrainConfig) -> EasyDict:
-    """The task's entry of WAN_CONFIGS.
-
-    Raises:
-        ValueError: for a task that is not reference-to-video.
-    """
+    """The task's entry of WAN_CONFIGS; ValueError for a task that is not reference-to-video."""
     return WAN_CONFIGS[find_task(config.task, family="r2v", refused=REFUSED_TASKS).name]
 
 
 def checkpoint_folder(config: TrainConfig, *, dit: bool = True) -> Path:
-    """Where the frozen parts lie, and the DiT unless `dit` is False or the configuration takes it from elsewhere.
-
-    Raises:
-        ValueError: if files are missing (all are listed) or no folder is given.
-    """
+    """Where the frozen parts lie, and with `dit` the DiT unless it comes from elsewhere; ValueError for missing files."""
     folder = config.ckpt_dir or find_task(config.task).bundled
     if folder is None:
         raise ValueError(
@@ -127,7 +119,11 @@ class Encoders:
     @cached_property
     def features(self) -> Features | None:
         """The teacher's features on the DiT's token grid; None without a teacher."""
-        return None if self.teacher is None else on_grid(self.teacher, self.task)
+        teacher = self.teacher
+        if teacher is None:
+            return None
+        rows, columns = token_stride(self.task)
+        return lambda images: teacher(images, (images.shape[-2] // rows, images.shape[-1] // columns))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells these encoders from others; reads the files of the weights once, to digest them.
@@ -186,12 +182,6 @@ def text_encoder(
 def token_stride(task: EasyDict) -> tuple[int, int]:
     """Rows and columns of pixels per token of the DiT."""
     return task.vae_stride[1] * task.patch_size[1], task.vae_stride[2] * task.patch_size[2]
-
-
-def on_grid(teacher: Teacher, task: EasyDict) -> Features:
-    """The teacher's features of images [M, 3, H, W] on the DiT's grid: [M, N, D]."""
-    rows, columns = token_stride(task)
-    return lambda images: teacher(images, (images.shape[-2] // rows, images.shape[-1] // columns))
 
 
 def _files_sha256(files: Sequence[Path]) -> str:

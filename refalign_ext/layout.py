@@ -44,17 +44,6 @@ class SampleLayout:
 
 
 @dataclass(frozen=True)
-class TokenRange:
-    """The tokens [start, stop) of every sample that one rank holds."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
 class TokenLayout:
     """All samples of a batch, padded to `seq_len` tokens."""
 
@@ -119,13 +108,13 @@ class TokenLayout:
         ends = torch.tensor([sample.video_tokens for sample in self.samples], device=device)
         return torch.arange(self.seq_len, device=device) < ends[:, None]
 
-    def tokens_of_rank(self, rank: int, ranks: int) -> TokenRange:
-        """What rank `rank` of `ranks` holds when every sample is cut into equal parts."""
+    def tokens_of_rank(self, rank: int, ranks: int) -> range:
+        """Positions that rank `rank` of `ranks` holds when every sample is cut into equal parts."""
         assert self.seq_len % ranks == 0
         share = self.seq_len // ranks
-        return TokenRange(rank * share, (rank + 1) * share)
+        return range(rank * share, (rank + 1) * share)
 
-    def reference_spans(self, held: TokenRange) -> tuple[tuple[int, int], ...]:
+    def reference_spans(self, held: range) -> tuple[tuple[int, int], ...]:
         """Per sample (first, count): which of its reference tokens, flat over references, lie in `held`; else (0, 0)."""
         spans = []
         for sample in self.samples:
@@ -133,7 +122,7 @@ class TokenLayout:
             spans.append((start - sample.video_tokens, stop - start) if stop > start else (0, 0))
         return tuple(spans)
 
-    def cut_references(self, tokens: Tensor, held: TokenRange) -> Tensor:
+    def cut_references(self, tokens: Tensor, held: range) -> Tensor:
         """The reference tokens of a rank's tokens [B, len(held), d], sample after sample: [S, d]; S may be 0."""
         rows = []
         for row, sample, (first, count) in zip(tokens, self.samples, self.reference_spans(held), strict=True):
@@ -142,7 +131,7 @@ class TokenLayout:
         return torch.cat(rows)
 
     def require_one_grid(self) -> None:
-        """Raises ValueError unless the references of all samples have the same grid, as `gather_references` needs."""
+        """Raises ValueError unless all samples have the same token grid, as `gather_references` needs."""
         grids = {(sample.height, sample.width) for sample in self.samples}
         if len(grids) > 1:
             raise ValueError(
@@ -150,11 +139,7 @@ class TokenLayout:
             )
 
     def gather_references(self, tokens: Tensor) -> Tensor:
-        """The reference tokens [B, M, N, d] out of tokens [B, seq_len, d]; missing references are zeros.
-
-        Raises:
-            ValueError: if samples of different token grids would have to share one tensor.
-        """
+        """The reference tokens [B, M, N, d] out of tokens [B, seq_len, d]; missing references are zeros."""
         self.require_one_grid()
         first, most = self.samples[0], max(sample.references for sample in self.samples)
         per_frame = first.tokens_per_frame

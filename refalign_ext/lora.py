@@ -17,7 +17,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ TARGETS = "q,k,v,o,ffn"
 _NAME = "default"  # peft's name for the only adapter
 ADAPTER_KEY = re.compile(rf"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.{_NAME})?\.weight$")
 _PATTERN = "re:"
+Stored = TypeVar("Stored")  # a tensor, or what reads one
 
 
 def add_lora(
@@ -86,11 +87,7 @@ def matching_layers(model: nn.Module, targets: str) -> list[str]:
 
 
 def select_layers(layers: list[str], targets: str) -> list[str]:
-    """Those of a model's linear layers that `targets` (see `add_lora`) means, in their order.
-
-    Raises:
-        ValueError: if an entry matches nothing or is no regular expression.
-    """
+    """Those of a model's linear layers that `targets` (see `add_lora`) means, in their order, or a ValueError."""
     wanted: set[str] = set()
     entries = [targets] if targets.startswith(_PATTERN) else [entry.strip() for entry in targets.split(",")]
     for entry in entries:
@@ -133,7 +130,7 @@ def base_key(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_state_dict(state: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, Stored]]:
     """An injected model's state dict as (base under upstream's keys, adapter), sharing the tensors."""
     base = {base_key(name): tensor for name, tensor in state.items() if not is_adapter_key(name)}
     adapter = {base_key(name): tensor for name, tensor in state.items() if is_adapter_key(name)}
@@ -141,14 +138,7 @@ def split_state_dict(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale B A in W's dtype, computed in at least float32; W itself where B A is all zeros.
-
-    Args:
-        weight: [out, in].
-        a: [rank, in].
-        b: [out, rank].
-        scale: alpha / rank.
-    """
+    """W [out, in] + scale B [out, rank] A [rank, in] in W's dtype, computed in at least float32; W itself if B A is zero."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     change = (b.to(weight.device, dtype) @ a.to(weight.device, dtype)) * scale
     if not change.any():
@@ -156,27 +146,8 @@ def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return (weight.to(dtype) + change).to(weight.dtype)
 
 
-def merge_tensors(
-    base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], *, rank: int, alpha: float
-) -> dict[str, Tensor]:
-    """A DiT with its adapter worked into the weights, under upstream's keys and in the base's order and dtypes.
-
-    Raises:
-        ValueError: if the adapter was made for another model.
-    """
-    merged = dict(base)
-    for layer in adapted_layers(shapes_of(base), shapes_of(adapter), rank):
-        a, b = adapter[f"{layer}.lora_A.weight"], adapter[f"{layer}.lora_B.weight"]
-        merged[f"{layer}.weight"] = merged_weight(base[f"{layer}.weight"], a, b, alpha / rank)
-    return merged
-
-
 def adapted_layers(base: Mapping[str, torch.Size], adapter: Mapping[str, torch.Size], rank: int) -> list[str]:
-    """Names of the layers of a model that an adapter changes, from the shapes of both.
-
-    Raises:
-        ValueError: if the adapter was made for another model.
-    """
+    """The layers that an adapter changes, from the shapes of both; ValueError if it was made for another model."""
     layers = sorted(check_adapter(adapter, rank))
     left = [layer for layer in layers if f"{layer}.weight" not in base]
     if left:
@@ -199,11 +170,7 @@ def shapes_of(tensors: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def check_adapter(shapes: Mapping[str, torch.Size], rank: int) -> set[str]:
-    """The adapted layers' names, from the shapes of an adapter's tensors.
-
-    Raises:
-        ValueError: for keys that are none of an adapter, a missing factor or a wrong rank.
-    """
+    """The adapted layers, from the shapes of an adapter's tensors; ValueError if it is none of this rank or incomplete."""
     factors: dict[str, set[str]] = {}
     for key, shape in shapes.items():
         match = ADAPTER_KEY.match(key)

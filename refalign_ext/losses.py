@@ -1,8 +1,7 @@
 """Training losses: rectified flow (paper eq. 1 and 4) and reference alignment (paper eq. 8 to 10).
 
-Both are built from per-sample sums and counts, without a configuration and without a process group. A sequence-parallel
-trainer calls `alignment_sums` on the tokens that a rank holds, adds the sums up over the ranks and divides by
-`alignment_counts`; on one device `reference_alignment_loss` does the same in one call.
+Both are built from per-sample sums and counts, without a configuration and without a process group. Ranks that share a
+sample call `alignment_by_block` on the tokens that each holds, and their results add up to the whole.
 
 How samples are averaged: every sample is first averaged over its own elements (its own references, its own ordered pairs,
 its own latent), then the samples of the batch are averaged. A sample without a reference contributes 0 and still counts.
@@ -52,7 +51,11 @@ def _row_blocks(start: int, stop: int, tokens: int, rows: int) -> Iterator[tuple
 
 
 class _AlignmentSums(torch.autograd.Function):
-    """Sums of the positive and negative terms of one sample, with the student's gradient found in the same pass.
+    """Sums over the tokens and pairs of one sample, the numerators of eq. 8 and 9, and the student's gradient in one pass.
+
+    Takes projected reference tokens [S, D] at the flat positions `start .. start + S` of the sample's M*N (S may be 0: both
+    sums are 0 and stay connected to the projectors), and `unit_features` of all its references [M, N, D], which get no
+    gradient.
 
     The gradient of sum relu(s - threshold) with respect to the normalised student is `active @ teacher`, `active` being 1
     where s > threshold. One block of similarities gives its rows' share of that product and is then overwritten by the
@@ -121,33 +124,6 @@ class _AlignmentSums(torch.autograd.Function):
         return result.to(student.dtype), None, None, None
 
 
-def alignment_sums(
-    student: Tensor, unit_teacher: Tensor, *, start: int = 0, margin: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens and pairs of one sample: the numerators of eq. 8 and eq. 9.
-
-    Args:
-        student: projected reference tokens at the flat positions `start .. start + S` of the sample's M*N reference
-            tokens, [S, D]. S may be 0 (a rank that holds none): both sums are 0 and stay connected to the projectors.
-        unit_teacher: normalised teacher features of all M references, [M, N, D], float32 or float64, as
-            `unit_features` returns them. It gets no gradient.
-        start: flat position of the first token of `student`.
-        margin: delta of eq. 9.
-
-    Returns:
-        positive sum and negative sum, scalars in the teacher's dtype. The similarity matrix is never materialised.
-    """
-    assert student.shape[1] == unit_teacher.shape[2]
-    assert 0 <= start <= start + student.shape[0] <= unit_teacher.shape[0] * unit_teacher.shape[1]
-    with torch.autocast(student.device.type, enabled=False):
-        return _AlignmentSums.apply(student, unit_teacher.detach(), start, float(margin))
-
-
-def alignment_counts(references: int, tokens: int) -> tuple[int, int]:
-    """Number of positive tokens M*N (eq. 8) and of ordered negative pairs M*(M-1)*N*N (eq. 9) of one sample."""
-    return references * tokens, references * (references - 1) * tokens * tokens
-
-
 def unit_features(teacher: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Teacher features normalised over the last axis in `dtype`, without gradient; rows of zeros stay zero."""
     values = teacher.detach().to(dtype)
@@ -210,13 +186,15 @@ def alignment_by_block(
         own = teacher[sample] if len(kept) == references else teacher[sample, kept]  # the latter is a copy
         features = unit_features(own.to(device), dtype)  # [kept, N, D]
         rows, start = _rows_of(kept, tokens, first, count)
-        positive_count, negative_count = alignment_counts(len(kept), tokens)
+        positive_count = len(kept) * tokens
+        negative_count = len(kept) * (len(kept) - 1) * tokens * tokens  # ordered pairs
         scale = weights[sample] / batch
         for block, student in enumerate(students):
             held = student[offset : offset + count]
             parts = [held[begin:end] for begin, end in rows]
             held = torch.cat(parts) if len(parts) > 1 else parts[0]
-            positive_sum, negative_sum = alignment_sums(held, features, start=start, margin=margin)
+            with torch.autocast(device.type, enabled=False):
+                positive_sum, negative_sum = _AlignmentSums.apply(held, features, start, float(margin))
             positive[block] = positive[block] + scale * positive_sum / max(positive_count, 1)
             negative[block] = negative[block] + scale * negative_sum / max(negative_count, 1)
         offset += count

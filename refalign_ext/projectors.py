@@ -45,10 +45,6 @@ class ReferenceProjectors(nn.Module):
 
     def __init__(self, student_dim: int, teacher_dim: int, depth: int) -> None:
         super().__init__()
-        if student_dim < 2 or teacher_dim < 1 or depth < 1:
-            raise ValueError(
-                f"projectors need student_dim >= 2, teacher_dim >= 1 and depth >= 1, got {student_dim}, {teacher_dim}, {depth}"
-            )
         self.student_dim = student_dim
         self.teacher_dim = teacher_dim
         self.depth = depth
@@ -66,16 +62,16 @@ class ReferenceProjectors(nn.Module):
 def projectors_from_tensors(
     projectors: Mapping[str, Tensor],
     *,
-    student_dim: int | None = None,
-    teacher_dim: int | None = None,
-    depth: int | None = None,
-    source: str = "projectors",
+    student_dim: int,
+    teacher_dim: int,
+    depth: int,
+    source: str,
 ) -> ReferenceProjectors:
     """Projectors from the `projectors` of a RefAlign release; sizes are read from the tensors.
 
     Args:
         projectors: `blocks.{i}.input_mlp.proj.{0,2}.weight` -> tensor.
-        student_dim, teacher_dim, depth: what the run needs; None accepts whatever the tensors have.
+        student_dim, teacher_dim, depth: what the run needs.
         source: named in errors.
 
     Raises:
@@ -96,15 +92,12 @@ def projectors_from_tensors(
             raise ValueError(
                 f"{source}: {key} is {found.get(key, 'missing')}, expected {expected.get(key, 'no such projector tensor')}"
             )
-    remedies = {
-        "student_dim": "choose the task these weights belong to",
-        "teacher_dim": "choose the teacher they were trained with",
-        "depth": "set the depth",
-    }
-    for (name, remedy), has, wants in zip(
-        remedies.items(), sizes, (student_dim, teacher_dim, depth), strict=True
+    for name, has, wants, remedy in (
+        ("student_dim", module.student_dim, student_dim, "choose the task these weights belong to"),
+        ("teacher_dim", module.teacher_dim, teacher_dim, "choose the teacher they were trained with"),
+        ("depth", module.depth, depth, "set the depth"),
     ):
-        if wants is not None and wants != has:
+        if wants != has:
             raise ValueError(
                 f"{source}: projectors have {name} {has}, this run needs {wants}; {remedy} or set --alignment.new_projectors"
             )

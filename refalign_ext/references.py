@@ -146,11 +146,7 @@ def reference_to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def remove_background(image: Image.Image) -> Image.Image:
-    """Replaces what lies behind the subject by white, with rembg's default network, whose weights it fetches itself.
-
-    Raises:
-        ValueError: when rembg is not installed or its weights cannot be had.
-    """
+    """Replaces what lies behind the subject by white, with rembg's default network; ValueError if it cannot be had."""
     try:
         import rembg
     except ImportError:

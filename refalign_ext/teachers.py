@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refalign_ext.errors import one_line
+
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,11 +104,6 @@ class Teacher:
                 features.permute(0, 3, 1, 2), size=tuple(grid), mode="bilinear", align_corners=False
             ).permute(0, 2, 3, 1)
         return features.flatten(1, 2).to(images.device)
-
-    def to(self, device: torch.device | str) -> Teacher:
-        """Move the model; its dtype stays as loaded."""
-        self.model.to(device)
-        return self
 
 
 class DINOv3Teacher(Teacher):
@@ -255,27 +252,21 @@ def load_teacher(
     """
     folder, files = teacher_files(name, path)
     entry = TEACHERS[name]
-    model = _load_model(entry.teacher, folder, files, dtype)
-    teacher = entry.teacher(model)
+    teacher = entry.teacher(_load_model(entry.teacher, folder, files, dtype).to(device))
     if entry.repository is not None and teacher.dim != entry.dim:
         raise ValueError(
             f"{folder}: features are {teacher.dim} wide but teacher {name} has {entry.dim}; "
             "choose the teacher that these weights belong to or another folder"
         )
-    return teacher.to(device)
+    return teacher
 
 
 def teacher_files(name: str, path: str | Path | None = None) -> tuple[Path, list[Path]]:
-    """The folder with a teacher's config.json and the safetensors files of its weights, fetched if they have to be.
-
-    Raises:
-        ValueError: as `load_teacher`, for what is missing or cannot be had.
-    """
+    """The folder with a teacher's config.json and its weights' safetensors files, fetched if need be, or a ValueError."""
     entry = teacher_entry(name)
-    return _local_files(name, Path(path)) if path is not None else _hub_files(name, entry)
-
-
-def _local_files(name: str, folder: Path) -> tuple[Path, list[Path]]:
+    if path is None:
+        return _hub_files(name, entry)
+    folder = Path(path)
     files = sorted(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
         raise ValueError(
@@ -342,12 +333,11 @@ def _read_tower(files: Sequence[Path], prefixes: tuple[str, ...]) -> dict[str, T
         try:
             with safe_open(file, framework="pt") as handle:
                 keys = list(handle.keys())
-                inside = [key for key in keys if key.startswith(prefixes)] if prefixes else []
-                for key in inside:
-                    prefix = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len)
-                    found[key[len(prefix) :]] = handle.get_tensor(key)
-                if not inside and not found:
-                    bare.update((key, handle.get_tensor(key)) for key in keys)
+                for prefix in prefixes:
+                    inside = [key for key in keys if key.startswith(prefix)]
+                    found |= {key.removeprefix(prefix): handle.get_tensor(key) for key in inside}
+                if not found:
+                    bare |= {key: handle.get_tensor(key) for key in keys}
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{file}: not a readable safetensors file ({error}); download it again"
@@ -377,7 +367,7 @@ def _load_model(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = one_line(error, 200)
             raise ValueError(f"{folder}: cannot be loaded as {model_class.__name__} ({reason})") from error
     kinds = {
         kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")

@@ -93,13 +93,6 @@ TIMESTEP_RECIPES: dict[str, TimestepRecipe] = {
 }
 
 
-def timestep_recipe(name: str) -> TimestepRecipe:
-    """The recipe called `name`; ValueError that lists the known names otherwise."""
-    if name not in TIMESTEP_RECIPES:
-        raise ValueError(f"unknown timestep recipe {name!r}; choose one of {', '.join(TIMESTEP_RECIPES)}")
-    return TIMESTEP_RECIPES[name]
-
-
 def add_noise(latents: Sequence[Tensor], noise: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
     """z_t = (1 - sigma) z_0 + sigma eps (eq. 1) with sigma = t / 1000, per sample, sizes may differ.
 

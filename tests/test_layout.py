@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from refalign_ext.layout import SampleLayout, TokenLayout, TokenRange
+from refalign_ext.layout import SampleLayout, TokenLayout
 
 PATCH = (1, 2, 2)
 
@@ -87,18 +87,6 @@ def test_gather_references_equals_a_loop(seed: int, same: bool) -> None:
     assert torch.equal(gathered, expected)
 
 
-@pytest.mark.parametrize(
-    "samples", [[SampleLayout(2, 2, 1, 2)] * 2, [SampleLayout(2, m, 1, 2) for m in (2, 0)]]
-)
-def test_gradients_reach_exactly_the_reference_tokens(samples: list[SampleLayout]) -> None:
-    layout = TokenLayout.of(*tensors(samples), PATCH, multiple=5)
-    tokens = torch.randn(len(samples), layout.seq_len, 3, requires_grad=True)
-    layout.gather_references(tokens).sum().backward()
-    for row, sample in zip(tokens.grad, samples, strict=True):
-        kinds = token_kinds(sample, layout.seq_len)
-        assert torch.equal(row, torch.tensor([[float(kind == "reference")] * 3 for kind, _, _ in kinds]))
-
-
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_reference_spans_and_cuts_equal_a_loop(seed: int, ranks: int) -> None:
@@ -127,30 +115,6 @@ def test_reference_spans_and_cuts_equal_a_loop(seed: int, ranks: int) -> None:
     for row, sample, piece in zip(tokens, samples, pieces, strict=True):
         whole = row[sample.video_tokens : sample.tokens]
         assert torch.equal(torch.stack(piece) if piece else torch.zeros(0, 3), whole)
-
-
-@pytest.mark.parametrize(
-    ("start", "stop", "span"),
-    [(0, 8, (0, 0)), (7, 9, (0, 1)), (0, 24, (0, 12)), (13, 15, (5, 2)), (19, 24, (11, 1)), (20, 24, (0, 0))],
-)
-def test_spans_of_ranges_that_miss_touch_and_cover_the_references(start: int, stop: int, span: tuple) -> None:
-    samples = (SampleLayout(2, 3, 1, 4), SampleLayout(3, 0, 1, 4))  # references: 8 to 20, none
-    assert TokenLayout(samples, 24).reference_spans(TokenRange(start, stop)) == (span, (0, 0))
-
-
-@pytest.mark.parametrize(
-    ("start", "stop", "reached"),
-    [
-        (0, 4, [[0, 0, 0, 0], [0, 0, 1, 1]]),
-        (4, 8, [[1, 1, 0, 0], [1, 1, 0, 0]]),
-        (0, 2, [[0, 0], [0, 0]]),  # the graph reaches a rank without any
-    ],
-)
-def test_gradients_of_a_cut_reach_the_ranks_reference_tokens(start: int, stop: int, reached: list) -> None:
-    layout = TokenLayout((SampleLayout(2, 1, 1, 2), SampleLayout(1, 2, 1, 2)), 8)
-    tokens = torch.randn(2, stop - start, 3, requires_grad=True)
-    layout.cut_references(tokens, TokenRange(start, stop)).sum().backward()
-    assert torch.equal(tokens.grad[..., 0], torch.tensor(reached, dtype=torch.float32))
 
 
 def test_different_grids_cannot_be_gathered() -> None:

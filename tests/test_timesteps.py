@@ -10,7 +10,6 @@ from refalign_ext.timesteps import (
     add_noise,
     release_timesteps,
     shift_sigma,
-    timestep_recipe,
 )
 
 
@@ -20,7 +19,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("name", TIMESTEP_RECIPES)
 def test_samples_are_seeded_and_in_range(name):
-    recipe = timestep_recipe(name)
+    recipe = TIMESTEP_RECIPES[name]
     first = recipe.sample(2000, generator())
     assert first.shape == (2000,)
     assert first.dtype == torch.float32
@@ -33,7 +32,7 @@ def test_samples_are_seeded_and_in_range(name):
 
 @pytest.mark.parametrize("name", TIMESTEP_RECIPES)
 def test_one_by_one_is_the_same_as_a_batch_for_weights(name):
-    recipe = timestep_recipe(name)
+    recipe = TIMESTEP_RECIPES[name]
     timesteps = recipe.sample(5, generator())
     for weigh in (recipe.flow_weight, recipe.alignment_gate):
         weights = weigh(timesteps)
@@ -44,7 +43,7 @@ def test_one_by_one_is_the_same_as_a_batch_for_weights(name):
 
 
 def test_paper_is_uniform_with_equal_weights():
-    recipe = timestep_recipe("paper")
+    recipe = TIMESTEP_RECIPES["paper"]
     sigma = recipe.sample(40000, generator()).double() / 1000
     quantiles = torch.quantile(sigma, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
     torch.testing.assert_close(
@@ -55,8 +54,8 @@ def test_paper_is_uniform_with_equal_weights():
 
 
 def test_shifted_timesteps():
-    plain = timestep_recipe("logit_normal").sample(100, generator()) / 1000
-    shifted = timestep_recipe("logit_normal_shift4").sample(100, generator()) / 1000
+    plain = TIMESTEP_RECIPES["logit_normal"].sample(100, generator()) / 1000
+    shifted = TIMESTEP_RECIPES["logit_normal_shift4"].sample(100, generator()) / 1000
     torch.testing.assert_close(shifted, 4 * plain / (1 + 3 * plain))
 
 
@@ -64,14 +63,14 @@ def test_release_draws_every_step_of_its_grid():
     grid = release_timesteps()
     expected = [1000 * 5 * (u / 1000) / (1 + 4 * u / 1000) for u in range(1000, 0, -1)]
     torch.testing.assert_close(grid, torch.tensor(expected, dtype=torch.float64))
-    drawn = timestep_recipe("release").sample(20000, generator()).double()
+    drawn = TIMESTEP_RECIPES["release"].sample(20000, generator()).double()
     nearest = (drawn[:, None] - grid.flip(0)[None]).abs().min(1).values
     assert nearest.max() < 1e-4
     assert drawn.float().unique().numel() == 1000  # bf16 would leave 294
 
 
 def test_release_weights_are_the_formula():
-    recipe, grid = timestep_recipe("release"), release_timesteps()
+    recipe, grid = TIMESTEP_RECIPES["release"], release_timesteps()
     bell = [math.exp(-2 * ((timestep - 500) / 1000) ** 2) for timestep in grid.tolist()]
     lowest = min(bell)
     total = sum(value - lowest for value in bell)
@@ -85,7 +84,7 @@ def test_release_weights_are_the_formula():
 
 
 def test_logit_normal():
-    recipe = timestep_recipe("logit_normal")
+    recipe = TIMESTEP_RECIPES["logit_normal"]
     sigma = recipe.sample(40000, generator()).double() / 1000
     logit = torch.log(sigma / (1 - sigma))
     assert logit.mean().item() == pytest.approx(0.0, abs=0.02)
@@ -96,11 +95,6 @@ def test_shift_of_one_changes_nothing():
     sigma = torch.linspace(0, 1, 11)
     torch.testing.assert_close(shift_sigma(sigma, 1.0), sigma)
     torch.testing.assert_close(shift_sigma(torch.tensor([0.0, 1.0]), 5.0), torch.tensor([0.0, 1.0]))
-
-
-def test_bad_requests():
-    with pytest.raises(ValueError, match="paper, release, release_ungated, logit_normal"):
-        timestep_recipe("cosine")
 
 
 def test_add_noise():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from refalign_ext.backbone import file_sha256
+from refalign_ext.backbone import diffusers_key, file_sha256
 from refalign_ext.checkpoint.weights import Weight, write_safetensors
 from refalign_ext.lora import ADAPTER_KEY, check_adapter, shapes_of
 from refalign_ext.tasks import TASKS
-
-_TO_DIFFUSERS = (
-    (r"\.self_attn\.", ".attn1."),
-    (r"\.cross_attn\.", ".attn2."),
-    (r"\.([qkv])$", r".to_\1"),
-    (r"\.o$", ".to_out.0"),
-    (r"\.ffn\.0$", ".ffn.net.0.proj"),
-    (r"\.ffn\.2$", ".ffn.net.2"),
-    (r"^text_embedding\.0$", "condition_embedder.text_embedder.linear_1"),
-    (r"^text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
-)
 
 
 @dataclass(frozen=True)
@@ -41,20 +29,11 @@ class Adapter:
     rank: int
     alpha: float
     base: str | None = None  # the model that it was trained on, as the run's settings name it
-    base_sha256: str | None = (
-        None  # of that model's files, see `files_sha256`; None where they are not at hand
-    )
+    base_sha256: str | None = None  # of its files, see `files_sha256`; None where they are not at hand
 
 
 def adapter_scale_of(settings: Mapping[str, Any], source: Path) -> tuple[int, float]:
-    """(rank, alpha) that a run's settings name.
-
-    Args:
-        source: what the error names.
-
-    Raises:
-        ValueError: if they name none.
-    """
+    """(rank, alpha) that the settings of the run behind `source` name; ValueError if they name none."""
     rank, alpha = settings.get("lora_rank"), settings.get("lora_alpha", 0)
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise ValueError(
@@ -73,11 +52,7 @@ def base_named_by(settings: Mapping[str, Any]) -> Path | None:
 
 
 def require_base(path: Path, settings: Mapping[str, Any], base: Path | None) -> Path:
-    """Where the base of the adapter in checkpoint `path` lies: `base` if given, else what its settings say.
-
-    Raises:
-        ValueError: if it is not there, with the command that helps.
-    """
+    """The base of the adapter in checkpoint `path`: `base`, else what its settings say; ValueError if it is not there."""
     found = base or base_named_by(settings)
     if base is not None and not base.exists():
         problem = f"--base {base} does not exist"
@@ -136,9 +111,7 @@ def write_diffusers_adapter(folder: Path, adapter: Adapter) -> Path:
     tensors: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
         match = ADAPTER_KEY.match(key)
-        layer = match["module"]
-        for pattern, replacement in _TO_DIFFUSERS:
-            layer = re.sub(pattern, replacement, layer)
+        layer = diffusers_key(f"{match['module']}.weight").removesuffix(".weight")
         if layer == match["module"]:
             raise ValueError(
                 f"diffusers has no counterpart of the adapter's layer {layer}: merge the adapter instead"

@@ -29,7 +29,6 @@ from refalign_ext.errors import one_line
 
 STATE_FILE = "trainer.json"
 CONFIG_FILE = "config.json"
-LATEST_FILE = "latest"
 _NAME = re.compile(r"step-(\d+)")
 _SHARED_FOLDER_SECONDS = 15.0  # how long a network file system may take to show what other machines wrote
 
@@ -50,15 +49,12 @@ def abandon_checkpoints_after(folder: Path, step: int) -> list[Path]:
 
     Otherwise `--resume auto` would later jump to them, and they would count as the newest to keep. For one rank only.
     """
-    found = checkpoints_in(folder)
-    kept = [path for path in found if _step_of(path) <= step]
-    if len(kept) < len(found):
-        _point_latest_at(folder, kept[-1].name if kept else None)
     moved = []
-    for path in found[len(kept) :]:
-        target = path.with_name(f"abandoned-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
-        moved.append(path.rename(target))
+    for path in checkpoints_in(folder):
+        if _step_of(path) > step:
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
     return moved
 
 
@@ -197,14 +193,10 @@ class Checkpointer:
         _require_written(unfinished, metadata)
         for name, text in texts.items():
             write_text(unfinished / name, text)
-        others = [path for path in checkpoints_in(self.folder) if path != final]
         if final.exists():
-            # `latest` must not name a folder that is going away.
-            _point_latest_at(self.folder, others[-1].name if others else None)
             _remove_whole(final)
         unfinished.rename(final)
         sync(self.folder)
-        _point_latest_at(self.folder, final.name)
         for old in checkpoints_in(self.folder)[: -self.keep_last]:
             if old != final:
                 _remove_whole(old)
@@ -237,13 +229,6 @@ def _require_written(unfinished: Path, metadata: dcp.Metadata) -> None:
             if time.monotonic() > deadline:
                 raise OSError(f"rank 0 does not see all of {name}: all machines need the same --out folder")
             time.sleep(0.2)
-
-
-def _point_latest_at(folder: Path, name: str | None) -> None:
-    if name is None:
-        (folder / LATEST_FILE).unlink(missing_ok=True)
-    else:
-        write_text(folder / LATEST_FILE, f"{name}\n")
 
 
 def _remove_whole(path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import split_state_dict_into_shards_factory
 from tqdm import tqdm
 
 from refalign_ext.atomic_io import atomic_folder
@@ -109,26 +110,18 @@ def _check_folders(checkpoint: Path, out: Path) -> None:
 def _write_shards(
     folder: Path, weights: Mapping[str, Weight], note: Mapping[str, str], limit: int
 ) -> list[str]:
-    """Write `weights` as one file or, beyond `limit` bytes, as several."""
-    shards: list[dict[str, Weight]] = [{}]
-    total = size = 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.size_in_bytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = weight
-        size += weight.size_in_bytes
-        total += weight.size_in_bytes
-    count = len(shards)
-    files = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    if count == 1:
-        files = [f"{_STEM}.safetensors"]
-    with tqdm(total=total, desc="exporting", unit="B", unit_scale=True) as bar:
-        for file, shard in zip(files, shards, strict=True):
-            write_safetensors(folder / file, shard, note, bar.update)
-    if count > 1:
-        placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
+    """Write `weights` as one file or, beyond `limit` bytes, as several with an index."""
+    plan = split_state_dict_into_shards_factory(
+        dict(weights),
+        get_storage_size=lambda weight: weight.size_in_bytes,
+        filename_pattern=f"{_STEM}{{suffix}}.safetensors",
+        max_shard_size=limit,
+    )
+    with tqdm(total=plan.metadata["total_size"], desc="exporting", unit="B", unit_scale=True) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            write_safetensors(folder / file, {name: weights[name] for name in names}, note, bar.update)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (folder / f"{_STEM}.safetensors.index.json").write_text(text, encoding="utf-8")
-    return files
+    return list(plan.filename_to_tensors)

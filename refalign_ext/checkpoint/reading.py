@@ -24,7 +24,7 @@ from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
 from refalign_ext.checkpoint.weights import Weight, read_weights
-from refalign_ext.lora import adapted_layers, base_key, is_adapter_key, merged_weight, shapes_of
+from refalign_ext.lora import adapted_layers, merged_weight, shapes_of, split_state_dict
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ def open_dit(
             f"train_refalign.py --{name} true use such a checkpoint"
         )
     weights, under = _stored_dit(stored, raw=raw), None
-    if any(map(is_adapter_key, weights)):
+    _, adapter = split_state_dict(weights)
+    if adapter:
         settings = read_meta(path)["settings"]
         scale = adapter_scale_of(settings, path)
         under = _open_any_dit(require_base(path, settings, base))
-        adapter = {base_key(name): weight for name, weight in weights.items() if is_adapter_key(name)}
-        weights = _merged_weights(under.weights, adapter, *scale)
+        weights = merge_adapter(under.weights, adapter, *scale)
     elif base is not None:
         raise ValueError(f"{path} holds a whole DiT, no adapter: leave --base out")
     projectors = stored.weights(f"{MODEL}.{PROJECTORS}")
@@ -91,8 +91,7 @@ def open_dit(
 
 def read_trained_adapter(path: Path, *, raw: bool = False, base: Path | None = None) -> Adapter:
     """The adapter that a LoRA run trained, on the CPU; arguments as in `open_dit`, but its base need not be there."""
-    weights = _stored_dit(StoredTensors(path), raw=raw)
-    tensors = {base_key(name): weight.read() for name, weight in weights.items() if is_adapter_key(name)}
+    tensors = read_weights(split_state_dict(_stored_dit(StoredTensors(path), raw=raw))[1])
     if not tensors:
         raise ValueError(f"{path} holds a whole DiT, no adapter: export it without --adapter")
     settings = read_meta(path)["settings"]
@@ -131,10 +130,10 @@ def _open_any_dit(path: Path) -> StoredDiT:
     return StoredDiT(path, weights, found.files, found.config)
 
 
-def _merged_weights(
+def merge_adapter(
     base: Mapping[str, Weight], adapter: Mapping[str, Weight], rank: int, alpha: float
 ) -> dict[str, Weight]:
-    """The base's weights, in its order and dtypes; those of adapted layers are merged when they are read."""
+    """The base's weights, those of adapted layers merged when they are read; ValueError if the adapter does not fit."""
 
     def merged(layer: str) -> Weight:
         weight = base[f"{layer}.weight"]

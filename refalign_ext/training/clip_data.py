@@ -62,11 +62,7 @@ CLIP_DATA = ClipData()
 
 
 def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
-    """What samples take of clips, with the task's own size, length and rate where nothing else is set.
-
-    Raises:
-        ValueError: for a setting that cannot be.
-    """
+    """What samples take of clips, with the task's own size, length and rate where nothing else is set, or a ValueError."""
     settings = dict(vars(config.sampling))
     frames, ratios = settings.pop("bucket_frames"), settings.pop("bucket_ratios")
     stride = (task.vae_stride[0], *token_stride(task))
@@ -76,11 +72,7 @@ def sampling_of(config: TrainConfig, task: EasyDict) -> Sampling:
 
 
 def cache_folders(config: TrainConfig) -> list[Path]:
-    """The caches of `data`, one for each set: those that are named, or those that lie where `data cache` puts them.
-
-    Raises:
-        ValueError: if there are caches for some of the sets only.
-    """
+    """The caches of `data`, named or where `data cache` puts them; ValueError unless there is one for each set or none."""
     if config.data is None or config.cache == "off":
         return []
     data = config.data.split(",")
@@ -102,11 +94,7 @@ def cache_folders(config: TrainConfig) -> list[Path]:
 
 
 def require_clip_sets(config: TrainConfig) -> None:
-    """Makes sure that `data` and `validation_data` can be opened, before anything large is loaded.
-
-    Raises:
-        ValueError: naming the one that cannot.
-    """
+    """ValueError if `data` or `validation_data` cannot be opened: asked before anything large is loaded."""
     for flag, paths in (("--data", config.data), ("--validation_data", config.validation_data)):
         for path in [] if paths is None else paths.split(","):
             try:
@@ -118,11 +106,7 @@ def require_clip_sets(config: TrainConfig) -> None:
 def open_caches(
     config: TrainConfig, sampling: Sampling, encoders: Encoders, parallel: Parallel
 ) -> list[LatentCache]:
-    """The caches of `data`, made sure to be of its rows, models and settings; none if there are none.
-
-    Raises:
-        ValueError: saying what does not fit.
-    """
+    """The caches of `data`, if there are some; ValueError unless they are of its rows, models and settings."""
     folders = cache_folders(config)
     if not folders:
         return []

@@ -33,19 +33,15 @@ class DataSource(Protocol):
 
     def accepts(self, config: TrainConfig) -> bool:
         """Whether the configuration asks for this kind."""
-        ...
 
     def complete(self, config: TrainConfig) -> TrainConfig:
         """The configuration with what the data decides; ValueError for data that cannot be opened."""
-        ...
 
     def open(self, config: TrainConfig, encoders: Encoders, parallel: Parallel) -> TrainingData:
         """The samples of this rank; ValueError if they do not fit. Nothing is written before `Source.prepare`."""
-        ...
 
     def make_preview(self, trainer: Trainer, encoders: Encoders, log: RunLog) -> Preview | None:
         """What shows the model of a run with `preview_every`; None: nothing can be shown."""
-        ...
 
 
 def choose_data_source(config: TrainConfig, sources: Sequence[DataSource]) -> DataSource:

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from refalign_ext.checkpoint.reading import merge_adapter
+from refalign_ext.checkpoint.weights import Weight, read_weights
 from refalign_ext.distributed.parallelize import TrainedModules, gather_full_tensors, local_part, reshard_all
-from refalign_ext.lora import adapter_scale, merge_tensors, split_state_dict
+from refalign_ext.lora import adapter_scale, split_state_dict
 
 
 class EMA:
@@ -53,11 +55,10 @@ class EMA:
     def full_state_dict(self) -> dict[str, Tensor]:
         """The same gathered whole, under upstream's names with adapters merged; all ranks call it together."""
         state = gather_full_tensors(self.state_dict())
-        base, adapter = split_state_dict(state)
-        if not adapter:
-            return state
-        rank, alpha = adapter_scale(self.trained.dit)
-        return merge_tensors(base, adapter, rank=rank, alpha=alpha)
+        base, adapter = split_state_dict({name: Weight.of(tensor) for name, tensor in state.items()})
+        return (
+            read_weights(merge_adapter(base, adapter, *adapter_scale(self.trained.dit))) if adapter else state
+        )
 
     def extra_state_dict(self, name: str) -> dict[str, Tensor]:
         """The weights of an extra module to generate with, by its own names."""

@@ -30,7 +30,6 @@ class ExtraModule(Protocol):
 
     def attach(self, config: TrainConfig, model: nn.Module, encoders: Encoders) -> AttachedModule:
         """Put a new one, or that of the checkpoint that the run starts from, onto a DiT; ValueError if it does not fit."""
-        ...
 
 
 def wanted_modules(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from refalign_ext.config import TrainConfig
 from refalign_ext.data.batch import EncodedSample
-from refalign_ext.timesteps import timestep_recipe
+from refalign_ext.timesteps import TIMESTEP_RECIPES
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def sample_randomness(
     """
     digest = hashlib.sha256(f"{config.seed}/{purpose}{index}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    timestep = timestep_recipe(config.timesteps).sample(1, generator)[0]
+    timestep = TIMESTEP_RECIPES[config.timesteps].sample(1, generator)[0]
     noise = torch.randn(sample.latents.shape, generator=generator)
     u = torch.rand((), generator=generator).item()
     drops_text = u < config.drop_text

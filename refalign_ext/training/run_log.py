@@ -17,7 +17,7 @@ from torch import Tensor
 from refalign_ext.atomic_io import write_text
 from refalign_ext.data.pixels import to_uint8
 from refalign_ext.media import save_video
-from refalign_ext.training.non_finite import json_values
+from refalign_ext.training.metrics import json_values
 from refalign_ext.training.wandb_log import WandbRun
 
 METRICS_FILE = "metrics.jsonl"

@@ -36,10 +36,9 @@ from refalign_ext.losses import (
     flow_matching_errors,
     flow_matching_target,
 )
-from refalign_ext.timesteps import add_noise, timestep_recipe
+from refalign_ext.timesteps import TIMESTEP_RECIPES, add_noise
 from refalign_ext.training.ema import EMA
-from refalign_ext.training.metrics import TimestepBins
-from refalign_ext.training.non_finite import NonFiniteGuard
+from refalign_ext.training.metrics import NonFiniteGuard, TimestepBins
 from refalign_ext.training.optimizers import build_optimizers, learning_rate_scale, set_learning_rates
 from refalign_ext.training.randomness import SampleRandomness, sample_randomness
 
@@ -120,14 +119,16 @@ class Trainer:
         self.source, self.encode_text, self.validation = source, encode_text, validation
         self.parallel, self.device = parallel, parallel.device
         self.hooks = hooks or TrainerHooks()
-        self.recipe = timestep_recipe(config.timesteps)
+        self.recipe = TIMESTEP_RECIPES[config.timesteps]
         self.accumulation = config.accumulation(parallel.sizes.data)
         self.optimizers = build_optimizers(trained, config)
         self.ema = EMA(trained, config.ema_decay)
         self.step, self.samples_seen = 0, 0
         self.timestep_bins = TimestepBins(device=self.device)
         self._guard = NonFiniteGuard(config.max_skipped_steps, Path(config.out))
-        self._checkpointer: Checkpointer | None = None
+        self._checkpointer = Checkpointer(
+            Path(config.out) / "checkpoints", parallel, config.keep_last, 60 * config.timeout_minutes
+        )
 
     @property
     def clips_per_step(self) -> int:
@@ -301,10 +302,6 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint, whole when `finish_saving` returns; OSError if the one before failed."""
-        if self._checkpointer is None:
-            folder = Path(self.config.out) / "checkpoints"
-            timeout = 60 * self.config.timeout_minutes
-            self._checkpointer = Checkpointer(folder, self.parallel, self.config.keep_last, timeout)
         only_adapters = self.config.lora_rank > 0
         self._checkpointer.save(
             self.step,
@@ -315,7 +312,7 @@ class Trainer:
 
     def finish_saving(self) -> Path | None:
         """Wait for the last checkpoint; returns its folder (None: none since the last call) or raises its OSError."""
-        return None if self._checkpointer is None else self._checkpointer.finish()
+        return self._checkpointer.finish()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of any number of ranks; ValueError if it does not fit. Says which settings differ."""

@@ -17,7 +17,6 @@ from refalign_ext.checkpoint.checkpointer import (
     Checkpointer,
     abandon_checkpoints_after,
     checkpoints_in,
-    is_checkpoint,
     read_meta,
     read_model_config,
     resolve_resume,
@@ -69,10 +68,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def latest(folder: Path) -> str:
-    return (folder / "latest").read_text().strip()
-
-
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
     path = save(tmp_path, 7)
     assert path == tmp_path / "step-00000007"
@@ -86,41 +81,13 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert read_projectors(save(tmp_path, 8, projectors={})) == {}
 
 
-def test_an_average_is_what_one_generates_with(tmp_path: Path) -> None:
-    average = {"a": torch.zeros(2, 3), "b": torch.arange(4)}
-    state = read_everything(save(tmp_path, 7, average=average))
-    assert torch.equal(state["dit"]["a"], torch.zeros(2, 3))
-    assert torch.equal(state["raw"]["a"], torch.full((2, 3), 7.0))
-
-
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (999, 1000, 10000, 100000000):
         save(tmp_path, step, keep_last=2)
-        assert latest(tmp_path) == f"step-{step:08d}"
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00010000", "step-100000000"]
     assert resolve_resume(tmp_path, "auto") == tmp_path / "step-100000000"
     save(tmp_path, 100000001, keep_last=1)
-    assert names(tmp_path) == ["latest", "step-100000001"]
-
-
-def test_latest_never_names_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watched at every rename: when a checkpoint is replaced, pruned or set aside."""
-    rename, seen = Path.rename, []
-
-    def watch(self: Path, target: Path) -> Path:
-        moved = rename(self, target)
-        if (tmp_path / "latest").exists():
-            seen.append(is_checkpoint(tmp_path / latest(tmp_path)))
-        return moved
-
-    monkeypatch.setattr(Path, "rename", watch)
-    for step in (5, 6, 7, 7, 8):
-        save(tmp_path, step)
-    abandon_checkpoints_after(tmp_path, 7)
-    assert latest(tmp_path) == "step-00000007"
-    abandon_checkpoints_after(tmp_path, 0)
-    assert not (tmp_path / "latest").exists()
-    assert len(seen) > 8 and all(seen)
+    assert names(tmp_path) == ["step-100000001"]
 
 
 def test_leftovers_and_foreign_folders_are_not_checkpoints(tmp_path: Path) -> None:
@@ -158,12 +125,10 @@ def test_an_interrupted_save_leaves_the_last_checkpoint(
             OSError, match="(?i)step-00000006 could not be written .*no space.*choose another"
         ):
             save(tmp_path, 6, keep_last=1)
-    assert (
-        resolve_resume(tmp_path, "auto") == tmp_path / "step-00000005" and latest(tmp_path) == "step-00000005"
-    )
+    assert resolve_resume(tmp_path, "auto") == tmp_path / "step-00000005"
     assert read_everything(tmp_path / "step-00000005")["step"] == 5
     save(tmp_path, 6, keep_last=1)
-    assert names(tmp_path) == ["latest", "step-00000006"]
+    assert names(tmp_path) == ["step-00000006"]
 
 
 def test_resume_from_a_folder(tmp_path: Path) -> None:

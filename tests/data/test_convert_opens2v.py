@@ -228,13 +228,13 @@ def test_pairs_without_parts_broken_pairs_and_clusters_that_share_a_clip(native:
 def test_videos_may_be_missing_and_pairs_and_backgrounds_are_optional(
     native: NativeSet, tmp_path: Path
 ) -> None:
-    aside = tmp_path / "aside.mp4"
+    moved = tmp_path / "moved.mp4"
     video = native.videos / "total_part1/source/alpha_segment_1.mp4"
-    video.rename(aside)
+    video.rename(moved)
     try:
         clips, report = convert(native, "missing.jsonl")
     finally:
-        aside.rename(video)
+        moved.rename(video)
     assert list(clips) == [ZERO, TWO, BETA]
     assert report.dropped["clips"] == {"video_missing": 1}
     assert report.dropped["references"]["cross_video_missing"] == 2

@@ -38,7 +38,7 @@ from tests.helpers.tiny_training import CPU, TEACHER_DIM, build, change
 pytestmark = pytest.mark.timeout(300)
 
 ALONE = ParallelSizes()
-CLIPS, STEPS, GLOBAL_BATCH = 11, 5, 4
+CLIPS, STEPS, GLOBAL_BATCH = 11, 4, 4
 SAMPLING = Sampling(
     (Bucket(32, 32, 5), Bucket(32, 48, 5)),
     clip_variants=2,

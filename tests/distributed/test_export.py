@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.export import export_checkpoint
 from refalign_ext.checkpoint.state import build_state
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
-from refalign_ext.cli.export import export
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules, shard_dit, shard_projectors
 from refalign_ext.distributed.sizes import ParallelSizes
@@ -171,14 +169,6 @@ def test_memory_is_that_of_one_tensor(
     assert largest <= peak <= 2 * largest  # while one is read, the one before may still have a name
 
 
-def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    result = CliRunner().invoke(export, [str(checkpoint), "--out", str(out), "--projectors"])
-    assert result.exit_code == 0, result.output
-    assert f"{out}: 1 file, 0.00 GB" in result.output
-    assert len(read_dit_checkpoint(out).projectors) == 4
-
-
 def test_what_cannot_be_exported_is_said(checkpoint: Path, tmp_path: Path) -> None:
     def attempt(path: Path = checkpoint, out: Path = tmp_path / "out", **changes: object) -> str:
         with pytest.raises(ValueError) as error:
@@ -214,4 +204,4 @@ def test_a_damaged_checkpoint_leaves_nothing_behind(tmp_path: Path) -> None:
     shards.write_bytes(shards.read_bytes()[: shards.stat().st_size // 2])
     with pytest.raises(ValueError, match="damaged or incomplete"):
         export_checkpoint(path, tmp_path / "out", projectors=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -73,15 +73,17 @@ def gradients(
     return values, dict(zip(named, keeper.kept.values(), strict=True))
 
 
-def gradients_for_all_references(rank: int, sizes: ParallelSizes) -> list[tuple[dict, dict]]:
-    return [gradients(rank, sizes, references, {}) for references in REFERENCES.values()]
+def several_gradients(
+    rank: int, sizes: ParallelSizes, counts: list[tuple[int, ...]]
+) -> list[tuple[dict, dict]]:
+    return [gradients(rank, sizes, references, {}) for references in counts]
 
 
-def three_steps(
+def two_steps(
     rank: int, sizes: ParallelSizes, references: tuple[int, ...], changes: dict
 ) -> tuple[list, dict]:
     trainer = make(sizes, references, clip_norm=0.5, learning_rate=0.01, **changes)
-    values = [trainer.train_step().values for _ in range(3)]
+    values = [trainer.train_step().values for _ in range(2)]
     values.append(trainer.validate())
     return values, gather_full_tensors(
         {**trainer.trained.state_dict(), **{f"average.{k}": v for k, v in trainer.ema.average.items()}}
@@ -117,8 +119,10 @@ def assert_equal(found: tuple[object, dict], expected: tuple[object, dict], tole
 )
 def test_loss_and_every_gradient(layout: str) -> None:
     sizes = LAYOUTS[layout]
-    for results in run_ranks(gradients_for_all_references, sizes.world, sizes):
-        for result, references in zip(results, REFERENCES.values(), strict=True):
+    # Where the references are matters to ranks with samples of their own.
+    counts = list(REFERENCES.values())[: 3 if sizes.data > 1 and sizes.world < 8 else 1]
+    for results in run_ranks(several_gradients, sizes.world, sizes, counts):
+        for result, references in zip(results, counts, strict=True):
             expected = alone(gradients, references)
             assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
             assert_equal(result, expected)
@@ -127,10 +131,10 @@ def test_loss_and_every_gradient(layout: str) -> None:
 @pytest.mark.parametrize(
     "layout", ["2x2 ring", pytest.param("1x4 Ulysses 2 x ring 2", marks=pytest.mark.slow)]
 )
-def test_three_optimizer_steps_with_clipping_and_average(layout: str) -> None:
+def test_two_optimizer_steps_with_clipping_and_average(layout: str) -> None:
     sizes, counts = LAYOUTS[layout], REFERENCES["varying"]
-    expected = alone(three_steps, counts)
-    for result in run_ranks(three_steps, sizes.world, sizes, counts, {}):
+    expected = alone(two_steps, counts)
+    for result in run_ranks(two_steps, sizes.world, sizes, counts, {}):
         assert_equal(result, expected)
 
 
@@ -148,8 +152,8 @@ def test_with_other_settings(changes: dict) -> None:
     sizes, counts = LAYOUTS["2x1" if "optimizer" in changes else "1x2 Ulysses"], REFERENCES["varying"]
     # Muon orthogonalises in bf16, where rounding noise in a gradient may tip the last bit.
     tolerance = 1e-3 if changes.get("optimizer") == "muon" else 1e-5
-    expected = alone(three_steps, counts, **changes)
-    for result in run_ranks(three_steps, sizes.world, sizes, counts, changes):
+    expected = alone(two_steps, counts, **changes)
+    for result in run_ranks(two_steps, sizes.world, sizes, counts, changes):
         assert_equal(result, expected, tolerance)
 
 
@@ -157,11 +161,11 @@ def test_accumulation_equals_ranks() -> None:
     counts = REFERENCES["varying"]
     found = run_ranks(accumulated, 2, counts)
     for result in found:
-        assert_equal(result, alone(three_steps, counts))
+        assert_equal(result, alone(two_steps, counts))
 
 
 def accumulated(rank: int, references: tuple[int, ...]) -> tuple[list, dict]:
-    return three_steps(rank, ParallelSizes(2), references, {"global_batch_size": SAMPLES, "batch_size": 1})
+    return two_steps(rank, ParallelSizes(2), references, {"global_batch_size": SAMPLES, "batch_size": 1})
 
 
 def wrong_shards(rank: int, sizes: ParallelSizes, references: tuple[int, ...]) -> tuple[dict, dict]:

@@ -168,9 +168,9 @@ def _build_trainer(config: Any, parallel: Any, *_: object, stop_requested: Any, 
 
 def _rank(folder: Path, words: list[str], patch: Callable[[int], None] | None) -> None:
     rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    aside = folder / f"{attempt}-{rank}.part"
-    aside.write_text(str(os.getpid()))
-    aside.rename(aside.with_suffix(".pid"))
+    unfinished = folder / f"{attempt}-{rank}.part"
+    unfinished.write_text(str(os.getpid()))
+    unfinished.rename(unfinished.with_suffix(".pid"))
     launch.build_trainer = _build_trainer
     if patch is not None:
         patch(rank)

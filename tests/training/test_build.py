@@ -14,16 +14,13 @@ from torch import nn
 from refalign_ext.backbone import WAN_CONFIGS, T5EncoderModel, WanModel, dit_arguments
 from refalign_ext.checkpoint.checkpointer import Checkpointer
 from refalign_ext.checkpoint.state import build_state
-from refalign_ext.cli.training_tables import DATA_SOURCES
 from refalign_ext.config import TrainConfig, recipe
 from refalign_ext.distributed.mesh import Parallel
 from refalign_ext.distributed.parallelize import TrainedModules
 from refalign_ext.distributed.sizes import ParallelSizes
-from refalign_ext.encoders import Encoders, text_encoder
+from refalign_ext.encoders import text_encoder
 from refalign_ext.projectors import ReferenceProjectors
-from refalign_ext.training.build import build_trained_modules, build_trainer
-from refalign_ext.training.data_source import choose_data_source
-from refalign_ext.training.trainer import Trainer
+from refalign_ext.training.build import build_trained_modules
 
 TASK = EasyDict(WAN_CONFIGS["r2v-tiny"], dim=24, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16)
 ALONE = Parallel.single(torch.device("cpu"))
@@ -58,11 +55,6 @@ def parts(
     path: Path, parallel: Parallel = ALONE, **alignment: object
 ) -> tuple[nn.Module, ReferenceProjectors]:
     return build_trained_modules(settings(path, **alignment), TASK, path.parent, TEACHER_DIM, parallel)
-
-
-def build_alone(config: TrainConfig) -> Trainer:
-    encoders = Encoders(config, ALONE.device)
-    return build_trainer(config, ALONE, choose_data_source(config, DATA_SOURCES), encoders)
 
 
 def test_a_training_checkpoint_brings_its_weights_and_projectors(
@@ -119,30 +111,6 @@ def test_weights_become_float32_alone_and_stay_in_the_file_for_many_ranks(
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert {p.dtype for p in projectors.parameters()} == {torch.float32}
         assert torch.equal(model.head.head.weight.float(), trained.dit.head.head.weight.bfloat16().float())
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (TrainConfig(task="r2v-1.3B"), "--task r2v-1.3B needs --ckpt_dir FOLDER"),
-        (TrainConfig(task="t2v-1.3B"), "--task t2v-1.3B: a task of the family r2v"),
-        (TrainConfig(task="r2v-1.3B", ckpt_dir="none"), "none: no such checkpoint folder"),
-        (TrainConfig(data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
-        (TrainConfig(validation_data="none.jsonl", from_scratch=True), "none.jsonl does not exist"),
-        (TrainConfig(lora_rank=4, from_scratch=True), "--lora_rank adapts weights that exist"),
-        (
-            replace(recipe("paper_stage2"), task="r2v-tiny"),
-            "--recipe paper_stage2 .* first stage: .*--dit_ckpt",
-        ),
-    ],
-)
-def test_what_is_missing_is_named(
-    config: TrainConfig, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        build_alone(config)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts_are_encoded_once_and_in_full_precision(

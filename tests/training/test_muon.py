@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -68,26 +66,3 @@ def test_parameters_without_gradient_and_vectors() -> None:
     assert torch.equal(weight, before) and not optimizer.state
     with pytest.raises(ValueError, match="two or more dimensions"):
         Muon([nn.Parameter(torch.zeros(3))])
-
-
-def test_it_minimises_and_its_state_survives_saving() -> None:
-    target = matrix(8, 8, seed=1)
-    weight = nn.Parameter(torch.zeros(8, 8))
-    optimizer = Muon([weight], lr=0.05)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = (weight - target).square().mean()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(60)]
-    assert losses[-1] < 0.1 * losses[0]
-    other_weight = nn.Parameter(weight.detach().clone())
-    other = Muon([other_weight], lr=0.9)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors otherwise
-    weight.grad = matrix(8, 8, seed=3)
-    other_weight.grad = weight.grad.clone()
-    optimizer.step()
-    other.step()
-    assert torch.equal(weight, other_weight)
