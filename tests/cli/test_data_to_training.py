@@ -117,9 +117,9 @@ def test_every_step_finds_the_data_in_order(cut: Path, packed: Path, manifest: P
         assert "4 rows; 4 checked, 0 with errors" in text
         with Image.open(f"{clips}.check.png") as sheet:
             assert min(sheet.size) > 200
-        assert "4" in done("data", "stats", clips, "--workers", 0)
-        assert Path(f"{clips}.stats.png").stat().st_size > 1000
-        assert json.loads(Path(f"{clips}.stats.json").read_text())["clips"] == 4
+    assert "4" in done("data", "stats", packed, "--workers", 0)
+    assert Path(f"{packed}.stats.png").stat().st_size > 1000
+    assert json.loads(Path(f"{packed}.stats.json").read_text())["clips"] == 4
 
 
 def test_errors_are_named_and_end_with_code_2(cut: Path, tmp_path: Path) -> None:

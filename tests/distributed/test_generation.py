@@ -74,7 +74,7 @@ REQUESTS: dict[str, tuple[int, dict[str, Any]]] = {
     "three references": (3, {**TWO, "sample_solver": "euler"}),
     "one branch": (1, {"ref_guide_scale": 1.0, "text_guide_scale": 1.0}),
 }
-USUAL = ("no reference", "one reference", "three references")
+USUAL = ("one reference", "three references")
 DIVISIONS = {
     "Ulysses 2": Division(ParallelSizes(1, 1, 2)),
     "ring 2": Division(ParallelSizes(1, 2, 1)),
@@ -87,6 +87,11 @@ DIVISIONS = {
     "cfg 2, dit_fsdp": Division(ParallelSizes(2, 1, 1), dit_fsdp=True),
     "all": Division(ParallelSizes(2, 1, 2), dit_fsdp=True, t5_fsdp=True),
     "offload": Division(ParallelSizes(1, 1, 2), offload_model=True),
+}
+REQUESTED = {
+    "offload": ("one reference",),
+    "cfg 2, dit_fsdp": ("one reference", "one branch"),
+    **dict.fromkeys(("Ulysses 2", "cfg 3", "all"), ("no reference", *USUAL)),
 }
 
 
@@ -142,9 +147,7 @@ shards_on_cpu = pytest.mark.skipif(not can_shard_on_cpu(), reason="this torch sh
 )
 def test_the_same_video(name: str, checkpoint: Path) -> None:
     division, expected = DIVISIONS[name], alone(checkpoint)
-    names = {"offload": ("one reference",), "cfg 2, dit_fsdp": ("one reference", "one branch")}.get(
-        name, USUAL
-    )
+    names = REQUESTED.get(name, USUAL)
     found = run_ranks(make_videos, division.sizes.world, division, checkpoint, names)
     for rank, results in enumerate(found):
         for request, (latents, video), (first_latents, _) in zip(names, results, found[0], strict=True):

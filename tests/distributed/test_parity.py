@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 
@@ -28,7 +31,6 @@ LAYOUTS = {
     "2x4 Ulysses 2 x ring 2": ParallelSizes(2, 2, 2),
     "2x4 Ulysses": ParallelSizes(2, 1, 4),
 }
-SLOW = ("4x1", "1x4 ring", "2x4 Ulysses")  # near relatives of others
 REFERENCES = {
     "varying": (1, 3, 0, 2),
     "first half of the batch only": (2, 1, 0, 0),
@@ -73,12 +75,6 @@ def gradients(
     return values, dict(zip(named, keeper.kept.values(), strict=True))
 
 
-def several_gradients(
-    rank: int, sizes: ParallelSizes, counts: list[tuple[int, ...]]
-) -> list[tuple[dict, dict]]:
-    return [gradients(rank, sizes, references, {}) for references in counts]
-
-
 def two_steps(
     rank: int, sizes: ParallelSizes, references: tuple[int, ...], changes: dict
 ) -> tuple[list, dict]:
@@ -114,58 +110,78 @@ def assert_equal(found: tuple[object, dict], expected: tuple[object, dict], tole
         assert difference <= tolerance * max(1.0, tensor.abs().max().item()), f"{name}: {difference}"
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
-)
-def test_loss_and_every_gradient(layout: str) -> None:
-    sizes = LAYOUTS[layout]
-    # Where the references are matters to ranks with samples of their own.
-    counts = list(REFERENCES.values())[: 3 if sizes.data > 1 and sizes.world < 8 else 1]
-    for results in run_ranks(several_gradients, sizes.world, sizes, counts):
-        for result, references in zip(results, counts, strict=True):
-            expected = alone(gradients, references)
-            assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
-            assert_equal(result, expected)
+@dataclass(frozen=True)
+class Case:
+    """What ranks do in one start after the other, each of which would cost seconds.
+
+    Attributes:
+        what: `gradients` or `two_steps`.
+        references: of the samples in turn.
+        changes: settings that one device has too; divided: those of the ranks alone.
+    """
+
+    what: Callable[..., tuple]
+    references: tuple[int, ...] = REFERENCES["varying"]
+    changes: dict[str, object] = field(default_factory=dict)
+    divided: dict[str, object] = field(default_factory=dict)
+    tolerance: float = 1e-5
 
 
-@pytest.mark.parametrize(
-    "layout", ["2x2 ring", pytest.param("1x4 Ulysses 2 x ring 2", marks=pytest.mark.slow)]
-)
-def test_two_optimizer_steps_with_clipping_and_average(layout: str) -> None:
-    sizes, counts = LAYOUTS[layout], REFERENCES["varying"]
-    expected = alone(two_steps, counts)
-    for result in run_ranks(two_steps, sizes.world, sizes, counts, {}):
-        assert_equal(result, expected)
+def gradients_of(*names: str) -> list[Case]:
+    return [Case(gradients, REFERENCES[name]) for name in names]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"cpu_offload": True, "activation_checkpointing": "full", "drop_references": 0.5},
-        {"tap": "self_attn", "activation_checkpointing": "selective"},
-        {"weight": 0.0},
-        {"optimizer": "muon"},
+# Where references are matters to ranks with samples of their own.
+CASES = {
+    "1x2 Ulysses": [
+        *gradients_of("varying"),
+        Case(
+            two_steps,
+            changes={"cpu_offload": True, "activation_checkpointing": "full", "drop_references": 0.5},
+        ),
+        Case(two_steps, changes={"tap": "self_attn", "activation_checkpointing": "selective"}),
+        Case(two_steps, changes={"weight": 0.0}),
     ],
-    ids=lambda changes: next(iter(changes)),
+    "1x2 ring": gradients_of("varying"),
+    "2x1": [
+        *gradients_of(*REFERENCES),
+        # Muon orthogonalises in bf16, where rounding noise in a gradient may tip the last bit.
+        Case(two_steps, changes={"optimizer": "muon"}, tolerance=1e-3),
+        Case(two_steps, divided={"global_batch_size": SAMPLES, "batch_size": 1}),  # accumulation equals ranks
+    ],
+    "2x2 Ulysses": gradients_of(*REFERENCES),
+    "2x2 ring": [*gradients_of(*REFERENCES), Case(two_steps)],
+    "1x4 Ulysses": gradients_of("varying"),
+    "1x4 Ulysses 2 x ring 2": gradients_of("varying"),
+    "2x4 Ulysses 2 x ring 2": gradients_of("varying"),
+    # near relatives of others
+    "4x1": gradients_of(*REFERENCES),
+    "1x4 ring": [*gradients_of("varying"), Case(two_steps)],
+    "2x4 Ulysses": gradients_of(*REFERENCES),
+}
+SLOW = ("4x1", "1x4 ring", "2x4 Ulysses")
+
+
+def run_cases(rank: int, layout: str) -> list[tuple]:
+    return [
+        case.what(rank, LAYOUTS[layout], case.references, {**case.changes, **case.divided})
+        for case in CASES[layout]
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
 )
-def test_with_other_settings(changes: dict) -> None:
-    sizes, counts = LAYOUTS["2x1" if "optimizer" in changes else "1x2 Ulysses"], REFERENCES["varying"]
-    # Muon orthogonalises in bf16, where rounding noise in a gradient may tip the last bit.
-    tolerance = 1e-3 if changes.get("optimizer") == "muon" else 1e-5
-    expected = alone(two_steps, counts, **changes)
-    for result in run_ranks(two_steps, sizes.world, sizes, counts, changes):
-        assert_equal(result, expected, tolerance)
-
-
-def test_accumulation_equals_ranks() -> None:
-    counts = REFERENCES["varying"]
-    found = run_ranks(accumulated, 2, counts)
-    for result in found:
-        assert_equal(result, alone(two_steps, counts))
-
-
-def accumulated(rank: int, references: tuple[int, ...]) -> tuple[list, dict]:
-    return two_steps(rank, ParallelSizes(2), references, {"global_batch_size": SAMPLES, "batch_size": 1})
+def test_losses_gradients_and_weights_are_those_of_one_device(layout: str) -> None:
+    for results in run_ranks(run_cases, LAYOUTS[layout].world, layout):
+        for case, found in zip(CASES[layout], results, strict=True):
+            expected = alone(case.what, case.references, **case.changes)
+            if case.what is gradients:
+                assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
+            try:
+                assert_equal(found, expected, case.tolerance)
+            except AssertionError as error:
+                raise AssertionError(f"{case}: {error}") from None
 
 
 def wrong_shards(rank: int, sizes: ParallelSizes, references: tuple[int, ...]) -> tuple[dict, dict]:

@@ -30,6 +30,7 @@ BASE = TrainConfig(
     ema_decay=0.9,
     precision="fp32",
     save_every=3,
+    validation_clips=4,
     drop_text=0.2,
     drop_references=0.2,
     drop_both=0.1,

@@ -161,9 +161,15 @@ def test_ci_runs_the_two_commands() -> None:
 
 
 def test_links_and_pictures_of_the_documents_exist():
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for document in [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]:
         text = document.read_text(encoding="utf-8")
         assert "@@" not in text, f"{document.name} has an unfilled place"
         for target in re.findall(r"\]\(([^)#\s]+)", text):
             if not target.startswith(("http://", "https://")):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_picture_of_the_rooms_is_the_present_one():
+    command = [sys.executable, str(ROOT / "docs" / "draw_rooms.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run python docs/draw_rooms.py: {done.stderr}"

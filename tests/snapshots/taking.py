@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor
 
+import generate
 import train_refalign
 from tests.helpers.clips import render
 from tests.helpers.opens2v_fixture import FRAMES, SIZE, write_native_set
@@ -228,9 +229,9 @@ class Taking:
         out.mkdir()
         arguments = {"task": "r2v-tiny", "prompt": "a red triangle", "sample_steps": 4, "frame_num": 5}
         arguments |= {"base_seed": 3, "device": "cpu", "save_file": out / "video.mp4"}
-        self._python(
-            ROOT / "generate.py", *words(arguments), "--ref", *REFERENCES, "--ref_role", "subject", "face"
-        )
+        flags = (*words(arguments), "--ref", *REFERENCES, "--ref_role", "subject", "face")
+        with Program(generate.main, *flags, folder=self.folder, said=self.folder / "generate") as program:
+            assert program.wait(SECONDS) == 0, program.stderr[-4000:]
         with av.open(str(out / "video.mp4")) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         levels = np.stack(frames).astype(np.float64)
