@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from refalign_ext.atomic_io import atomic_open
 from refalign_ext.data.clip_set import ClipSet
 from refalign_ext.data.hashing import hash64
 from refalign_ext.data.media_source import Media, MediaBytes
@@ -120,7 +121,12 @@ def _file_state(path: Path) -> tuple[int, int]:
 
 
 def open_clip_index(
-    clip_set: ClipSet, *, workers: int = 0, fallback_dir: Path | None = None, logs_bad_clips: bool = True
+    clip_set: ClipSet,
+    *,
+    workers: int = 0,
+    fallback_dir: Path | None = None,
+    logs_bad_clips: bool = True,
+    tries_bad_again: bool = True,
 ) -> np.ndarray:
     """Records [rows] of `RECORD`, kept in a file and used again until the set changes; in memory if none can be written.
 
@@ -130,6 +136,8 @@ def open_clip_index(
         workers: processes that open files; 0: this one.
         fallback_dir: folder for the index if it cannot be written beside the set.
         logs_bad_clips: rows that cannot be used are counted in the log, the first few by name.
+        tries_bad_again: files that could not be used are opened again, as their download may have ended since. Of several
+            ranks one does it, before the others.
     """
     if not len(clip_set):
         raise ValueError(f"{clip_set.path} has no clips")
@@ -138,6 +146,8 @@ def open_clip_index(
     records = next((found for found in opened if found is not None), None)
     if records is None:
         records = _build(clip_set, paths, mark, workers, logs_bad_clips)
+    elif tries_bad_again:
+        records = _with_mended(clip_set, records, mark, workers)
     if logs_bad_clips:
         _log_unusable(clip_set, records)
     return records
@@ -197,6 +207,27 @@ def _build(
     return found
 
 
+def _with_mended(clip_set: ClipSet, records: np.ndarray, mark: bytes, workers: int) -> np.ndarray:
+    """The records, kept anew if some of the files can be used by now that could not before."""
+    bad = np.flatnonzero(records["state"] == BAD_VIDEO)
+    if not len(bad):
+        return records
+    pieces = [bad[start : start + _CHUNK].tolist() for start in range(0, len(bad), _CHUNK)]
+    work = partial(_index_rows, clip_set, _measured_records())
+    workers = min(workers, len(pieces) - 1)
+    looked_at = run_each(work, pieces, workers=workers, description="looking again", weight=len, unit="clip")
+    fresh = np.concatenate([found for _, (found, _) in looked_at])
+    mended = (fresh["state"] == USABLE).sum()
+    if not mended:
+        return records
+    logger.info("%s: %d clips can be used that could not before", clip_set.path, mended)
+    path, updated = Path(records.filename), np.array(records)
+    updated[bad] = fresh
+    with suppress(OSError), atomic_open(path) as file:
+        file.write(mark + updated.tobytes())
+    return updated
+
+
 def _continued(path: Path, mark: bytes) -> BinaryIO:
     """The file of an interrupted run after its last whole record, or a new one."""
     file = path.open("a+b")
@@ -246,7 +277,7 @@ def _chunks(
         yield records
 
 
-def _index_rows(clip_set: ClipSet, known: np.ndarray, rows: range) -> tuple[np.ndarray, list[str]]:
+def _index_rows(clip_set: ClipSet, known: np.ndarray, rows: Sequence[int]) -> tuple[np.ndarray, list[str]]:
     """Records of some rows, and why the first ones cannot be used that are not."""
     records, reasons = np.zeros(len(rows), RECORD), []
     for record, row in zip(records, rows, strict=True):

@@ -147,6 +147,7 @@ def _clip_sources(
             workers=workers,
             max_bad_share=config.max_bad_share,
             fallback_dir=Path(config.out) / "clip_indexes",
+            tries_bad_again=parallel.is_main,
             **options,
         )
 

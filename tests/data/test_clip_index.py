@@ -180,6 +180,30 @@ def test_every_clip_is_known_and_the_index_kept(
     assert len(open_clip_index(rows_of(folder, spans[0]))) == 1  # another manifest, another index
 
 
+def test_a_download_that_has_ended_since_is_noticed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    whole = (folder / "clip.mp4").read_bytes()
+    (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    clips = rows_of(
+        folder, *(VideoSpan(name) for name in ("clip.mp4", "half.mp4", "missing.mp4", "never.mp4"))
+    )
+    assert open_clip_index(clips)["state"].tolist() == [USABLE, *[BAD_VIDEO] * 3]
+    (folder / "half.mp4").write_bytes(whole)
+    (folder / "missing.mp4").write_bytes(whole)
+    assert open_clip_index(clips, tries_bad_again=False)["state"].tolist() == [USABLE, *[BAD_VIDEO] * 3]
+    for _ in range(2):
+        found = open_clip_index(clips)
+        assert found["state"].tolist() == [USABLE] * 3 + [BAD_VIDEO]
+        assert len(set(found["frames"][:3].tolist())) == 1
+    assert sum("2 clips can be used that could not before" in text for text in caplog.messages) == 1
+    opened: list[int] = []
+    original = clip_index.measure
+    monkeypatch.setattr(clip_index, "measure", lambda *given: opened.append(given[1]) or original(*given))
+    assert isinstance(open_clip_index(clips), np.memmap) and opened == []  # what is missing is not opened
+
+
 def test_an_interrupted_index_goes_on(clips: ClipSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_index, "_CHUNK", 3)
     original, measured = clip_index.measure, []

@@ -54,6 +54,16 @@ def test_pads_and_masks(folder: Path) -> None:
     assert tokenizer.vocab_size == len(PIECES)
 
 
+def test_what_is_cut_off_a_prompt_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = HuggingfaceTokenizer(folder, seq_len=4)
+    for _ in range(2):
+        tokenizer(["red cat red", "red cat red Red cat", ""])
+    (line,) = caplog.messages
+    assert "reads 4 tokens" in line and "the last 2 of 6" in line and "red cat red'" in line
+    HuggingfaceTokenizer(folder)("red cat red Red cat")
+    assert len(caplog.messages) == 1
+
+
 def test_truncation_keeps_the_end_token(folder: Path) -> None:
     ids, mask = HuggingfaceTokenizer(folder, seq_len=3)("red red red red", return_mask=True)
     assert ids.tolist() == [[5, 5, 1]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
+_SHOWN = 40  # characters of what is kept, before the cut
 
 
 def clean_text(text: str) -> str:
@@ -51,6 +55,7 @@ class HuggingfaceTokenizer:
         self.name = str(name)
         self.seq_len = seq_len
         self.clean = clean
+        self._told: set[str] = set()
         self.tokenizer = _load(self.name, local_files_only)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(f"{name}: the tokenizer has no padding token; download it again")
@@ -71,12 +76,29 @@ class HuggingfaceTokenizer:
         texts = [sequence] if isinstance(sequence, str) else list(sequence)
         if self.clean is not None:
             texts = [clean_text(text) for text in texts]
+        for text in texts:
+            self._tell_of_cut(text)
         fixed = {} if self.seq_len is None else {"padding": "max_length", "max_length": self.seq_len}
         settings = {"return_tensors": "pt", "truncation": self.seq_len is not None, **fixed, **options}
         tokens = self.tokenizer(texts, **settings)
         if return_mask:
             return tokens["input_ids"], tokens["attention_mask"]
         return tokens["input_ids"]
+
+    def _tell_of_cut(self, text: str) -> None:
+        """Warns, once for a text, of what lies beyond the tokens that are kept: it has no effect."""
+        # A token stands for at least one byte, so most texts need not be counted.
+        if self.seq_len is None or len(text.encode()) < self.seq_len or text in self._told:
+            return
+        ids = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        if len(ids) <= self.seq_len:
+            return
+        self._told.add(text)
+        kept = " ".join(self.tokenizer.decode(ids[: self.seq_len - 1]).replace("▁", " ").split())
+        logger.warning(
+            "the text encoder reads %d tokens of a prompt: the last %d of %d have no effect, all after %r",
+            *(self.seq_len, len(ids) - self.seq_len, len(ids), f"...{kept[-_SHOWN:]}"),
+        )
 
 
 def _load(name: str, local_files_only: bool) -> Any:

@@ -47,6 +47,7 @@ class ClipSource:
         mixed_shards: tar shards among which rows are shuffled: more mix better, fewer read more nearly in sequence.
         start_method: how processes begin.
         fallback_dir: folder for the indexes of sets beside which they cannot be written.
+        tries_bad_again: see `open_clip_index`.
 
     Raises:
         ValueError: for a mix that does not fit the sets.
@@ -73,6 +74,7 @@ class ClipSource:
         mixed_shards: int = 4,
         start_method: str = "spawn",
         fallback_dir: Path | None = None,
+        tries_bad_again: bool = True,
     ) -> None:
         if mix is not None and len(mix) != len(clip_sets):
             raise ValueError(
@@ -86,6 +88,7 @@ class ClipSource:
         self.batch_size, self.data_rank, self.data_size = batch_size, data_rank, data_size
         self.caches, self.workers, self.max_bad_share = caches, workers, max_bad_share
         self.mixed_shards, self.start_method, self.fallback_dir = mixed_shards, start_method, fallback_dir
+        self.tries_bad_again = tries_bad_again
         self._sets: list[SetOrder] = []
         self._dataset: ClipDataset | None = None
         self._loader: ClipLoader | None = None
@@ -97,7 +100,12 @@ class ClipSource:
             return
         limits = {"max_bad_share": self.max_bad_share, "fallback_dir": self.fallback_dir}
         indexes = [
-            open_clip_index(clip_set, workers=self.workers, fallback_dir=self.fallback_dir)
+            open_clip_index(
+                clip_set,
+                workers=self.workers,
+                fallback_dir=self.fallback_dir,
+                tries_bad_again=self.tries_bad_again,
+            )
             for clip_set in self.clip_sets
         ]
         rules = reference_rules(indexes, self.split)
