@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from wan.configs import WAN_CONFIGS
 from wan.modules.model import WanModel
 from wan.utils.dit_checkpoint import (
+    checkpoint_files,
     dit_arguments,
     dit_state_dict_from_diffusers,
     load_dit,
@@ -200,3 +201,46 @@ def test_folders_without_a_clear_choice(tmp_path: Path) -> None:
             save_file({"a": torch.zeros(1)}, tmp_path / f"{stem}{letter}.safetensors")
         with pytest.raises(ValueError, match=rf"{stem}a.safetensors, {stem}b.safetensors\); name the one"):
             read_dit_checkpoint(tmp_path)
+
+
+def test_shards_need_no_index_but_all_of_them(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    names = [f"diffusion_pytorch_model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for number, name in enumerate(names):
+        save_file({key: weights[key] for key in list(weights)[number::3]}, tmp_path / name)
+    found = read_dit_checkpoint(tmp_path)
+    assert_same({key: found.state_dict[key] for key in weights}, weights)
+    assert found.files == checkpoint_files(tmp_path) == [tmp_path / name for name in names]
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(ValueError, match="shard 00002 of 00003 is missing"):
+        read_dit_checkpoint(tmp_path)
+    assert checkpoint_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.ckpt", "model.bin", "model"])
+def test_safetensors_under_another_name(tmp_path: Path, weights: dict[str, torch.Tensor], name: str) -> None:
+    save_file(weights, tmp_path / name)
+    assert_same(read_dit_checkpoint(tmp_path / name).state_dict, weights)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "renamed.safetensors"])
+def test_gguf_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    with pytest.raises(ValueError, match=rf"{name}: a GGUF file.*safetensors"):
+        read_dit_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_scaled_weights_of_eight_bits_are_multiplied_out(
+    tmp_path: Path, weights: dict[str, torch.Tensor], cfg: EasyDict, suffix: str
+) -> None:
+    stored, expected = dict(weights), dict(weights)
+    for key in ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight"):
+        scale = weights[key].abs().max() / 448
+        eight_bits = (weights[key] / scale).to(torch.float8_e4m3fn)
+        layer = key.removesuffix(".weight")
+        stored |= {key: eight_bits, f"{layer}.{suffix}": scale, f"{layer}.scale_input": torch.ones(())}
+        expected[key] = (eight_bits.float() * scale).to(torch.bfloat16)
+    stored["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    save_file({f"model.diffusion_model.{key}": value for key, value in stored.items()}, tmp_path / NAME)
+    assert_same(read_dit_checkpoint(tmp_path).state_dict, expected)
+    load_dit(tmp_path, cfg, dtype=torch.float32)

@@ -61,6 +61,10 @@ _IN_BLOCK = {
         )
     },
 }
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# Beside a weight of eight bits: its scale, by an older and a newer name, and what only says how it was made.
+_SCALES = (".scale_weight", ".weight_scale")
+_OF_QUANTISATION = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 _KEY = re.compile(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?")
 
 # what makes two models' weights interchangeable, by the configuration's names
@@ -100,20 +104,22 @@ def read_dit_checkpoint(path: str | Path) -> DiTCheckpoint:
         ValueError: nothing readable is there, two tensors claim the same name, or config.json is no JSON
             object.
     """
-    source = _file_to_read(Path(path))
+    sources = _files_to_read(Path(path))
+    source = sources[0]
     tensors: dict[str, torch.Tensor] = {}
-    for key, tensor in read_state_dict(source).items():
+    for key, tensor in (item for file in sources for item in read_state_dict(file).items()):
         name = _strip_prefixes(key)
         if name in tensors:
             raise ValueError(
                 f"{source}: several tensors are named {name} once prefixes are removed; keep one model"
             )
         tensors[name] = tensor
+    tensors = _unscaled(tensors)
     if any(key.startswith("condition_embedder.") for key in tensors):
         tensors = dit_state_dict_from_diffusers(tensors)
     projectors = {key: tensor for key, tensor in tensors.items() if _PROJECTOR.match(key)}
     weights = {key: tensor for key, tensor in tensors.items() if key not in projectors}
-    return DiTCheckpoint(weights, projectors, _read_config(source.parent / "config.json"), _files(source))
+    return DiTCheckpoint(weights, projectors, _read_config(source.parent / "config.json"), _files(sources))
 
 
 def dit_state_dict_from_diffusers(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -221,42 +227,65 @@ def dit_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
 def checkpoint_files(path: str | Path) -> list[Path]:
     """The files that `read_dit_checkpoint` would read, for naming and hashing them; empty if it would refuse."""
     try:
-        source = _file_to_read(Path(path))
-        return _files(source) if source.is_file() else []
+        sources = _files_to_read(Path(path))
+        return _files(sources) if all(source.is_file() for source in sources) else []
     except (ValueError, OSError):
         return []
 
 
-def _file_to_read(path: Path) -> Path:
-    """The file or index that a path stands for."""
+def _files_to_read(path: Path) -> list[Path]:
+    """The file or index that a path stands for, or all shards of a model without an index."""
     if not path.is_dir():
-        return path
+        return [path]
     for suffix in (INDEX_SUFFIX, SAFETENSORS_SUFFIX):
         if found := sorted(path.glob(f"{DIT_STEM}*{suffix}")):
-            return _only(path, found)
+            return _one_model(path, found)
     if (path / "transformer").is_dir():
-        return _file_to_read(path / "transformer")
+        return _files_to_read(path / "transformer")
     suffixes = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
-    return _only(path, sorted(file for file in path.iterdir() if file.suffix in suffixes))
+    return _one_model(path, sorted(file for file in path.iterdir() if file.suffix in suffixes))
 
 
-def _only(folder: Path, files: list[Path]) -> Path:
+def _one_model(folder: Path, files: list[Path]) -> list[Path]:
     if not files:
         raise ValueError(
             f"{folder}: no transformer ({DIT_STEM}*.safetensors) in this folder; check the path or download it"
         )
+    shards = [_SHARD.fullmatch(file.name) for file in files]
+    if all(shards) and len({(shard["stem"], shard["count"]) for shard in shards if shard}) == 1:
+        here, count = {int(shard["number"]) for shard in shards if shard}, int(files[0].stem[-5:])
+        absent = [f"{number:05d}" for number in range(1, count + 1) if number not in here]
+        if absent:
+            raise ValueError(
+                f"{folder}: shard {', '.join(absent[:4])} of {count:05d} is missing; download it"
+            )
+        return files
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4]) + (" and more" if len(files) > 4 else "")
         raise ValueError(
             f"{folder}: {len(files)} files may be the transformer ({names}); name the one to read"
         )
-    return files[0]
+    return files
 
 
-def _files(source: Path) -> list[Path]:
-    if not source.name.endswith(INDEX_SUFFIX):
-        return [source]
-    return [source.parent / shard for shard in sorted(set(index_shards(source).values()))]
+def _files(sources: list[Path]) -> list[Path]:
+    if not sources[0].name.endswith(INDEX_SUFFIX):
+        return sources
+    return [sources[0].parent / shard for shard in sorted(set(index_shards(sources[0]).values()))]
+
+
+def _unscaled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of eight bits times their scales, as ComfyUI stores them, in bfloat16; other tensors as they are."""
+    scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_SCALES)}
+    if not scales:
+        return tensors
+    left_out = (*_SCALES, *_OF_QUANTISATION)
+    plain = {key: tensor for key, tensor in tensors.items() if not key.endswith(left_out)}
+    for key, scale in scales.items():
+        weight = f"{key.rpartition('.')[0]}.weight"
+        if weight in plain and plain[weight].itemsize == 1 and plain[weight].is_floating_point():
+            plain[weight] = (plain[weight].float() * scale.float()).to(torch.bfloat16)
+    return plain
 
 
 def _strip_prefixes(key: str) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 
 SAFETENSORS_SUFFIX = ".safetensors"
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 INDEX_SUFFIX = ".index.json"
 
 _LISTED_KEYS = 8
@@ -54,7 +54,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     _refuse_unreadable(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _read_sharded(path)
-    if path.suffix == SAFETENSORS_SUFFIX:
+    if path.suffix == SAFETENSORS_SUFFIX or _is_safetensors(path):
         return _read_safetensors(path)
     if path.suffix in PICKLE_SUFFIXES:
         return _read_pickle(path)
@@ -202,6 +202,13 @@ def index_shards(path: Path) -> dict[str, str]:
     return shard_of
 
 
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file of another name begins as a safetensors file: with the length of a header, and the header."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -261,6 +268,8 @@ def _refuse_unreadable(path: Path) -> None:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if not start:
         raise ValueError(f"{path}: empty file; download it again")
+    if start.startswith(b"GGUF"):
+        raise ValueError(f"{path}: a GGUF file, which is not read; use the safetensors file it was made from")
     if start == _LFS_POINTER_START:
         raise ValueError(
             f"{path}: a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
+import re
 from collections.abc import Sequence
-from contextlib import suppress
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,14 +16,11 @@ GAP = 10
 INK, FAINT, ACCENT, BAD = (28, 30, 34), (110, 114, 122), (46, 98, 190), (190, 30, 30)
 _PAPER, _LINE = (250, 250, 248), (214, 214, 210)
 
-# Pillow's own font knows Latin letters only; for others the first of these that is installed is used.
-_OTHER_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "wqy-microhei.ttc",
-    "PingFang.ttc",
-    "msyh.ttc",
-    "DejaVuSans.ttf",
+# Styles of a family that are not for running text.
+_STYLES = re.compile(
+    "bold|italic|oblique|mono|condensed|light|black|medium|thin|serif|math|display", re.IGNORECASE
 )
+logger = logging.getLogger(__name__)
 
 
 def blank(width: int, height: int) -> Image.Image:
@@ -96,7 +95,7 @@ def error_text(text: str, width: int) -> Image.Image:
 
 def paragraph(text: str, size: int, colour: Colour, width: int, lines: int) -> Image.Image:
     """Text in at most so many lines, the rest of it left out."""
-    font = _font(size, all(ord(letter) < 0x250 or 0x2010 <= ord(letter) <= 0x2026 for letter in text))
+    font = _font(size, frozenset(ord(letter) for letter in text if not letter.isspace()))
     shown = wrapped(text, font, width, lines)
     height = round(size * 1.35)
     page = blank(width, height * len(shown) + 2)
@@ -131,9 +130,43 @@ def _longest(text: str, font: ImageFont.FreeTypeFont, width: int) -> int:
     return low
 
 
-@functools.lru_cache(maxsize=64)
-def _font(size: int, is_latin: bool) -> ImageFont.FreeTypeFont:
-    for name in () if is_latin else _OTHER_FONTS:
-        with suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
+@functools.lru_cache(maxsize=256)
+def _font(size: int, letters: frozenset[int]) -> ImageFont.FreeTypeFont:
+    """Pillow's own font where it has these letters, else the installed one that has the most of them."""
+    if all(letter < 0x250 or 0x2010 <= letter <= 0x2026 for letter in letters):
+        return ImageFont.load_default(size)
+    best = max(_installed_fonts(), key=lambda path: len(letters & _letters_of(path)), default=None)
+    if best is not None and not letters & _letters_of(best):
+        best = None
+    missing = letters if best is None else letters - _letters_of(best)
+    if missing:
+        _tell_of_missing("".join(map(chr, sorted(missing)[:8])))
+    return ImageFont.load_default(size) if best is None else ImageFont.truetype(best, size)
+
+
+@functools.cache
+def _installed_fonts() -> list[str]:
+    """Files of fonts, those for running text first."""
+    from matplotlib import font_manager
+
+    return sorted(
+        font_manager.findSystemFonts(), key=lambda path: (bool(_STYLES.search(Path(path).stem)), path)
+    )
+
+
+@functools.cache
+def _letters_of(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):  # a damaged font, or one of a kind that cannot be read
+        return frozenset()
+
+
+@functools.cache
+def _tell_of_missing(letters: str) -> None:
+    logger.warning(
+        "no font on this machine has %s: boxes are drawn instead; install one, such as Noto Sans CJK or Noto Emoji",
+        letters,
+    )
