@@ -22,7 +22,7 @@ from refalign_ext.checkpoint.adapters import (
     loras_of,
     require_base,
 )
-from refalign_ext.checkpoint.checkpointer import is_checkpoint, read_meta, read_model_config
+from refalign_ext.checkpoint.checkpointer import checkpoints_in, is_checkpoint, read_meta, read_model_config
 from refalign_ext.checkpoint.lora_files import LoRAFile, lora_path, read_lora, with_loras
 from refalign_ext.checkpoint.state import AVERAGE, DIT, MODEL, PROJECTORS
 from refalign_ext.checkpoint.stored_tensors import StoredTensors
@@ -52,6 +52,7 @@ def read_any_dit(path: Path, *, extra: Collection[str] = (), loras: Sequence[str
     Args:
         loras: LoRAs to merge into it, each FILE or FILE:SCALE; see `add_loras`.
     """
+    path = newest_of_run(path)
     if not loras and not is_checkpoint(path):
         return read_dit_checkpoint(path)
     found = add_loras(_open_any_dit(path, extra), loras)
@@ -104,8 +105,17 @@ def _trained_lora(path: Path) -> LoRAFile:
     return LoRAFile(path, factors, base=adapter.base, base_sha256=adapter.base_sha256)
 
 
+def newest_of_run(path: Path) -> Path:
+    """The newest step-* folder where a path means a run, its `checkpoints` or `latest` in there; else the path itself."""
+    for folder in (path / "checkpoints", path, path.parent if path.name == "latest" else path):
+        if folder.is_dir() and (found := checkpoints_in(folder)):
+            return found[-1]
+    return path
+
+
 def dit_files(path: Path) -> list[Path]:
     """The files that hold a DiT's tensors; empty where nothing readable is."""
+    path = newest_of_run(path)
     return sorted(path.glob("*.distcp")) if is_checkpoint(path) else checkpoint_files(path)
 
 
@@ -179,6 +189,7 @@ def _stored_dit(stored: StoredTensors, *, raw: bool) -> dict[str, Weight]:
 
 
 def _open_any_dit(path: Path, extra: Collection[str] = ()) -> StoredDiT:
+    path = newest_of_run(path)
     if is_checkpoint(path):
         return open_dit(path, extra=extra)
     found = read_dit_checkpoint(path)  # memory-mapped

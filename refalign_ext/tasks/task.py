@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from refalign_ext.paths import near_miss
 from refalign_ext.request import (
     MATTE_MODES,
     MAX_REFERENCES,
@@ -208,8 +209,11 @@ class Task:
                 f"task {self.name} needs --ckpt_dir: get the folder with "
                 f"`hf download {self.download} --local-dir {local}`"
             )
+        if folder.is_file():
+            raise ValueError(f"--ckpt_dir {folder} is a file: name its folder, or pass it as --dit_ckpt")
         if not folder.is_dir():
-            raise ValueError(f"checkpoint folder {folder} does not exist: download it or correct --ckpt_dir")
+            meant = near_miss(folder) or "download it or correct --ckpt_dir"
+            raise ValueError(f"checkpoint folder {folder} does not exist: {meant}")
         return folder
 
     def open(self, request: GenerationRequest) -> GenerationRequest:

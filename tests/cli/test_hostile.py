@@ -66,6 +66,11 @@ EARLY = {
     "a folder as a picture": ("--ref weights", "--ref weights is a folder"),
     "a link in a circle": ("--ref loop", "--ref loop cannot be reached"),
     "a folder in a circle": ("--ref loop/a.png", "cannot be reached"),
+    "a file as a checkpoint folder": (
+        "--ref red.png --ckpt_dir red.png",
+        r"red\.png is a file: name its folder",
+    ),
+    "a folder's near miss": ("--ref red.png --ckpt_dir weight", "did you mean weights"),
     "another case": ("--ref RED.png", r"did you mean red\.png\?"),
     "a list with commas": ("--ref red.png,red.png", r"blanks between them: red\.png red\.png"),
     "a LoRA that is not there": (

@@ -249,6 +249,14 @@ def test_every_form_of_our_adapter_is_read_as_a_lora(
     assert str(base) in warning and str(tmp_path / "other") in warning
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/latest"])
+def test_a_run_means_its_newest_checkpoint(checkpoint: Path, inside: str) -> None:
+    path = checkpoint.parents[1] / inside
+    assert reading.newest_of_run(path) == checkpoint
+    assert reading.dit_files(path) == reading.dit_files(checkpoint) != []
+    assert_bitwise(read_any_dit(path).state_dict, read_any_dit(checkpoint).state_dict)
+
+
 def test_what_was_trained_on_a_model_with_a_lora_is_merged_into_that(
     checkpoint: Path, base: Path, tmp_path: Path
 ) -> None:

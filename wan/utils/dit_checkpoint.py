@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 DIT_STEM = "diffusion_pytorch_model"
 _PREFIXES = ("pipe.", "dit.", "model.", "module.", "diffusion_model.", "_orig_mod.", "_fsdp_wrapped_module.")
 _PROJECTOR = re.compile(r"blocks\.\d+\.input_mlp\.")
-_IMAGE_TO_VIDEO = ("img_emb.", "condition_embedder.image_embedder.")
+_OTHER_FAMILIES = {
+    "image-to-video": ("img_emb.", "condition_embedder.image_embedder."),
+    "VACE": ("vace_blocks.", "vace_patch_embedding."),
+}
 
 # upstream -> diffusers, for whole names of modules; the first table outside the blocks, the second in each
 _TOP_LEVEL = {
@@ -337,10 +340,11 @@ def _check_architecture(checkpoint: DiTCheckpoint, cfg: Mapping[str, Any], path:
     wanted, found = _stated_architecture(cfg), _architecture(checkpoint.state_dict)
     tasks = [name for name, known in WAN_CONFIGS.items() if known is cfg] or _tasks_of(wanted)
     task = ", ".join(tasks) or "the model asked for"
-    if any(key.startswith(_IMAGE_TO_VIDEO) for key in checkpoint.state_dict):
-        raise ValueError(
-            f"{path}: image-to-video weights, which are not supported yet; use text-to-video weights"
-        )
+    for kind, prefixes in _OTHER_FAMILIES.items():
+        if any(key.startswith(prefixes) for key in checkpoint.state_dict):
+            raise ValueError(
+                f"{path}: {kind} weights, which are not supported yet; use text-to-video weights"
+            )
     if found is None:
         raise ValueError(f"{path}: not the weights of a Wan transformer; use the file made for {task}")
     if found != wanted:
