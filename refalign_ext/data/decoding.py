@@ -1,7 +1,7 @@
 """Frames of clips: any of them without those before its key frame, upright, in true colours, at a set rate.
 
 Frames are counted from 0 in the order in which they are shown, seconds from the first one. Pixels are taken as square;
-nothing is tone-mapped.
+nothing is tone-mapped, and what would need it is refused.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from refalign_ext.data.video_file import (
     open_video,
     orientation,
     packets_from,
+    refuse_hdr,
 )
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ class _Finish:
     def __call__(self, frame: av.VideoFrame) -> Tensor:
         if frame.is_corrupt:
             raise ValueError(f"{self.path}: the frame at {frame.time} s is damaged")
+        refuse_hdr(self.path, frame)
         pixels = _upright(frame, _rgb(frame, self.reformatter))
         if self.crop is not None:
             (left, top, right, bottom), (height, width) = self.crop, pixels.shape[:2]

@@ -100,7 +100,7 @@ class ManifestReader(ClipSet):
             path = resolve_inside(self.path.parent, name)
             if not path.is_file():
                 raise ValueError(f"{name} does not exist or is no file")
-        except (ValueError, OSError, RuntimeError) as error:  # long names, locked folders, circles of links
+        except (ValueError, OSError) as error:  # long names, locked folders, circles of links
             raise ValueError(f"{self.place(row)}: {error}") from None
         return path
 

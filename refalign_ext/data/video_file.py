@@ -26,6 +26,8 @@ _CONTAINERS = (
     "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,ivf,nut,mxf,dv,m4v,h264,hevc,obu,yuv4mpegpipe"
 )
 
+_HDR = {16: "PQ", 18: "HLG"}  # FFmpeg's numbers of transfer functions
+
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -36,6 +38,7 @@ class VideoInfo:
     frames: int  # of a file without times the number of its packets
     fps: float  # on average; 0 if nothing tells
     duration_s: float  # from the first frame to the end of the last one
+    oddities: tuple[str, ...] = ()  # what training would show wrongly, a sentence each
 
 
 class Packet(NamedTuple):
@@ -60,14 +63,44 @@ def probe(path: Media) -> VideoInfo:
         shown = [packet for packet in packets if packet.is_shown]
         if frame is None or not shown:
             raise ValueError(f"{path}: cannot be decoded (no frames in its video)")
+        refuse_hdr(path, frame)
+        oddities = tuple(_oddities(container, stream, frame))
         size = (frame.height, frame.width) if is_transposed(frame) else (frame.width, frame.height)
     if times is None or len(times) < 2 or tick is None:
         seconds = Fraction(len(shown)) / rate if rate else Fraction(0)
-        return VideoInfo(*size, len(shown), float(rate or 0), float(seconds))
+        return VideoInfo(*size, len(shown), float(rate or 0), float(seconds), oddities)
     steps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
     last = next(packet.duration for packet in shown if packet.pts == times[-1]) or steps[len(steps) // 2]
     span = (times[-1] - times[0]) * tick
-    return VideoInfo(*size, len(times), float((len(times) - 1) / span), float(span + last * tick))
+    fps = float((len(times) - 1) / span)
+    return VideoInfo(*size, len(times), fps, float(span + last * tick), oddities)
+
+
+def refuse_hdr(path: Media, frame: av.VideoFrame) -> None:
+    """Raises ValueError for a picture of high dynamic range: without tone mapping its white would be grey."""
+    name = _HDR.get(int(frame.color_trc or 0))
+    if name is not None:
+        raise ValueError(f"{path}: HDR video ({name}), which is not tone-mapped: convert it to BT.709 first")
+
+
+def _oddities(
+    container: av.container.InputContainer, stream: av.VideoStream, frame: av.VideoFrame
+) -> Iterator[str]:
+    ratio = stream.sample_aspect_ratio
+    if ratio and ratio != 1:
+        yield f"its pixels are not square ({ratio.numerator}:{ratio.denominator}) and are taken as if they were"
+    if frame.interlaced_frame:
+        yield "it is interlaced and is not deinterlaced"
+    if (count := len(_videos(container))) > 1:
+        yield f"it has {count} videos, of which the first is taken"
+
+
+def _videos(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """A container's videos; a cover picture is stored as one too."""
+    import av
+
+    cover = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & cover]
 
 
 @contextmanager
@@ -80,9 +113,7 @@ def open_video(path: Media) -> Iterator[tuple[av.container.InputContainer, av.Vi
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
         # Titles in an unknown encoding are common in downloads and of no interest.
         with av.open(file, metadata_errors="replace", options=options) as container:
-            # A cover picture is stored as a video stream too.
-            cover = av.stream.Disposition.attached_pic
-            streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+            streams = _videos(container)
             if not streams:
                 raise ValueError(f"{path}: cannot be decoded (it has no video)")
             context = streams[0].codec_context

@@ -47,7 +47,7 @@ def build_trainer(
         )
     if (config.lora_rank or config.lora) and config.from_scratch:
         flag = "lora_rank" if config.lora_rank else "lora"
-        raise ValueError(f"--{flag} changes weights that exist: leave --from_scratch out")
+        raise ValueError(f"--{flag} adapts weights that exist: leave --from_scratch out")
     config = source.complete(config)
     data = source.open(config, encoders, parallel)
     wanted = wanted_modules(config, extra_modules, parallel.sizes.world)

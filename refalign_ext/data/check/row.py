@@ -123,6 +123,8 @@ class RowCheck:
                 self._check_region(where, target, size, span)
         if info is None:
             return
+        for oddity in info.oddities:
+            self.add("warning", "video_odd", "video", f"{span.path}: {oddity}")
         self._compare("video", span, info, depends=bool(targets) or span.crop_xyxy is not None)
         try:
             frames = range(*steady_range(span, info.fps, info.frames))

@@ -112,7 +112,7 @@ class ClipMaker:
         name = Path(os.path.relpath(self.base / name, self.root)).as_posix()
         try:
             resolve_inside(self.root, name)
-        except (ValueError, OSError, RuntimeError):  # links in circles are a RuntimeError
+        except (ValueError, OSError):
             raise Unusable("outside_folder", name) from None
         return name
 
