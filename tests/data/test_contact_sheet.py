@@ -130,7 +130,7 @@ def test_what_cannot_be_read_is_shown_by_its_error(root: Path, monkeypatch: pyte
 
 
 def test_text_is_wrapped_into_the_width() -> None:
-    font = layout._font(18, True)
+    font = layout._font(18, frozenset())
     text = "A long sentence of many words " * 20 + "x" * 300
     for width in (80, 300, 1000):
         lines = layout.wrapped(text, font, width, 400)
