@@ -19,6 +19,8 @@ PRECISIONS = ("fp32", "bf16")
 DATA_SCHEDULES = ("mixed", "stages")
 ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
+_LARGEST = 2**31 - 1  # of whole numbers
+
 
 def setting(
     default: Any, text: str, *, choices: tuple[str, ...] = (), least: float | None = None, share: bool = False
@@ -269,6 +271,8 @@ class TrainConfig:
             ("decay_share", 0 < self.decay_share <= 1, "a number above 0, at most 1"),
             ("timeout_minutes", self.timeout_minutes > 0, "a number above 0"),
             ("seed", self.seed < 2**63, "a number below 2**63"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
+            ("out", bool(self.out.strip()), "the name of a folder"),
         ):
             if not possible:
                 raise ValueError(f"{name} is {getattr(self, name)}: give {remedy}")
@@ -279,6 +283,14 @@ class TrainConfig:
         ):
             if clash:
                 raise ValueError(f"{one} and {other} exclude each other: leave one out")
+        for name, needed, is_idle in (
+            ("lora_targets", "lora_rank", self.lora_targets and not self.lora_rank),
+            ("lora_alpha", "lora_rank", self.lora_alpha and not self.lora_rank),
+            ("data_mix", "data", self.data_mix and self.data is None),
+            ("validation_data", "data", self.validation_data and self.data is None),
+        ):
+            if is_idle:
+                raise ValueError(f"{name} does nothing without {needed}: give that too, or leave it out")
         if self.drop_text + self.drop_references + self.drop_both > 1:
             raise ValueError("drop_text + drop_references + drop_both exceed 1: they are shares of samples")
         if self.alignment.weight and self.alignment.depth < 1:
@@ -327,6 +339,8 @@ def _check_value(name: str, value: Any, rules: Mapping[str, Any]) -> None:
     numbers = value if isinstance(value, tuple) else (value,)
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
         raise ValueError(f"{name} is {value}: give a finite number")
+    if any(isinstance(number, int) and number > _LARGEST for number in numbers) and name != "seed":
+        raise ValueError(f"{name} is {value}: it must be at most {_LARGEST}")
     if rules["least"] is not None and value < rules["least"]:
         raise ValueError(f"{name} is {value}: it must be at least {rules['least']}")
     if rules["share"] and not 0 <= value <= 1:

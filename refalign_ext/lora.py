@@ -59,6 +59,9 @@ def add_lora(
         raise ValueError(
             f"LoRA rank {rank} and alpha {alpha} do not make an adapter: use --lora_rank 16 --lora_alpha 16"
         )
+    smallest = min(min(model.get_submodule(name).weight.shape) for name in names)
+    if rank > smallest:
+        raise ValueError(f"LoRA rank {rank} is more than the smallest layer has: give at most {smallest}")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, model, adapter_name=_NAME)

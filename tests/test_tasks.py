@@ -49,7 +49,7 @@ def test_other_names_are_refused(name: str, family: str | None, message: str) ->
     ("task", "given", "message"),
     [
         ("r2v-tiny", {"sample_steps": 0}, "sample_steps is 0: give 1"),
-        ("r2v-tiny", {"sample_shift": 0.0}, "above 0"),
+        ("r2v-tiny", {"sample_shift": 0.0}, "give 0.01 to 100"),
         ("r2v-tiny", {"seed": 2**63}, "below"),
         ("r2v-tiny", {"sample_solver": "ddim"}, "'ddim': choose one of"),
         ("r2v-tiny", {"references": ["a.png"] * 9}, "9 references given: at most 8"),

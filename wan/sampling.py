@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wan.modules.functional import MAX_POSITIONS
 from wan.utils.dit_checkpoint import DIT_STEM
 from wan.utils.runtime import placed
 from wan.utils.solvers import Solver
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from wan.modules.t5 import T5EncoderModel
 
+_APPENDED_FRAMES = 8  # that a task may add to the video's: references
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
@@ -63,7 +65,15 @@ def latent_shape(size: tuple[int, int], frame_num: int, config: EasyDict) -> tup
     """
     check_size(size, config)
     check_frame_num(frame_num, config)
-    stride = config.vae_stride
+    stride, patch = config.vae_stride, config.patch_size
+    most = MAX_POSITIONS - _APPENDED_FRAMES
+    if (frame_num - 1) // stride[0] >= most:
+        raise ValueError(
+            f"frame_num is {frame_num}: give at most {(most - 1) * stride[0] + 1}, as the model has {MAX_POSITIONS} positions"
+        )
+    sides = {"height": stride[1] * patch[1] * MAX_POSITIONS, "width": stride[2] * patch[2] * MAX_POSITIONS}
+    if size[1] > sides["height"] or size[0] > sides["width"]:
+        raise ValueError(f"size {size[0]}*{size[1]}: give at most {sides['width']}*{sides['height']}")
     return (config.vae.z_dim, (frame_num - 1) // stride[0] + 1, size[1] // stride[1], size[0] // stride[2])
 
 

@@ -45,7 +45,7 @@ QUICK_SETTINGS = {
 )
 @click.option("--teachers", type=PATH, help="Folder of table 3's teachers.  [default: teachers in --out]")
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all]")
 @click.option(
     "--quick", is_flag=True, help="Tiny numbers, to see that everything works; A and one other arm."
 )

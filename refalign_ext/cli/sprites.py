@@ -57,7 +57,7 @@ def assemble(
 
 @sprites.command(context_settings={**_SHOW_DEFAULTS, "ignore_unknown_options": True})
 @click.option("--out", type=_PATH, default=Path("outputs/make"), help="Folder of all parts; resumes.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all]")
 @click.option("--device", default="auto", help="For the DiT; the other parts train on the CPU.")
 @click.argument("settings", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context

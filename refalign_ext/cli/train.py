@@ -32,7 +32,7 @@ class Training(Program):
     metavar="DIR",
     help="Official Wan checkout whose model to train (default: WAN_ROOT, else ours).",
 )
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads (default: all).")
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads (default: all).")
 @click.option("--dry-run", is_flag=True, help="Print the plan (who holds what, memory) and stop.")
 @click.option(
     "--world_size", type=click.IntRange(1), metavar="N", help="Devices to plan for, with --dry-run."

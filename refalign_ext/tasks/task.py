@@ -167,11 +167,12 @@ class Task:
                 raise ValueError(
                     f"{name} holds bytes that are no UTF-8 text: set the terminal or file to UTF-8"
                 )
-        for name in ("sample_steps", "magnify", "frame_num"):
-            if getattr(request, name) < 1:
-                raise ValueError(f"{name} is {getattr(request, name)}: give 1 or more")
-        if request.sample_shift <= 0:
-            raise ValueError(f"sample_shift is {request.sample_shift}: give a number above 0 (5.0 is usual)")
+        for name, most in (("sample_steps", 1000), ("magnify", 64), ("frame_num", None)):
+            value = getattr(request, name)
+            if value < 1 or (most is not None and value > most):
+                raise ValueError(f"{name} is {value}: give 1 {f'to {most}' if most else 'or more'}")
+        if not 0.01 <= request.sample_shift <= 100:
+            raise ValueError(f"sample_shift is {request.sample_shift}: give 0.01 to 100 (5.0 is usual)")
         if request.seed >= 2**63:
             raise ValueError(f"seed is {request.seed}: give a number below 2**63")
         for name, choices in (("sample_solver", SOLVERS), ("matte", MATTE_MODES)):

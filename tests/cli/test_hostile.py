@@ -106,6 +106,43 @@ def test_told_before_anything_is_loaded(what: str, fails: Callable[..., str]) ->
     assert re.search(expected, line), line
 
 
+ABSURD = {
+    "frames": ("--frame_num 1000001", "frame_num is 1000001: give at most"),
+    "a size": ("--size 99968*48", r"size 99968\*48: give at most"),
+    "steps": ("--sample_steps 100000000", "sample_steps is 100000000: give 1 to 1000"),
+    "a shift": ("--sample_shift 1e308", "sample_shift is .*: give 0.01 to 100"),
+    "a tiny shift": ("--sample_shift 1e-308", "sample_shift is .*: give 0.01 to 100"),
+    "magnify": ("--magnify 100000", "magnify is 100000: give 1 to 64"),
+}
+
+
+@pytest.mark.parametrize("what", ABSURD)
+def test_absurd_numbers_of_generation(what: str, fails: Callable[..., str], tiny_checkpoint: Path) -> None:
+    words, expected = ABSURD[what]
+    given = ("--ref", "red.png", "--prompt", "x", "--device", "cpu", "--ckpt_dir", tiny_checkpoint)
+    line = fails(generate.main, *given, *words.split())
+    assert re.search(expected, line), line
+
+
+# What training is told to do that it cannot, or that does nothing.
+TRAINING = {
+    "steps": ("--steps 99999999999999999999", "steps is 9+: it must be at most 2147483647"),
+    "threads": ("--threads 99999", "99999 is not in the range 1<=x<=1024"),
+    "no folder": (["--out", ""], "out is : give the name of a folder"),
+    "a rate of zero": ("--learning_rate 0", "learning_rate is 0.0: give a number above 0"),
+    "targets without a rank": ("--lora_targets q", "lora_targets does nothing without lora_rank"),
+    "a mix without data": ("--data_mix 1,2", "data_mix does nothing without data"),
+    "a LoRA of random weights": ("--lora red.png --from_scratch true", "--lora adapts weights that exist"),
+}
+
+
+@pytest.mark.parametrize("what", TRAINING)
+def test_absurd_and_idle_settings_of_training(what: str, fails: Callable[..., str]) -> None:
+    words, expected = TRAINING[what]
+    line = fails(train.train.run, *(words.split() if isinstance(words, str) else words))
+    assert re.search(expected, line), line
+
+
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "-1"), ("RANK", "1.5")])
 @pytest.mark.parametrize("program", [generate.main, train.train.run], ids=["generate", "train"])
 def test_an_environment_that_torchrun_did_not_make(

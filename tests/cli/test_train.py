@@ -397,7 +397,7 @@ def test_other_starts_and_no_alignment(
         (["--lora_rank", "2", "--from_scratch"], "--lora_rank adapts weights that exist"),
         (["--lora_rank", "2", "--teacher_input"], "--teacher_input trains all weights in one process"),
         (["--recipe", "paper_stage2", "--task", "r2v-tiny"], "paper_stage2 goes on from the first stage"),
-        (["--validation_data", "none.jsonl"], "none.jsonl does not exist"),
+        (["--validation_data", "none.jsonl"], "validation_data does nothing without data"),
         (["--task", "t2v-1.3B"], "--task t2v-1.3B: a task of the family r2v"),
         (["--ckpt_dir", "here"], "lacks .*Wan2.1_VAE_tiny.pth, .*google/umt5-tiny"),
         (["--device", "gpu"], "unknown device 'gpu'"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+MAX_POSITIONS = 1024  # length of the table of angles: frames, rows and columns that can be told apart
 _HAS_FUSED_RMS_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from .attention import Lengths, announce_kernel, attention, kernel_name
 from .functional import (
+    MAX_POSITIONS,
     rms_norm,
     rms_norm_rotate,
     rope_apply,
@@ -29,8 +30,6 @@ from .functional import (
 )
 
 __all__ = ["WanModel", "rope_apply", "rope_multipliers", "rope_params", "sinusoidal_embedding_1d"]
-
-MAX_POSITIONS = 1024  # length of the table of angles: frames, rows and columns that can be told apart
 
 
 def _autocast_off(x: torch.Tensor) -> torch.autocast:
