@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 UPSTREAM_LIKE = Path(__file__).resolve().parents[1] / "upstream_like"
-# Taken out of the environment (workers find it under the other name), because in this process refalign_ext works with its own `wan/`; trees are opened by name.
+# Taken out of the environment, because in this process refalign_ext works with its own `wan/`; trees are opened by name.
+# Workers of a parallel run find it under the other name.
 NAMED_ROOT = (os.environ.pop("WAN_ROOT", "") or os.environ.get("CONTRACT_WAN_ROOT", "")).strip()
 os.environ["CONTRACT_WAN_ROOT"] = NAMED_ROOT
 
