@@ -44,6 +44,8 @@ def plot_stats(stats: Stats, out: Path) -> None:
         axes.barh(range(len(counts)), list(counts.values()), color=_COLOUR)
         axes.set_yticks(range(len(counts)), labels, fontsize=8)
         axes.set_ylim(max(len(counts), 4) - 0.4, -0.6)
+        if name.startswith("share"):
+            axes.set_xlim(0, 1)
         axes.set_title(name, loc="left")
     for axes in grid:
         axes.set_axis_off()
